@@ -1,0 +1,135 @@
+"""Every error the farm raises on purpose, as one tree.
+
+    FarmError
+    ├── InvalidInput            prompts or specs that can't be accepted; nothing was submitted
+    ├── NotFound                no batch or job of that name
+    ├── NotConfigured           no settings in the environment, no embedded farm in this home
+    ├── AlreadyRunning          a second embedded farm in the same home
+    ├── PartFailed              a part of the embedded farm did not come up
+    ├── SchemaMismatch          the database is older or newer than this version
+    ├── ServiceUnavailable      a service does not answer
+    │   ├── DatabaseUnavailable
+    │   ├── BrokerUnavailable
+    │   └── StorageUnavailable
+    ├── ModelError              a checkpoint can't be found, read, or used
+    ├── RenderError             one render went wrong
+    │   ├── BadRequest          the request itself is at fault: another try can't help
+    │   ├── BadImage            NaN or nothing in the latents
+    │   └── EngineFailed        the loop broke under the request
+    ├── RenderCancelled         the render was stopped because its job was cancelled
+    ├── RenderHandedBack        the render was stopped because its worker drains
+    └── JobNotSucceeded         a picture was asked of a job that has none
+
+Whether another try can help is `retryable` on the class; no code reads messages to decide.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+
+class FarmError(Exception):
+    """Base of everything the farm raises on purpose."""
+
+    retryable: ClassVar[bool] = False
+    """Whether the same thing may succeed when tried again, unchanged."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with one prompt of a submission.
+
+    `where` is what a person can go to: `prompts.csv:12` or `spec 3`; `field` is the column or the
+    spec's field, empty when the whole line is at fault.
+    """
+
+    where: str
+    field: str
+    message: str
+
+    def __str__(self) -> str:
+        return ": ".join(part for part in (self.where, self.field, self.message) if part)
+
+
+class InvalidInput(FarmError):
+    """Raised when prompts or specs can't be accepted: all problems at once, and nothing submitted."""
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(map(str, self.problems)))
+
+
+class NotFound(FarmError):
+    """Raised when no batch or job has that name or id."""
+
+
+class NotConfigured(FarmError):
+    """Raised when there are neither `FARM_*` settings nor an embedded farm to talk to."""
+
+
+class AlreadyRunning(FarmError):
+    """Raised when an embedded farm already runs in this home."""
+
+
+class PartFailed(FarmError):
+    """Raised when a part of the embedded farm does not come up; carries its last lines."""
+
+
+class SchemaMismatch(FarmError):
+    """Raised when the database's schema is not the one this version works with."""
+
+
+class ServiceUnavailable(FarmError):
+    """Raised when a service the farm stands on does not answer."""
+
+    retryable = True
+
+
+class DatabaseUnavailable(ServiceUnavailable):
+    """Raised when the SQL database does not answer."""
+
+
+class BrokerUnavailable(ServiceUnavailable):
+    """Raised when Redis does not answer."""
+
+
+class StorageUnavailable(ServiceUnavailable):
+    """Raised when the object store does not answer."""
+
+
+class ModelError(FarmError):
+    """Raised when a checkpoint can't be found, read or used; names the part at fault."""
+
+
+class RenderError(FarmError):
+    """Raised when one render goes wrong."""
+
+    retryable = True
+
+
+class BadRequest(RenderError):
+    """Raised when the request itself is at fault, such as a sampler its model can't use."""
+
+    retryable = False
+
+
+class BadImage(RenderError):
+    """Raised when a request's latents hold NaN or infinity; names the step."""
+
+    retryable = False
+
+
+class EngineFailed(RenderError):
+    """Raised for every request in the engine when its loop breaks under them."""
+
+
+class RenderCancelled(FarmError):
+    """Raised when a render was stopped because its job was cancelled or its lease lost."""
+
+
+class RenderHandedBack(FarmError):
+    """Raised when a render was stopped because its worker drains; the job goes back to the backlog."""
+
+
+class JobNotSucceeded(FarmError):
+    """Raised when the picture of a job is asked for that did not succeed; says why."""

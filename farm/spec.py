@@ -1,0 +1,119 @@
+"""What to render: `RenderSpec`, its bounds and its hash."""
+
+import hashlib
+import secrets
+from typing import Annotated, Any, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+)
+from pydantic_core import ErrorDetails
+
+from farm.errors import InvalidInput, Problem
+from farm.samplers import find_sampler, sampler_names
+
+MIN_SIZE, MAX_SIZE = 64, 4096
+"""Bounds of width and height in pixels."""
+MAX_SEED = 2**32 - 1
+MAX_STEPS = 1000
+MAX_PROMPT_CHARS = 20_000
+MODEL_NAME = r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,199}$"
+"""What a model may be called: a hub id (`org/name`) or a plain name. It becomes part of a queue's name."""
+
+
+def draw_seed() -> int:
+    """A seed nobody chose, drawn from the system's randomness."""
+    return secrets.randbelow(MAX_SEED + 1)
+
+
+def _seed_or_drawn(value: object) -> object:
+    return draw_seed() if value is None else value
+
+
+def _multiple_of_8(value: int | None) -> int | None:
+    if value is not None and value % 8:
+        low = value - value % 8
+        raise ValueError(f"must be a multiple of 8, like {max(low, MIN_SIZE)} or {min(low + 8, MAX_SIZE)}")
+    return value
+
+
+def _known_sampler(value: str | None) -> str | None:
+    if value is not None and find_sampler(value) is None:
+        raise ValueError(f"no sampler {value!r}; known are {', '.join(sampler_names())}")
+    return value
+
+
+def _storable(value: str) -> str:
+    # PostgreSQL can't store NUL, and lone surrogates (a badly decoded file) are not UTF-8.
+    if "\x00" in value:
+        raise ValueError("must not contain a NUL character")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError("is not valid Unicode; was the file read in the right encoding?") from None
+    return value
+
+
+Text = Annotated[str, Field(max_length=MAX_PROMPT_CHARS), AfterValidator(_storable)]
+Size = Annotated[int | None, Field(ge=MIN_SIZE, le=MAX_SIZE), AfterValidator(_multiple_of_8)]
+
+
+class RenderSpec(BaseModel):
+    """One picture, fully described; immutable, with diffusers' own parameter names.
+
+    A spec always has a seed: one that is left out (or None) is drawn when the spec is made, so that the
+    same spec always gives the same picture. `width`, `height` (pixels) and `scheduler` left out mean the
+    model's own.
+    `scheduler` is a name of `farm.samplers` or diffusers' class name. An empty prompt draws unconditionally.
+
+    Raises `pydantic.ValidationError`; `RenderSpec.parse` gives the farm's own error instead.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    prompt: Text
+    negative_prompt: Text = ""
+    num_inference_steps: int = Field(default=25, ge=1, le=MAX_STEPS)
+    guidance_scale: float = Field(default=5.0, ge=0, le=1000)
+    width: Size = None
+    height: Size = None
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED), BeforeValidator(_seed_or_drawn)] = Field(
+        default_factory=draw_seed
+    )
+    scheduler: Annotated[str | None, AfterValidator(_known_sampler)] = None
+    model: str = Field(default="tiny", pattern=MODEL_NAME)
+
+    @classmethod
+    def parse(cls, values: "dict[str, Any] | str | RenderSpec", where: str = "spec") -> Self:
+        """A spec from a prompt, from a mapping of its fields, or from a spec.
+
+        Raises `InvalidInput` with one `Problem` a field, each beginning with `where`.
+        """
+        if isinstance(values, cls):
+            return values
+        try:
+            return cls.model_validate({"prompt": values} if isinstance(values, str) else values)
+        except ValidationError as error:
+            raise InvalidInput([_problem(where, detail) for detail in error.errors()]) from error
+
+    def sha256(self) -> str:
+        """The hash of what is asked for; equal specs have equal hashes, however they were written."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+
+def _problem(where: str, detail: ErrorDetails) -> Problem:
+    field = ".".join(map(str, detail["loc"]))
+    if detail["type"] == "extra_forbidden":
+        return Problem(where, field, f"no such field; known are {', '.join(RenderSpec.model_fields)}")
+    if detail["type"] == "string_pattern_mismatch" and field == "model":
+        return Problem(where, field, "is not a model's name: letters, digits and . _ - / only")
+    message = detail["msg"].removeprefix("Value error, ").replace("Input should", "should")
+    if detail["type"] in ("missing", "model_type"):
+        return Problem(where, field, "is missing" if field else "is neither a prompt nor a spec")
+    given = "" if detail["type"] == "value_error" else f", not {detail['input']!r:.80}"
+    return Problem(where, field, message + given)

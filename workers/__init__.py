@@ -1,0 +1,1 @@
+"""What renders: the engine, its pipelines and models, and the Celery worker around them."""
