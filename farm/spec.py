@@ -82,9 +82,7 @@ class RenderSpec(BaseModel):
     guidance_scale: float = Field(default=5.0, ge=0, le=1000)
     width: Size = None
     height: Size = None
-    seed: Annotated[int, Field(ge=0, le=MAX_SEED), BeforeValidator(_seed_or_drawn)] = Field(
-        default_factory=draw_seed
-    )
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED), BeforeValidator(_seed_or_drawn)] = Field(default_factory=draw_seed)
     scheduler: Annotated[str | None, AfterValidator(_known_sampler)] = None
     model: str = Field(default="tiny", pattern=MODEL_NAME)
 

@@ -1,0 +1,5 @@
+"""`python -m farm`: the same as the command `farm`."""
+
+from farm.cli import main
+
+main()

@@ -1,0 +1,144 @@
+"""Celery on Redis: the app, a queue per model, and the doorbells that lie in it."""
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import redis
+from celery import Celery
+from kombu.exceptions import OperationalError
+
+from farm.errors import BrokerUnavailable, NotConfigured
+from farm.settings import Settings
+
+RENDER_TASK = "render"
+_PRIORITY_STEPS = tuple(range(10))
+_SEPARATOR = ":"
+_PUBLISH_CHUNK = 1000
+
+
+@dataclass(frozen=True)
+class Doorbell:
+    """What a worker is told of a job: that it is there. What it is, SQL says."""
+
+    job_id: str
+    model: str
+    priority: int
+    """0 to 100, the higher the sooner."""
+    shown: str
+    """How Flower names it: batch, place, prompt."""
+
+
+def queue_name(model: str) -> str:
+    """The Celery queue of a model's jobs."""
+    return f"{RENDER_TASK}.{model}"
+
+
+def make_app(settings: Settings) -> Celery:
+    """The Celery app of clients, dispatchers, workers and Flower; nothing is connected yet.
+
+    Messages are acknowledged when they are received: late acknowledgement is unsafe with a thread pool when the
+    broker dies, and the lease in SQL does what it would be for. `worker_disable_prefetch` keeps what no thread is
+    free for in Redis, where other workers can take it.
+    """
+    app = Celery("farm", set_as_current=False)
+    app.conf.update(
+        broker_url=settings.broker_url,
+        accept_content=["json"],
+        task_serializer="json",
+        event_serializer="json",
+        result_serializer="json",
+        task_ignore_result=True,
+        task_store_errors_even_if_ignored=False,
+        task_acks_late=False,
+        task_send_sent_event=True,
+        task_default_queue=RENDER_TASK,
+        task_create_missing_queues=True,
+        worker_prefetch_multiplier=1,
+        worker_disable_prefetch=True,
+        worker_send_task_events=True,
+        worker_hijack_root_logger=False,
+        worker_redirect_stdouts=False,
+        worker_proc_alive_timeout=60,
+        broker_connection_retry_on_startup=True,
+        broker_connection_max_retries=None,
+        broker_transport_options={
+            "visibility_timeout": 10,
+            "unacked_restore_interval": 1,
+            "unacked_restore_throttle": 1,
+            "priority_steps": list(_PRIORITY_STEPS),
+            "sep": _SEPARATOR,
+            "socket_timeout": 5,
+            "socket_connect_timeout": 3,
+            "socket_keepalive": True,
+        },
+        redis_socket_timeout=5,
+        redis_socket_connect_timeout=3,
+        event_queue_ttl=60,
+        timezone="UTC",
+    )
+    return app
+
+
+class Broker:
+    """The farm's Redis as seen by whoever hands out work; raises `BrokerUnavailable` when it does not answer."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._app = make_app(settings)
+        try:
+            self._redis = redis.Redis.from_url(
+                settings.broker_url, socket_timeout=5, socket_connect_timeout=3, decode_responses=True
+            )
+        except ValueError as error:
+            raise NotConfigured("FARM_BROKER_URL is not a Redis URL: redis://:password@host:port/0") from error
+        pool = self._redis.connection_pool.connection_kwargs
+        self._shown = f"{pool.get('host', 'localhost')}:{pool.get('port', 6379)}"
+
+    def publish(self, doorbells: Iterable[Doorbell]) -> None:
+        """Put these into the queues of their models, in this order.
+
+        An error can leave some of them in Redis; ringing again for a job that was taken already does no harm.
+        """
+        with self._reached(), self._app.producer_pool.acquire(block=True) as held:
+            producer: Any = held  # the type stubs do not know batch() yet
+            with producer.batch(_PUBLISH_CHUNK):
+                for bell in doorbells:
+                    self._app.send_task(
+                        RENDER_TASK,
+                        args=(bell.job_id,),
+                        task_id=bell.job_id,
+                        queue=queue_name(bell.model),
+                        # On Redis 0 is the highest priority, 9 the lowest.
+                        priority=9 - round(bell.priority * 9 / 100),
+                        producer=producer,
+                        retry=False,
+                        argsrepr=f"({bell.job_id!r},)",
+                        kwargsrepr=bell.shown,
+                    )
+
+    def waiting(self, model: str) -> set[str]:
+        """The ids of the jobs of a model whose messages lie in Redis; at most a window of them."""
+        with self._reached():
+            pipe = self._redis.pipeline(transaction=False)
+            for step in _PRIORITY_STEPS:
+                pipe.lrange(f"{queue_name(model)}{_SEPARATOR}{step}" if step else queue_name(model), 0, -1)
+            return {json.loads(message)["headers"]["id"] for line in pipe.execute() for message in line}
+
+    def ping(self) -> None:
+        """Raise `BrokerUnavailable` unless Redis answers."""
+        with self._reached():
+            self._redis.ping()
+
+    def close(self) -> None:
+        """Close every connection."""
+        self._app.close()
+        self._redis.close()
+
+    @contextmanager
+    def _reached(self) -> Iterator[None]:
+        try:
+            yield
+        except (redis.RedisError, OperationalError, ConnectionError, TimeoutError) as error:
+            raise BrokerUnavailable(f"Redis at {self._shown} does not answer: {error}") from error

@@ -1,0 +1,124 @@
+"""Where the farm's services are and how it behaves: `FARM_*` variables, or what the embedded farm left."""
+
+import getpass
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import Field, SecretStr, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    JsonConfigSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+from farm.errors import NotConfigured
+
+EMBEDDED_FILE = "farm.json"
+"""What `farm up` leaves in its home, mode 0600: the addresses and credentials of its parts."""
+
+_SERVICES = ("database_url", "broker_url", "s3_bucket")
+
+
+class _Home(BaseSettings):
+    """The one setting that must be known before the others: where an embedded farm may be."""
+
+    model_config = SettingsConfigDict(env_prefix="FARM_")
+
+    home: Path = Path(".farm")
+
+
+class Settings(BaseSettings):
+    """Everything that can be set, from `FARM_*` in the environment.
+
+    Without `FARM_DATABASE_URL`, `FARM_BROKER_URL` and `FARM_S3_BUCKET`, the services are those of the
+    embedded farm in `FARM_HOME`. Make one with `Settings.load()`, which says what is missing.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="FARM_", frozen=True, extra="ignore")
+
+    home: Path = Path(".farm")
+    """The embedded farm's folder."""
+    database_url: str = Field(repr=False)
+    """SQLAlchemy URL: `sqlite:///path` or `postgresql+psycopg://…`."""
+    broker_url: str = Field(repr=False)
+    """`redis://:password@host:port/0`, or `rediss://` with TLS."""
+    s3_bucket: str
+    s3_endpoint_url: str | None = None
+    """None means AWS itself."""
+    s3_access_key_id: str | None = None
+    """None means boto3's own search: `AWS_*`, `~/.aws`, the instance's role."""
+    s3_secret_access_key: SecretStr | None = None
+    s3_region: str = "us-east-1"
+    flower_url: str | None = None
+
+    owner: str = Field(default_factory=getpass.getuser)
+    """Who new batches belong to."""
+    window: int = Field(default=128, ge=1)
+    """How many jobs of one model lie in Redis at once; the rest wait in SQL."""
+    lease_seconds: float = Field(default=10.0, gt=0)
+    """How long a worker may hold a job without a sign of life."""
+    beat_seconds: float = Field(default=2.0, gt=0)
+    """How often a worker renews its leases; well below `lease_seconds`."""
+    max_tries: int = Field(default=3, ge=1)
+    """After how many errors a job is failed."""
+    max_lost_leases: int = Field(default=5, ge=1)
+    """After how many lost leases a job is set aside as failed: it may be what kills the workers."""
+
+    models: str = "tiny"
+    """What a worker pins: comma-separated `name=source`, or a source alone; `tiny` ships."""
+    device: str | None = None
+    """`cuda`, `cuda:1`, `cpu`; None chooses."""
+    dtype: str | None = None
+    """`float32`, `bfloat16`, `float16`; None chooses for the device."""
+    slots: int = Field(default=8, ge=1, le=256)
+    """How many requests a worker's engine renders at once."""
+    drain_seconds: float = Field(default=20.0, ge=0)
+    """How long a stopping worker finishes renders before it hands the rest back."""
+
+    @classmethod
+    def load(cls, **overrides: Any) -> Self:
+        """The settings in force; raises `NotConfigured` with what is missing and what to do."""
+        try:
+            return cls(**overrides)
+        except ValidationError as error:
+            missing = [str(e["loc"][0]) for e in error.errors() if e["type"] == "missing"]
+            wrong = [
+                f"FARM_{str(e['loc'][0]).upper()}: {e['msg']}, not {e['input']!r}"
+                for e in error.errors()
+                if e["type"] != "missing"
+            ]
+            if wrong:
+                raise NotConfigured("; ".join(wrong)) from None
+            home = _Home().home.absolute()
+            if len(missing) == len(_SERVICES):
+                raise NotConfigured(
+                    f"no farm found: start one with `farm up` (its home would be {home}), or set "
+                    "FARM_DATABASE_URL, FARM_BROKER_URL and FARM_S3_BUCKET"
+                ) from None
+            names = ", ".join(f"FARM_{name.upper()}" for name in missing)
+            raise NotConfigured(f"{names} not set, while others are: set all of them or none") from None
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Arguments, then the environment, then the embedded farm's file.
+
+        One service named in the environment rules the file out: half of one farm and half of another would
+        put the jobs of one into the queue of the other.
+        """
+        given = {**env_settings(), **init_settings()}
+        if any(name in given for name in _SERVICES):
+            return init_settings, env_settings
+        home = Path(given.get("home", _Home().home))
+        return (
+            init_settings,
+            env_settings,
+            JsonConfigSettingsSource(settings_cls, json_file=home / EMBEDDED_FILE),
+        )

@@ -1,0 +1,164 @@
+"""The object store: keys a person can read, and put, get, presign over S3."""
+
+import re
+import threading
+import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import boto3
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+
+from farm.errors import NotFound, StorageUnavailable
+from farm.settings import Settings
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+PRESIGN_SECONDS = 7 * 24 * 3600
+"""The longest that signature version 4 allows."""
+_SLUG_CHARS = 48
+
+
+def slug(text: str) -> str:
+    """Up to 48 lower-case letters, digits and hyphens that remind of a text; empty if nothing is left of it.
+
+    Nothing of a prompt can leave its place in a key: no slash, dot or control character comes through.
+    """
+    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
+    return re.sub(r"[^a-z0-9]+", "-", plain)[:_SLUG_CHARS].strip("-")
+
+
+def image_key(batch_id: str, index: int, attempt: int, prompt: str) -> str:
+    """`{batch}/{index}-{prompt}.a{attempt}.png`.
+
+    The attempt keeps a zombie from writing over the picture of the job's rightful worker.
+    """
+    words = slug(prompt)
+    return f"{batch_id}/{index:05d}{f'-{words}' if words else ''}.a{attempt}.png"
+
+
+class Storage:
+    """One bucket of an S3 service; every method raises `StorageUnavailable` when it does not answer.
+
+    Safe to use from many threads.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.bucket = settings.s3_bucket
+        self._endpoint = settings.s3_endpoint_url
+        self._settings = settings
+        self._made: S3Client | None = None
+        self._making = threading.Lock()
+
+    @property
+    def _s3(self) -> "S3Client":
+        # Making a client reads boto3's data files for a third of a second: only who needs one pays.
+        with self._making:
+            if self._made is None:
+                secret = self._settings.s3_secret_access_key
+                session = boto3.session.Session(
+                    aws_access_key_id=self._settings.s3_access_key_id,
+                    aws_secret_access_key=secret.get_secret_value() if secret else None,
+                    region_name=self._settings.s3_region,
+                )
+                self._made = session.client(
+                    "s3",
+                    endpoint_url=self._endpoint,
+                    config=Config(
+                        signature_version="s3v4",
+                        connect_timeout=3,
+                        read_timeout=20,
+                        retries={"mode": "standard", "total_max_attempts": 3},
+                        max_pool_connections=32,
+                        s3={"addressing_style": "path" if self._endpoint else "auto"},
+                    ),
+                )
+            return self._made
+
+    def ensure_bucket(self) -> None:
+        """Make the bucket if it is not there."""
+        with self._reached():
+            try:
+                self._s3.create_bucket(Bucket=self.bucket)
+            except ClientError as error:
+                if error.response["Error"]["Code"] not in ("BucketAlreadyOwnedByYou", "BucketAlreadyExists"):
+                    raise
+
+    def ping(self) -> None:
+        """Raise `StorageUnavailable` unless the bucket is there and may be read."""
+        with self._reached():
+            self._s3.list_objects_v2(Bucket=self.bucket, MaxKeys=1)
+
+    def put(self, key: str, data: bytes, content_type: str = "application/octet-stream") -> None:
+        """Write an object, over any of that key."""
+        with self._reached(key):
+            self._s3.put_object(Bucket=self.bucket, Key=key, Body=data, ContentType=content_type)
+
+    def get(self, key: str) -> bytes:
+        """An object's bytes; raises `NotFound` if there is none."""
+        with self._reached(key):
+            return self._s3.get_object(Bucket=self.bucket, Key=key)["Body"].read()
+
+    def delete(self, key: str) -> None:
+        """Delete an object; one that is not there is no error."""
+        with self._reached(key):
+            self._s3.delete_object(Bucket=self.bucket, Key=key)
+
+    def url(self, key: str, seconds: int = 3600) -> str:
+        """A presigned address that anybody may GET for that many seconds (at most seven days)."""
+        with self._reached(key):
+            return self._s3.generate_presigned_url(
+                "get_object", Params={"Bucket": self.bucket, "Key": key}, ExpiresIn=min(seconds, PRESIGN_SECONDS)
+            )
+
+    def keys(self, prefix: str = "") -> Iterator[str]:
+        """The keys that begin so, in order."""
+        with self._reached(prefix):
+            for page in self._s3.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=prefix):
+                yield from (found["Key"] for found in page.get("Contents", ()))
+
+    def fetch_folder(self, bucket: str, prefix: str, folder: Path) -> int:
+        """Copy every object under a prefix of any bucket into a folder; returns how many there were.
+
+        A file that has its size already is kept. Raises `NotFound` if there is nothing under the prefix.
+        """
+        prefix = prefix.rstrip("/") + "/"
+        count = 0
+        with self._reached(f"s3://{bucket}/{prefix}"):
+            for page in self._s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
+                for found in page.get("Contents", ()):
+                    target = (folder / found["Key"].removeprefix(prefix)).resolve()
+                    if found["Key"].endswith("/") or not target.is_relative_to(folder.resolve()):
+                        continue
+                    count += 1
+                    if target.exists() and target.stat().st_size == found["Size"]:
+                        continue
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    partial = target.with_name(target.name + ".part")
+                    self._s3.download_file(bucket, found["Key"], str(partial))
+                    partial.replace(target)
+        if not count:
+            raise NotFound(f"there is nothing under s3://{bucket}/{prefix}")
+        return count
+
+    def close(self) -> None:
+        """Close every connection."""
+        if self._made is not None:
+            self._made.close()
+
+    @contextmanager
+    def _reached(self, what: str = "") -> Iterator[None]:
+        shown = f"S3 at {self._endpoint or 'AWS'}, bucket {self.bucket}"
+        try:
+            yield
+        except ClientError as error:
+            code: Any = error.response["Error"].get("Code")
+            if code in ("NoSuchKey", "404"):
+                raise NotFound(f"{shown} has no {what}") from error
+            raise StorageUnavailable(f"{shown}: {error}") from error
+        except (BotoCoreError, boto3.exceptions.Boto3Error) as error:
+            raise StorageUnavailable(f"{shown}: {error}") from error
