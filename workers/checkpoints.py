@@ -1,0 +1,136 @@
+"""From a model's source to a checked local folder; safetensors only, and no code from a checkpoint ever runs."""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from farm.errors import ModelError
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of checkpoint the farm can render: the module that does, and the parts it loads."""
+
+    module: str
+    parts: tuple[str, ...] = ()
+
+
+FAMILIES: Mapping[str, Family] = MappingProxyType(
+    {
+        "NullPipeline": Family("workers.pipelines.null"),
+        "StableDiffusionPipeline": Family(
+            "workers.pipelines.stable_diffusion", ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
+        ),
+    }
+)
+"""By `_class_name` of a checkpoint's model_index.json."""
+
+_WITHOUT_WEIGHTS = ("scheduler", "tokenizer")
+_LIBRARIES = ("diffusers", "transformers")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+# Exact names leave out the variants beside them (fp16, non_ema): gigabytes nobody would load.
+_WEIGHTS = (
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model-*-of-*.safetensors",
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checked model: every part its family loads is there, as safetensors."""
+
+    source: str
+    path: Path
+    """The local folder with model_index.json; of no meaning for `null:`."""
+    family: str
+    """`_class_name` of its model_index.json, a key of `FAMILIES`."""
+    sha256: str
+    """Over the names and hashes of all safetensors its family loads."""
+
+
+def open_checkpoint(source: str) -> Checkpoint:
+    """Check a local folder, or download a hub id (`org/name`) and check that.
+
+    Reads every weight once, for the hash. Raises `ModelError` naming the part that is missing or wrong.
+    """
+    if source.startswith("null:"):
+        return Checkpoint(source, Path(), "NullPipeline", hashlib.sha256(source.encode()).hexdigest())
+    path = Path(source).expanduser()
+    if not path.is_dir():
+        if not _HUB_ID.fullmatch(source):
+            raise ModelError(f"no folder {source!r}, and it is no hub id (org/name) either")
+        path = _download(source)
+    index = _read_json(path / "model_index.json")
+    name = index.get("_class_name")
+    family = FAMILIES.get(name) if isinstance(name, str) else None
+    if name is None or family is None or not family.parts:
+        known = ", ".join(known for known, family in FAMILIES.items() if family.parts)
+        raise ModelError(f"{path}: can't render a {name!r}; known are {known}")
+    weights = [file for part in family.parts for file in _check_part(path, part, index.get(part))]
+    return Checkpoint(source, path, name, _hash(path, weights))
+
+
+def _download(source: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+
+    def fetch(patterns: list[str]) -> Path:
+        try:
+            return Path(snapshot_download(source, allow_patterns=patterns))
+        except (HfHubHTTPError, EntryNotFoundError, OSError, ValueError) as error:
+            raise ModelError(f"can't download {source!r} from the hub: {error}") from error
+
+    index = _read_json(fetch(["model_index.json"]) / "model_index.json")
+    family = FAMILIES.get(str(index.get("_class_name")), Family(""))
+    files = ("*.json", "*.txt", *_WEIGHTS)
+    return fetch(["model_index.json", *(f"{part}/{file}" for part in family.parts for file in files)])
+
+
+def _check_part(path: Path, part: str, entry: Any) -> list[Path]:
+    """The weights of a part, after checking that it is there and needs no code but the libraries'."""
+    folder = path / part
+    if not isinstance(entry, list) or len(entry) != 2 or None in entry:
+        raise ModelError(f"{path}/model_index.json names no {part}")
+    if entry[0] not in _LIBRARIES:
+        raise ModelError(f"{folder}: needs code of its own ({entry[0]}), which the farm never runs")
+    if not folder.is_dir():
+        raise ModelError(f"{folder}: the checkpoint's {part} is missing")
+    if part in _WITHOUT_WEIGHTS:
+        return []
+    _read_json(folder / "config.json")
+    weights = sorted(file for name in _WEIGHTS for file in folder.glob(name))
+    if not weights:
+        others = sorted(
+            file.name for file in folder.iterdir() if file.suffix in (".bin", ".ckpt", ".pt", ".safetensors")
+        )
+        found = f"only {', '.join(others)}" if others else "no weights at all"
+        raise ModelError(f"{folder}: needs {_WEIGHTS[0]} or {_WEIGHTS[2]}, but there is {found}")
+    return weights
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ModelError(f"{path.parent} has no {path.name}") from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"can't read {path}: {error}") from error
+    if not isinstance(values, dict):
+        raise ModelError(f"{path} holds no JSON object")
+    return values
+
+
+def _hash(path: Path, weights: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in sorted(weights):
+        with file.open("rb") as stream:
+            weight = hashlib.file_digest(stream, "sha256").hexdigest()
+        digest.update(f"{file.relative_to(path).as_posix()} {weight}\n".encode())
+    return digest.hexdigest()
