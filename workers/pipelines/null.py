@@ -1,0 +1,73 @@
+"""A null pipeline for tests and benchmarks: no model behind it, only its pace and a flat picture.
+
+`null:` or `null:?seconds_per_step=0.02&width=64&height=64`. The picture is one colour, drawn from the seed and mixed
+in equal parts over the steps, so that a step too many or too few shows in it. A forward takes `seconds_per_step`,
+however many requests share it.
+"""
+
+import time
+from dataclasses import dataclass, field
+from urllib.parse import parse_qsl
+
+import torch
+
+from farm.errors import ModelError
+from farm.spec import RenderSpec
+from workers.checkpoints import Checkpoint
+from workers.request import RenderRequest
+
+
+@dataclass(frozen=True)
+class NullPipeline:
+    """A `Pipeline` that draws flat pictures at a set pace."""
+
+    name: str = "null:"
+    sha256: str = "0" * 64
+    seconds_per_step: float = 0.0
+    width: int = 64
+    """Pixels, of a spec that names none."""
+    height: int = 64
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    dtype: torch.dtype = torch.float32
+    nbytes: int = 0
+
+    def latent_shape(self, spec: RenderSpec) -> tuple[int, ...]:
+        """One latent pixel for 8 picture pixels."""
+        return (3, (spec.height or self.height) // 8, (spec.width or self.width) // 8)
+
+    def encode(self, request: RenderRequest) -> None:
+        """Start from black."""
+        request.generator = torch.Generator("cpu").manual_seed(request.spec.seed)
+        request.latents = torch.zeros(1, *self.latent_shape(request.spec), device=self.device)
+        request.timesteps = torch.arange(request.spec.num_inference_steps - 1, -1, -1)
+        request.conditioning = {"colour": colour(request.spec.seed).to(self.device)}
+
+    def denoise(self, requests: list[RenderRequest]) -> list[torch.Tensor]:
+        """Take as long as a forward would; each output is the request's colour."""
+        time.sleep(self.seconds_per_step)
+        return [request.conditioning["colour"].expand_as(request.latents) for request in requests]
+
+    def step(self, request: RenderRequest, output: torch.Tensor) -> None:
+        """Mix in this step's part of the colour."""
+        request.latents = request.latents + output / len(request.timesteps)
+
+    def decode(self, requests: list[RenderRequest]) -> torch.Tensor:
+        """Each latent pixel as 8 by 8 pixels."""
+        latents = torch.cat([request.latents for request in requests])
+        return latents.repeat_interleave(8, dim=2).repeat_interleave(8, dim=3)
+
+
+def colour(seed: int) -> torch.Tensor:
+    """The colour that a seed draws: (1, 3, 1, 1), in [0, 1]."""
+    return torch.rand(1, 3, 1, 1, generator=torch.Generator("cpu").manual_seed(seed))
+
+
+def load(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> NullPipeline:
+    """The null pipeline of a source's parameters. Raises `ModelError` for one that it has not."""
+    given = parse_qsl(checkpoint.source.removeprefix("null:").removeprefix("?"), keep_blank_values=True)
+    known = {"seconds_per_step": float, "width": int, "height": int}
+    try:
+        values = {key: known[key](value) for key, value in given}
+    except (KeyError, ValueError) as error:
+        raise ModelError(f"{checkpoint.source}: takes numbers for {', '.join(known)} ({error})") from error
+    return NullPipeline(checkpoint.source, checkpoint.sha256, device=device, dtype=dtype, **values)
