@@ -42,6 +42,11 @@ class Pipeline(Protocol):
         """Bytes of device memory its parameters take."""
         ...
 
+    @property
+    def native_size(self) -> tuple[int, int]:
+        """(width, height) in pixels, of a spec that names none."""
+        ...
+
     def latent_shape(self, spec: RenderSpec) -> tuple[int, ...]:
         """The shape of one request's latents, without the row dimension, at the spec's size or the model's own.
 

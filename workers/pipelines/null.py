@@ -25,14 +25,18 @@ class NullPipeline:
     sha256: str = "0" * 64
     seconds_per_step: float = 0.0
     width: int = 64
-    """Pixels, of a spec that names none."""
     height: int = 64
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
     nbytes: int = 0
 
+    @property
+    def native_size(self) -> tuple[int, int]:
+        """(width, height) in pixels."""
+        return self.width, self.height
+
     def latent_shape(self, spec: RenderSpec) -> tuple[int, ...]:
-        """One latent pixel for 8 picture pixels."""
+        """A latent pixel for 8 by 8 pixels of the picture."""
         return (3, (spec.height or self.height) // 8, (spec.width or self.width) // 8)
 
     def encode(self, request: RenderRequest) -> None:
