@@ -1,1 +1,72 @@
-"""The farm: hand in prompts, watch them, fetch the pictures. No torch in here."""
+"""The farm's client: hand prompts in, watch them, fetch the pictures. No torch in here.
+
+from farm import Farm
+
+with Farm() as farm:
+    batch = farm.submit(["a red circle on a white background"], name="first")
+    batch.wait(progress=True)
+    batch.contact_sheet().save("sheet.png")
+"""
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from farm.client import Batch, Farm, Job
+    from farm.errors import (
+        FarmError,
+        InvalidInput,
+        JobNotSucceeded,
+        NotConfigured,
+        NotFound,
+        ServiceUnavailable,
+    )
+    from farm.jobs import BatchStatus
+    from farm.settings import Settings
+    from farm.spec import RenderSpec
+    from farm.states import JobState
+
+try:
+    __version__ = version("diffusion-farm")
+except PackageNotFoundError:  # a source tree that is not installed
+    __version__ = "0"
+
+_HOMES = {
+    "Batch": "client",
+    "BatchStatus": "jobs",
+    "Farm": "client",
+    "FarmError": "errors",
+    "InvalidInput": "errors",
+    "Job": "client",
+    "JobNotSucceeded": "errors",
+    "JobState": "states",
+    "NotConfigured": "errors",
+    "NotFound": "errors",
+    "RenderSpec": "spec",
+    "ServiceUnavailable": "errors",
+    "Settings": "settings",
+}
+
+__all__ = [
+    "Batch",
+    "BatchStatus",
+    "Farm",
+    "FarmError",
+    "InvalidInput",
+    "Job",
+    "JobNotSucceeded",
+    "JobState",
+    "NotConfigured",
+    "NotFound",
+    "RenderSpec",
+    "ServiceUnavailable",
+    "Settings",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # On first use: the lower layers import this package, and the command line should answer at once.
+    if name in _HOMES:
+        return getattr(import_module(f"farm.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'farm' has no attribute {name!r}")

@@ -162,7 +162,9 @@ class JobRow(Base):
 
     __table_args__ = (
         sa.UniqueConstraint("batch_id", "index"),
+        # How far a batch is, and what ended since somebody last looked.
         sa.Index("ix_jobs_batch_id_state", "batch_id", "state"),
+        sa.Index("ix_jobs_batch_id_finished_at", "batch_id", "finished_at"),
         # The dispatcher's three questions, each over few rows: what is next, what is in Redis, whose lease ran out.
         sa.Index("ix_jobs_backlog", "model", sa.desc("priority"), "rank", "id", **_where(JobState.PENDING)),
         sa.Index("ix_jobs_queued", "model", "queued_at", **_where(JobState.QUEUED)),
@@ -187,7 +189,7 @@ class WorkerRow(Base):
     slots: Mapped[int]
     version: Mapped[str] = mapped_column(sa.String(40))
     models: Mapped[list[dict[str, Any]]]
-    """Of each pinned model: name, sha256, family, width, height, bytes."""
+    """Of each pinned model: name, sha256, bytes."""
 
 
 class Database:
@@ -266,15 +268,19 @@ class Database:
         try:
             yield
         except OperationalError as error:
-            raise DatabaseUnavailable(f"the database {self._shown} does not answer: {error.orig}") from error
+            raise DatabaseUnavailable(f"the database {self._shown} does not answer: {_line(error)}") from error
         except DBAPIError as error:
             if not error.connection_invalidated:
                 raise
-            raise DatabaseUnavailable(f"the connection to {self._shown} broke: {error.orig}") from error
+            raise DatabaseUnavailable(f"the connection to {self._shown} broke: {_line(error)}") from error
 
     @property
     def _shown(self) -> str:
         return self.url.render_as_string(hide_password=True)
+
+
+def _line(error: DBAPIError) -> str:
+    return " ".join(str(error.orig).split())
 
 
 _MIGRATION_LOCK = 0x6661726D

@@ -510,9 +510,17 @@ class JobStore:
         with self._db.read() as session:
             return [_info(row) for row in session.scalars(query.order_by(JobRow.index).limit(limit))]
 
-    def running(self, batch_id: str) -> list[JobInfo]:
+    def finished(self, batch_id: str, since: datetime | None = None) -> list[JobInfo]:
+        """A batch's jobs that have ended, at or after that time, in the order they did."""
+        query = sa.select(JobRow).where(JobRow.batch_id == batch_id, JobRow.finished_at.is_not(None))
+        if since is not None:
+            query = query.where(JobRow.finished_at >= since)
+        with self._db.read() as session:
+            return [_info(row) for row in session.scalars(query.order_by(JobRow.finished_at, JobRow.index))]
+
+    def running(self, batch_id: str, limit: int = 1000) -> list[JobInfo]:
         """The jobs of a batch that render now."""
-        return self.jobs(batch_id, states=(JobState.RUNNING,))
+        return self.jobs(batch_id, states=(JobState.RUNNING,), limit=limit)
 
     def workers(self) -> list[WorkerInfo]:
         """Every worker that has not said goodbye, by name."""

@@ -71,6 +71,8 @@ class Settings(BaseSettings):
     """`cuda`, `cuda:1`, `cpu`; None chooses."""
     dtype: str | None = None
     """`float32`, `bfloat16`, `float16`; None chooses for the device."""
+    model_cache: Path = Field(default_factory=lambda: Path.home() / ".cache" / "diffusion-farm" / "models")
+    """Where models from `s3://` are kept."""
     slots: int = Field(default=8, ge=1, le=256)
     """How many requests a worker's engine renders at once."""
     drain_seconds: float = Field(default=20.0, ge=0)

@@ -1,0 +1,58 @@
+"""Bars for whoever waits: on standard error, so that standard output stays for what a command says."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from farm.states import JobState
+
+
+def columns(console: Console) -> Progress:
+    """A display of bars: what, how far, how many, since when, how much longer."""
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}", style="dim", markup=False),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(compact=True),
+        console=console,
+    )
+
+
+class Bar:
+    """One bar that is told how far it is."""
+
+    def __init__(self, display: Progress, task: TaskID) -> None:
+        self._display = display
+        self._task = task
+
+    def update(self, completed: float, note: str = "") -> None:
+        """Show this many done, with a word beside it."""
+        self._display.update(self._task, completed=completed, note=note)
+
+
+@contextmanager
+def bar(description: str, total: int, *, shown: bool = True) -> Iterator[Bar]:
+    """A bar while the block runs; an invisible one if not `shown`."""
+    console = Console(stderr=True, quiet=not shown)
+    with columns(console) as display:
+        yield Bar(display, display.add_task(description, total=total, note=""))
+
+
+def note(counts: Mapping[JobState, int]) -> str:
+    """What is going on, in few words: `8 running, 52 queued, 1 failed`."""
+    order = (JobState.RUNNING, JobState.QUEUED, JobState.PENDING, JobState.FAILED, JobState.CANCELLED)
+    return ", ".join(f"{counts[state]} {state}" for state in order if counts.get(state))

@@ -1,0 +1,226 @@
+"""A worker's life around its engine: build and warm, renew the leases, drain and stop."""
+
+import logging
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from celery import Celery, signals
+
+from farm import __version__
+from farm.db import Database
+from farm.errors import FarmError, ModelError, ServiceUnavailable
+from farm.jobs import Claim, JobStore, WorkerInfo
+from farm.settings import Settings
+from farm.storage import Storage
+from workers import tiny
+from workers.device import choose_device, choose_dtype
+from workers.engine import Engine
+from workers.pins import Pins
+
+log = logging.getLogger(__name__)
+
+
+def model_sources(models: str) -> dict[str, str]:
+    """Name and source of each model of a list like `tiny,sd15=/models/sd15,org/name,s3://bucket/prefix`.
+
+    A source is a hub id, a folder, an `s3://` prefix, or `tiny`; a hub id names itself, a folder and a prefix are
+    named by their last part. Raises `ModelError`.
+    """
+    found: dict[str, str] = {}
+    for entry in filter(None, (part.strip() for part in models.split(","))):
+        name, given, source = entry.partition("=")
+        if not given or name.startswith("null:"):
+            source = entry
+            is_place = "://" in entry or Path(entry).expanduser().is_dir()
+            name = entry.partition(":")[0] if entry.startswith("null:") else entry
+            name = name.rstrip("/").rpartition("/")[2] if is_place and entry != "tiny" else name
+        if not name or not source:
+            raise ModelError(f"{entry!r} is not name=source")
+        if name in found:
+            raise ModelError(f"two models are called {name!r}")
+        found[name] = source
+    if not found:
+        raise ModelError("no models to pin: FARM_MODELS is empty")
+    return found
+
+
+def fetched(source: str, storage: Storage, cache: Path) -> str:
+    """A source that the engine can load: what lies in S3 is copied into the cache first."""
+    if source == "tiny":
+        return str(tiny.WEIGHTS)
+    if not source.startswith("s3://"):
+        return source
+    bucket, _, prefix = source.removeprefix("s3://").partition("/")
+    folder = cache / bucket / prefix.strip("/")
+    log.info("fetching %s into %s", source, folder)
+    try:
+        count = storage.fetch_folder(bucket, prefix, folder)
+    except FarmError as error:
+        raise ModelError(f"can't fetch {source}: {error}") from error
+    log.info("fetched %s, %d files", source, count)
+    return str(folder)
+
+
+@dataclass(eq=False)
+class Held:
+    """A job this worker has claimed and not ended yet."""
+
+    claim: Claim
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    """Set when somebody wants it stopped."""
+    lost: threading.Event = field(default_factory=threading.Event)
+    """Set when the lease is no longer ours, or could not be renewed in time."""
+
+
+class Worker:
+    """Everything one worker process holds: its models in an engine, and leases on the jobs in there."""
+
+    def __init__(self, settings: Settings, name: str) -> None:
+        self.settings = settings
+        self.name = name
+        self.db = Database(settings.database_url)
+        self.store = JobStore(self.db, settings)
+        self.storage = Storage(settings)
+        self.draining = threading.Event()
+        self._stopped = threading.Event()
+        self._held: dict[str, Held] = {}
+        self._lock = threading.Lock()
+        self._heart = threading.Thread(target=self._beat_on, name="heartbeat", daemon=True)
+
+    def build(self) -> None:
+        """Load and warm every model. Raises `ModelError`, or `ServiceUnavailable` for one in S3."""
+        self.db.check_schema()
+        device = choose_device(self.settings.device)
+        dtype = choose_dtype(self.settings.dtype, device)
+        sources = {
+            name: fetched(source, self.storage, self.settings.model_cache)
+            for name, source in model_sources(self.settings.models).items()
+        }
+        self.pins = Pins.load(sources, device, dtype)
+        self.engine = Engine(self.pins, slots=self.settings.slots, line=4 * self.settings.slots)
+        self.engine.start()
+        began = time.monotonic()
+        self.engine.warm()
+        log.info("warmed models=%s device=%s in %.1f s", ",".join(self.pins.names), device, time.monotonic() - began)
+        self.info = WorkerInfo(
+            name=self.name,
+            device=str(device),
+            dtype=str(dtype).removeprefix("torch."),
+            slots=self.settings.slots,
+            version=__version__,
+            models=tuple(self._describe(name) for name in self.pins.names),
+        )
+
+    def _describe(self, name: str) -> Mapping[str, object]:
+        pipeline = self.pins.get(name)
+        return {"name": name, "sha256": pipeline.sha256, "bytes": pipeline.nbytes}
+
+    def live(self) -> None:
+        """Make the worker known and begin to renew leases."""
+        self.store.introduce(self.info)
+        self._heart.start()
+
+    # --- leases ---------------------------------------------------------------------------------------------
+
+    def claim(self, job_id: str) -> Held | None:
+        """Claim a job and keep its lease renewed until `release`; None if it is not to be had."""
+        claim = self.store.claim(job_id, self.name)
+        if claim is None:
+            return None
+        held = Held(claim)
+        with self._lock:
+            self._held[job_id] = held
+        return held
+
+    def release(self, held: Held) -> None:
+        """Renew this job's lease no more."""
+        with self._lock:
+            if self._held.get(held.claim.job_id) is held:
+                del self._held[held.claim.job_id]
+
+    def _beat_on(self) -> None:
+        renewed = time.monotonic()
+        while not self._stopped.wait(self.settings.beat_seconds):
+            with self._lock:
+                mine = list(self._held.values())
+            try:
+                renewed = self._beat(mine) or renewed
+            except ServiceUnavailable as error:
+                log.error("can't renew leases: %s", error)
+                # Whoever else holds the clock may give these jobs away soon: stop before that.
+                if time.monotonic() - renewed > self.settings.lease_seconds - self.settings.beat_seconds:
+                    for held in mine:
+                        self._stop_render(held, held.lost)
+            except Exception:
+                log.exception("heartbeat failed")
+            if self.engine.failed is not None:
+                log.critical("the engine is broken, this worker must be replaced: %s", self.engine.failed)
+                self.draining.set()
+
+    def _beat(self, mine: list[Held]) -> float:
+        """Renew these leases and stop what is to be stopped; returns when the renewal was asked for."""
+        asked = time.monotonic()
+        progress = self.engine.progress()
+        steps = {}
+        for held in mine:
+            seen = progress.get(held.claim.job_id)
+            steps[held.claim.job_id, held.claim.attempt] = seen.steps_done if seen else 0
+        beat = self.store.beat(self.name, steps)
+        for held in mine:
+            if held.claim.job_id in beat.cancelled:
+                self._stop_render(held, held.cancelled)
+            elif held.claim.job_id in beat.lost:
+                self._stop_render(held, held.lost)
+        return asked
+
+    def _stop_render(self, held: Held, why: threading.Event) -> None:
+        with self._lock:
+            if self._held.get(held.claim.job_id) is not held:
+                return  # it ended while the beat was on its way
+        if not why.is_set():
+            why.set()
+            self.engine.cancel(held.claim.job_id)
+
+    # --- the end --------------------------------------------------------------------------------------------
+
+    def drain(self) -> None:
+        """Claim no more, finish what can be finished in `drain_seconds`, hand the rest back."""
+        if not self.draining.is_set():
+            self.draining.set()
+            log.info("draining, %.0f s at most", self.settings.drain_seconds)
+            self.engine.drain(self.settings.drain_seconds)
+
+    def stop(self) -> None:
+        """End the heartbeat and the engine, and say goodbye."""
+        self._stopped.set()
+        if self._heart.is_alive():
+            self._heart.join(self.settings.beat_seconds + 5)
+        self.engine.stop()
+        try:
+            self.store.leave(self.name)
+        except ServiceUnavailable as error:
+            log.warning("could not say goodbye: %s", error)
+        self.storage.close()
+        self.db.close()
+        log.info("stopped")
+
+
+def attach(app: Celery, worker: Worker) -> None:
+    """Tie a worker's life to Celery's: known when it consumes, draining when it is told to stop, gone at the end."""
+
+    def ready(**_: object) -> None:
+        worker.live()
+
+    def shutting_down(**_: object) -> None:
+        # Celery sends this inside its signal handler and then waits for running tasks: draining ends them.
+        threading.Thread(target=worker.drain, name="drain", daemon=True).start()
+
+    def shut_down(**_: object) -> None:
+        worker.stop()
+
+    signals.worker_ready.connect(ready, weak=False)
+    signals.worker_shutting_down.connect(shutting_down, weak=False)
+    signals.worker_shutdown.connect(shut_down, weak=False)
