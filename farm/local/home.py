@@ -1,0 +1,195 @@
+"""What an embedded farm keeps in its home: who runs it, its credentials and ports, and where its files are."""
+
+import fcntl
+import json
+import os
+import secrets
+import socket
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from farm.errors import AlreadyRunning, NotConfigured
+from farm.settings import EMBEDDED_FILE, Settings
+
+LOOPBACK = "127.0.0.1"
+BUCKET = "farm"
+# Below the range from which Linux and macOS take the ports of outgoing connections: a port that was ours is then
+# most likely still free after a restart.
+_PORTS = range(20000, 32000)
+_PORT_NAMES = (
+    "redis",
+    "flower",
+    "s3",
+    "s3_grpc",
+    "master",
+    "master_grpc",
+    "volume",
+    "volume_grpc",
+    "filer",
+    "filer_grpc",
+    "admin",
+    "admin_grpc",
+)
+
+
+def _secret() -> str:
+    return secrets.token_hex(20)
+
+
+@dataclass(frozen=True)
+class Access:
+    """The ports and credentials of an embedded farm, made once and kept."""
+
+    ports: Mapping[str, int]
+    redis_password: str = field(default_factory=_secret, repr=False)
+    s3_access_key_id: str = field(default_factory=lambda: f"farm{secrets.token_hex(8)}")
+    s3_secret_access_key: str = field(default_factory=_secret, repr=False)
+    s3_internal_key: str = field(default_factory=_secret, repr=False)
+    """Signs what SeaweedFS's own parts say to each other, so that nobody else can read through their ports."""
+    flower_user: str = "farm"
+    flower_password: str = field(default_factory=_secret, repr=False)
+
+
+class Home:
+    """The folder of one embedded farm, and the right to run it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.absolute()
+        self._lock: IO[str] | None = None
+
+    def take(self) -> None:
+        """Make the folder, readable by its owner only, and hold it; raises `AlreadyRunning` if another farm does.
+
+        The kernel lets go of the lock when its holder dies, however it dies.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.path.chmod(0o700)
+        for folder in (self.logs, self.run):
+            folder.mkdir(exist_ok=True, mode=0o700)
+        # It holds passwords and pictures, and mostly lies in somebody's repository.
+        (self.path / ".gitignore").write_text("*\n", encoding="utf-8")
+        lock = (self.path / "lock").open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            pid = lock.read().strip() or "unknown"
+            lock.close()
+            raise AlreadyRunning(
+                f"a farm already runs in {self.path} (process {pid}): use it as it is, stop it with `kill {pid}`, "
+                "or start another one in another FARM_HOME"
+            ) from None
+        lock.truncate(0)
+        lock.write(f"{os.getpid()}\n")
+        lock.flush()
+        self._lock = lock
+
+    def release(self) -> None:
+        """Let go of the folder."""
+        if self._lock is not None:
+            self._lock.truncate(0)
+            self._lock.close()
+            self._lock = None
+
+    @property
+    def logs(self) -> Path:
+        """Where each part writes `<part>.log`."""
+        return self.path / "logs"
+
+    @property
+    def run(self) -> Path:
+        """Where each running part has its `<part>.pid`."""
+        return self.path / "run"
+
+    def data(self, part: str) -> Path:
+        """The folder of a part's own data."""
+        folder = self.path / part
+        folder.mkdir(exist_ok=True, mode=0o700)
+        return folder
+
+    def access(self) -> Access:
+        """The credentials and ports from last time; what is missing, and ports that others took, are made anew."""
+        kept = self._kept()
+        ports = kept.pop("ports", None)
+        if not isinstance(ports, dict) or set(ports) != set(_PORT_NAMES) or not _free(ports.values()):
+            ports = _free_ports()
+        names = set(Access.__dataclass_fields__) - {"ports"}
+        return Access(ports=ports, **{name: value for name, value in kept.items() if name in names})
+
+    def settings(self, access: Access) -> Settings:
+        """The settings with which everything finds this farm, whatever services the environment names."""
+        return Settings.load(home=self.path, **self.services(access))
+
+    def save(self, access: Access) -> None:
+        """Write down how to reach this farm, for every command that runs in the same home."""
+        write_private(
+            self.path / EMBEDDED_FILE, json.dumps({**self.services(access), **asdict(access)}, indent=2) + "\n"
+        )
+
+    def services(self, access: Access) -> dict[str, str]:
+        """Where the services are, under the names of `Settings`' fields."""
+        ports = access.ports
+        return {
+            "database_url": f"sqlite:///{self.path / 'farm.db'}",
+            "broker_url": f"redis://:{access.redis_password}@{LOOPBACK}:{ports['redis']}/0",
+            "s3_bucket": BUCKET,
+            "s3_endpoint_url": f"http://{LOOPBACK}:{ports['s3']}",
+            "s3_access_key_id": access.s3_access_key_id,
+            "s3_secret_access_key": access.s3_secret_access_key,
+            "flower_url": f"http://{LOOPBACK}:{ports['flower']}",
+        }
+
+    def _kept(self) -> dict[str, Any]:
+        path = self.path / EMBEDDED_FILE
+        try:
+            kept = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        except ValueError as error:
+            raise NotConfigured(f"{path} can't be read ({error}): delete it, and `farm up` makes a new one") from None
+        return kept if isinstance(kept, dict) else {}
+
+
+def running(home: Path) -> int | None:
+    """The process id of the embedded farm that runs in this home, or None."""
+    try:
+        with (home / "lock").open(encoding="utf-8") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return int(lock.read().strip() or 0)
+    except OSError:
+        pass
+    return None
+
+
+def write_private(path: Path, text: str) -> None:
+    """Write a file that only its owner may read; a reader sees the old content or the new, never half of it."""
+    partial = path.with_name(f"{path.name}.part")
+    partial.unlink(missing_ok=True)
+    with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:  # noqa: PTH123
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def _free(ports: Iterable[Any]) -> bool:
+    for port in ports:
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((LOOPBACK, int(port)))
+            except (OSError, OverflowError, ValueError, TypeError):
+                return False
+    return True
+
+
+def _free_ports() -> dict[str, int]:
+    while True:
+        first = secrets.choice(_PORTS)
+        ports = {name: first + place for place, name in enumerate(_PORT_NAMES)}
+        if _free(ports.values()):
+            return ports

@@ -1,0 +1,133 @@
+"""One part as a process: started on a tether, logged, found again when its farm was killed, and ended."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+from farm.local.home import Home
+from farm.local.parts import Part
+
+LOG_BYTES = 16 * 2**20
+_TETHER = Path(__file__).with_name("tether.py")
+
+
+class Process:
+    """The process of a part, from its start to its end; the next start makes a new one.
+
+    Make it in a thread that lives as long as the part shall: on Linux the process is killed when that thread ends.
+    """
+
+    def __init__(self, part: Part, home: Home) -> None:
+        self._part = part
+        self._log = home.logs / f"{part.name}.log"
+        self._pid_file = home.run / f"{part.name}.pid"
+        self.started_at = datetime.now(UTC)
+        self.started = time.monotonic()
+        for path in part.litter:
+            path.unlink(missing_ok=True)
+        with self._log.open("ab") as log:
+            self._popen = subprocess.Popen(
+                [sys.executable, "-I", "-S", str(_TETHER), str(os.getpid()), *part.command],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=dict(part.env),
+                cwd=part.cwd,
+                umask=0o077,
+                # A session of its own: Ctrl-C at the terminal is for the farm, which stops its parts in order.
+                start_new_session=True,
+            )
+        self.pid = self._popen.pid
+        _remember(self._pid_file, self.pid)
+
+    def ended(self) -> int | None:
+        """The exit status (negative: the signal), or None while it lives."""
+        if self._popen.returncode is not None:
+            return self._popen.returncode
+        # It is left a zombie until `clear`: so long its id, which is its group's too, is nobody else's.
+        end = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        if end is None:
+            return None
+        return end.si_status if end.si_code == os.CLD_EXITED else -end.si_status
+
+    def ask_to_stop(self) -> None:
+        """Send SIGTERM."""
+        if self.ended() is None:
+            os.kill(self.pid, signal.SIGTERM)
+
+    def clear(self) -> None:
+        """Kill what is left of its process group, and take away its traces."""
+        if self._popen.returncode is None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.pid, signal.SIGKILL)
+            self._popen.wait()
+        self._pid_file.unlink(missing_ok=True)
+        for path in self._part.litter:
+            path.unlink(missing_ok=True)
+
+    def last_lines(self, count: int = 10) -> list[str]:
+        """The end of its log."""
+        with self._log.open("rb") as log:
+            log.seek(max(0, self._log.stat().st_size - 16_384))
+            return log.read().decode(errors="replace").splitlines()[-count:]
+
+    def bound_log(self) -> None:
+        """Move a log that has grown too long aside; it is written on from its beginning."""
+        if self._log.stat().st_size > LOG_BYTES:
+            shutil.copyfile(self._log, self._log.with_suffix(".log.1"))
+            os.truncate(self._log, 0)
+
+
+def rotate_log(home: Home, name: str) -> None:
+    """Put the log of the last run aside."""
+    log = home.logs / f"{name}.log"
+    if log.exists() and log.stat().st_size:
+        log.replace(log.with_suffix(".log.1"))
+
+
+def end_leftovers(home: Home) -> list[str]:
+    """End what a killed farm left running in this home; returns the parts' names.
+
+    A process is ours if it has the recorded id and was started at the recorded time; ids are used again.
+    """
+    import psutil
+
+    found = []
+    for pid_file in sorted(home.run.glob("*.pid")):
+        with contextlib.suppress(ValueError, KeyError, psutil.Error):
+            recorded = json.loads(pid_file.read_text(encoding="utf-8"))
+            process = psutil.Process(recorded["pid"])
+            # Half a second: the boot time that psutil adds can be corrected by the clock.
+            if abs(process.create_time() - recorded["create_time"]) < 0.5:
+                found.append(pid_file.stem)
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait(10)
+        pid_file.unlink(missing_ok=True)
+    return found
+
+
+def alive(home: Path, name: str) -> bool:
+    """Whether the part of that name runs in this home."""
+    import psutil
+
+    try:
+        recorded = json.loads((home / "run" / f"{name}.pid").read_text(encoding="utf-8"))
+        return bool(abs(psutil.Process(recorded["pid"]).create_time() - recorded["create_time"]) < 0.5)
+    except (OSError, ValueError, KeyError, psutil.Error):
+        return False
+
+
+def _remember(pid_file: Path, pid: int) -> None:
+    import psutil
+
+    with contextlib.suppress(psutil.Error):  # it may be gone already
+        record = {"pid": pid, "create_time": psutil.Process(pid).create_time()}
+        pid_file.write_text(json.dumps(record) + "\n", encoding="utf-8")

