@@ -25,7 +25,8 @@ def main() -> None:
     from flower.urls import settings as web_settings
 
     configure()
-    logging.getLogger("tornado.access").setLevel(logging.ERROR)
+    for name in ("tornado.access", "flower.inspector"):  # the latter complains while there is no worker
+        logging.getLogger(name).setLevel(logging.ERROR)
     options.address = "127.0.0.1"
     options.tasks_columns = TASKS_COLUMNS
     options.persistent = True

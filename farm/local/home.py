@@ -5,6 +5,7 @@ import json
 import os
 import secrets
 import socket
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,6 +14,19 @@ from typing import IO, Any
 from farm.errors import AlreadyRunning, NotConfigured
 from farm.settings import EMBEDDED_FILE, Settings
 
+SERVICE_VARIABLES = frozenset(
+    f"FARM_{name}"
+    for name in (
+        "DATABASE_URL",
+        "BROKER_URL",
+        "S3_BUCKET",
+        "S3_ENDPOINT_URL",
+        "S3_ACCESS_KEY_ID",
+        "S3_SECRET_ACCESS_KEY",
+        "FLOWER_URL",
+    )
+)
+"""Where these are set, they lead away from the farm that stands in the home."""
 LOOPBACK = "127.0.0.1"
 BUCKET = "farm"
 # Below the range from which Linux and macOS take the ports of outgoing connections: a port that was ours is then
@@ -49,7 +63,8 @@ class Access:
     s3_internal_key: str = field(default_factory=_secret, repr=False)
     """Signs what SeaweedFS's own parts say to each other, so that nobody else can read through their ports."""
     flower_user: str = "farm"
-    flower_password: str = field(default_factory=_secret, repr=False)
+    flower_password: str = field(default_factory=lambda: secrets.token_urlsafe(12), repr=False)
+    """Shorter: people type it."""
 
 
 class Home:
@@ -71,16 +86,14 @@ class Home:
         # It holds passwords and pictures, and mostly lies in somebody's repository.
         (self.path / ".gitignore").write_text("*\n", encoding="utf-8")
         lock = (self.path / "lock").open("a+", encoding="utf-8")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _locked(lock):
             lock.seek(0)
             pid = lock.read().strip() or "unknown"
             lock.close()
             raise AlreadyRunning(
                 f"a farm already runs in {self.path} (process {pid}): use it as it is, stop it with `kill {pid}`, "
                 "or start another one in another FARM_HOME"
-            ) from None
+            )
         lock.truncate(0)
         lock.write(f"{os.getpid()}\n")
         lock.flush()
@@ -150,6 +163,18 @@ class Home:
         except ValueError as error:
             raise NotConfigured(f"{path} can't be read ({error}): delete it, and `farm up` makes a new one") from None
         return kept if isinstance(kept, dict) else {}
+
+
+def _locked(lock: IO[str]) -> bool:
+    for attempt in range(5):
+        if attempt:  # it may have been `running`, which holds it for a moment
+            time.sleep(0.05)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            continue
+        return True
+    return False
 
 
 def running(home: Path) -> int | None:

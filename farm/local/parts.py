@@ -1,5 +1,6 @@
 """What each part of the embedded farm is: its command, its secrets, and how one sees that it answers."""
 
+import http.client
 import importlib.util
 import os
 import shutil
@@ -7,21 +8,22 @@ import socket
 import subprocess
 import sys
 import sysconfig
-import urllib.error
-import urllib.request
 from base64 import b64encode
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import redis
 
 from farm.errors import FarmError, NotConfigured, ServiceUnavailable
 from farm.jobs import JobStore
-from farm.local.home import LOOPBACK, Access, Home, write_private
+from farm.local.home import LOOPBACK, SERVICE_VARIABLES, Access, Home, write_private
 from farm.settings import Settings
 from farm.storage import Storage
+
+if TYPE_CHECKING:
+    from farm.local.process import Process
 
 # -P: a folder called `workers` where somebody stands must not be taken for ours.
 PYTHON = (sys.executable, "-P", "-m")
@@ -43,10 +45,8 @@ class Part:
     command: tuple[str, ...]
     env: Mapping[str, str]
     cwd: Path | None
-    answers: Callable[[datetime], bool]
-    """Called every 0.1 s while the part comes up, with the time of its start; says whether it is ready for use."""
-    how: str = ""
-    """How a person gets in."""
+    answers: Callable[["Process"], bool]
+    """Called every 0.1 s while the part comes up; says whether it is ready for use."""
     litter: tuple[Path, ...] = ()
     """Files outside the home that a killed process leaves behind."""
     ready_seconds: float = 60.0
@@ -83,7 +83,7 @@ def valkey(home: Home, access: Access, settings: Settings) -> Part:
         "set-proc-title no\n",
     )
 
-    def answers(_started: datetime) -> bool:
+    def answers(_process: "Process") -> bool:
         client = redis.Redis.from_url(settings.broker_url, socket_timeout=1, socket_connect_timeout=1)
         try:
             return bool(client.ping())
@@ -96,7 +96,6 @@ def valkey(home: Home, access: Access, settings: Settings) -> Part:
         name="redis",
         shown="Redis (Valkey)",
         address=f"redis://{LOOPBACK}:{port}/0",
-        how="password in farm.json",
         command=(str(get_binary_path()), str(config)),
         env=_bare_env(data),
         cwd=data,
@@ -111,7 +110,7 @@ def seaweed(home: Home, access: Access, settings: Settings) -> Part:
     doors = ("master", "volume", "filer", "s3", "admin")
     storage = Storage(settings)
 
-    def answers(_started: datetime) -> bool:
+    def answers(_process: "Process") -> bool:
         if not _listens(ports["s3"]):  # boto3 would try again for seconds
             return False
         try:
@@ -126,7 +125,6 @@ def seaweed(home: Home, access: Access, settings: Settings) -> Part:
         name="s3",
         shown="S3 (SeaweedFS)",
         address=f"{settings.s3_endpoint_url}  bucket {settings.s3_bucket}",
-        how="keys in farm.json",
         command=(
             str(_weed()),
             "-logtostderr",
@@ -145,6 +143,7 @@ def seaweed(home: Home, access: Access, settings: Settings) -> Part:
             "-s3.port.lance=0",
             "-filer.localSocket=filer.sock",
             "-s3.localSocket=s3.sock",
+            "-volume.preStopSeconds=0",  # nobody is to be told that it goes away
             "-volume.id=farm",  # and not its address: the data must be found again behind another port
         ),
         env={
@@ -162,38 +161,37 @@ def seaweed(home: Home, access: Access, settings: Settings) -> Part:
     )
 
 
-def dispatcher(home: Home, access: Access, settings: Settings) -> Part:
+def dispatcher(home: Home) -> Part:
     """What moves jobs from the backlog in SQL to Redis, and back again what was lost."""
-    log = home.logs / "dispatcher.log"
 
-    def answers(_started: datetime) -> bool:
-        return b"dispatching" in log.read_bytes()
+    def answers(process: "Process") -> bool:
+        return b"dispatching" in process.written()
 
     return Part(
         name="dispatcher",
         shown="dispatcher",
         address="backlog → Redis",
         command=(*PYTHON, "farm", "dispatcher"),
-        env=_farm_env(home, access),
+        env=_farm_env(home),
         cwd=None,
         answers=answers,
     )
 
 
-def worker(home: Home, access: Access, settings: Settings, number: int, of: int, store: JobStore) -> Part:
+def worker(home: Home, settings: Settings, number: int, of: int, store: JobStore) -> Part:
     """One of the workers; they share the machine's cores, and take turns on its GPUs if it has several."""
     name = f"worker-{number}"
     here = f"{name}@{socket.gethostname()}"
-    env = _farm_env(home, access)
+    env = _farm_env(home)
     env.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // of)))
     gpus = _gpus() if of > 1 and settings.device is None else 0
     if gpus > 1:
         env["FARM_DEVICE"] = f"cuda:{(number - 1) % gpus}"
 
-    def answers(started: datetime) -> bool:
+    def answers(process: "Process") -> bool:
         try:
             return any(
-                found.name == here and found.started_at is not None and found.started_at >= started
+                found.name == here and found.started_at is not None and found.started_at >= process.started_at
                 for found in store.workers()
             )
         except ServiceUnavailable:
@@ -212,29 +210,29 @@ def worker(home: Home, access: Access, settings: Settings, number: int, of: int,
     )
 
 
-def flower(home: Home, access: Access, settings: Settings) -> Part:
+def flower(home: Home, access: Access) -> Part:
     """The monitor, behind a password."""
     login = f"{access.flower_user}:{access.flower_password}"
     url = f"http://{LOOPBACK}:{access.ports['flower']}"
 
-    def answers(_started: datetime) -> bool:
-        request = urllib.request.Request(  # noqa: S310
-            f"{url}/tasks", headers={"Authorization": f"Basic {b64encode(login.encode()).decode()}"}
-        )
+    def answers(_process: "Process") -> bool:
+        connection = http.client.HTTPConnection(LOOPBACK, access.ports["flower"], timeout=2)
+        token = b64encode(login.encode()).decode()
         try:
-            with _no_proxy().open(request, timeout=2) as response:
-                return bool(response.status == 200)
-        except (OSError, urllib.error.URLError):
+            connection.request("GET", "/tasks", headers={"Authorization": f"Basic {token}"})
+            return connection.getresponse().status == http.client.OK
+        except (OSError, http.client.HTTPException):
             return False
+        finally:
+            connection.close()
 
     return Part(
         name="flower",
         shown="Flower",
-        address=url,
-        how=f"user {access.flower_user}, password {access.flower_password}",
+        address=f"{url}  user {access.flower_user}  password {access.flower_password}",
         command=(*PYTHON, "farm.flower"),
         env={
-            **{name: value for name, value in _farm_env(home, access).items() if not name.startswith("FLOWER_")},
+            **{name: value for name, value in _farm_env(home).items() if not name.startswith("FLOWER_")},
             "FLOWER_ADDRESS": LOOPBACK,
             "FLOWER_PORT": str(access.ports["flower"]),
             "FLOWER_BASIC_AUTH": login,
@@ -250,10 +248,9 @@ def _bare_env(data: Path) -> dict[str, str]:
     return {"PATH": os.environ.get("PATH", os.defpath), "HOME": str(data), "LANG": "C.UTF-8"}
 
 
-def _farm_env(home: Home, access: Access) -> dict[str, str]:
+def _farm_env(home: Home) -> dict[str, str]:
     """The environment in which the farm's own programs find this farm, whatever else the environment names."""
-    hidden = {f"FARM_{name.upper()}" for name in home.services(access)}
-    env = {name: value for name, value in os.environ.items() if name not in hidden}
+    env = {name: value for name, value in os.environ.items() if name not in SERVICE_VARIABLES}
     no_proxy = ",".join(filter(None, (env.get("no_proxy") or env.get("NO_PROXY"), LOOPBACK)))
     return env | {"FARM_HOME": str(home.path), "NO_PROXY": no_proxy, "no_proxy": no_proxy, "PYTHONUNBUFFERED": "1"}
 
@@ -281,7 +278,3 @@ def _listens(port: int) -> bool:
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.settimeout(1)
         return probe.connect_ex((LOOPBACK, port)) == 0
-
-
-def _no_proxy() -> urllib.request.OpenerDirector:
-    return urllib.request.build_opener(urllib.request.ProxyHandler({}))

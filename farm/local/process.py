@@ -33,6 +33,7 @@ class Process:
         for path in part.litter:
             path.unlink(missing_ok=True)
         with self._log.open("ab") as log:
+            self._log_start = log.tell()
             self._popen = subprocess.Popen(
                 [sys.executable, "-I", "-S", str(_TETHER), str(os.getpid()), *part.command],
                 stdin=subprocess.DEVNULL,
@@ -72,17 +73,26 @@ class Process:
         for path in self._part.litter:
             path.unlink(missing_ok=True)
 
-    def last_lines(self, count: int = 10) -> list[str]:
-        """The end of its log."""
+    def written(self) -> bytes:
+        """What it has written since its start."""
         with self._log.open("rb") as log:
-            log.seek(max(0, self._log.stat().st_size - 16_384))
-            return log.read().decode(errors="replace").splitlines()[-count:]
+            log.seek(self._log_start)
+            return log.read()
+
+    def last_lines(self, count: int = 10) -> list[str]:
+        """The end of its log, without what a terminal would take for a command."""
+        lines = self.written()[-16_384:].decode(errors="replace").expandtabs().splitlines()
+        said = [line for line in lines if line.strip()]
+        return ["".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in line) for line in said][
+            -count:
+        ]
 
     def bound_log(self) -> None:
         """Move a log that has grown too long aside; it is written on from its beginning."""
         if self._log.stat().st_size > LOG_BYTES:
             shutil.copyfile(self._log, self._log.with_suffix(".log.1"))
             os.truncate(self._log, 0)
+            self._log_start = 0
 
 
 def rotate_log(home: Home, name: str) -> None:
