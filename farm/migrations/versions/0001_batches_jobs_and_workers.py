@@ -90,6 +90,7 @@ def upgrade() -> None:
             postgresql_where=sa.text("state = 'pending'"),
         )
         batch_op.create_index("ix_jobs_batch_id_state", ["batch_id", "state"], unique=False)
+        batch_op.create_index("ix_jobs_batch_id_finished_at", ["batch_id", "finished_at"], unique=False)
         batch_op.create_index(
             "ix_jobs_queued",
             ["model", "queued_at"],

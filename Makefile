@@ -1,0 +1,53 @@
+# What can be done here; `make` alone lists it.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+OUT    ?= out/demo
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo up test lint format clean
+
+help:  ## list these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.farm  ## make .venv with the farm, its worker and the embedded servers
+
+demo: $(VENV)/.farm  ## start the embedded farm, render examples/prompts.txt, show where the pictures are
+	@$(BIN)/python examples/demo.py --out $(OUT)
+
+up: $(VENV)/.farm  ## start the embedded farm and keep it running until Ctrl-C
+	@$(BIN)/farm up
+
+test: $(VENV)/.dev  ## run all tests, against real servers (ten minutes at most on two cores)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.dev  ## ruff, mypy, import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.dev  ## let ruff format and fix
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:  ## remove .venv and what the demo made; not .farm, where your jobs and pictures are
+	rm -rf $(VENV) out .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "The farm needs Python 3.11 or newer; $(PYTHON) is older. Try: make PYTHON=python3.12 ..."; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || \
+	  { echo "This Python can't make virtual environments. On Debian and Ubuntu: apt install python3-venv"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# Stamps, so that a second run does not ask pip again.
+$(VENV)/.farm: $(VENV)/bin/python pyproject.toml
+	@echo "Installing the farm into $(VENV) (the first time takes a minute or more) ..."
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[worker,local]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.farm
+	@echo "Installing what the tests need ..."
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[worker,local,dev]'
+	@touch $@

@@ -1,0 +1,333 @@
+"""What `JobStore` promises, on every database: each move of a job, who may make it, and who comes too late."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import pytest
+import sqlalchemy as sa
+
+from farm.db import Database, JobRow, now_plus
+from farm.errors import NotFound
+from farm.jobs import Claim, JobStore, Picture, WorkerInfo
+from farm.settings import Settings
+from farm.spec import RenderSpec
+from farm.states import TRANSITIONS, JobState
+
+PICTURE = Picture("b/1.png", "f" * 64, 123, 64, 64, "e" * 64, 1.5, ("cut at 77 tokens",))
+WORKER = WorkerInfo("w1@host", "cpu", "float32", 8, "0", ({"name": "tiny", "sha256": "e" * 64},))
+
+
+@pytest.fixture
+def store(database: Database) -> JobStore:
+    settings = Settings(database_url="", broker_url="", s3_bucket="", max_tries=2, max_lost_leases=3)
+    return JobStore(database, settings)
+
+
+@pytest.fixture
+def lapse(database: Database) -> Callable[[], None]:
+    """Lets a minute pass for every lease and every queued job."""
+
+    def pass_time() -> None:
+        with database.write() as session:
+            for column in (JobRow.lease_until, JobRow.queued_at):
+                session.execute(
+                    sa.update(JobRow).where(column.is_not(None)).values({column: now_plus(sa.literal(-60.0))})
+                )
+
+    return pass_time
+
+
+def some(count: int, **fields: object) -> Iterator[RenderSpec]:
+    return (RenderSpec(prompt=f"prompt {n}", **fields) for n in range(1, count + 1))
+
+
+def claimed(store: JobStore, count: int = 1, worker: str = "w1@host") -> list[Claim]:
+    store.submit("batch", "me", 50, some(count))
+    claims = [store.claim(bell.job_id, worker) for bell in store.enqueue(100)]
+    return [claim for claim in claims if claim is not None]
+
+
+def state(store: JobStore, claim: Claim) -> JobState:
+    return store.job(claim.job_id).state
+
+
+def test_a_submitted_batch_is_pending_whole_and_in_order(store: JobStore) -> None:
+    specs = list(some(2500))
+    status = store.batch(store.submit("Sea & Sky", "me", 70, specs))
+    assert (status.name, status.owner, status.priority, status.total) == ("Sea & Sky", "me", 70, 2500)
+    assert status.counts[JobState.PENDING] == 2500
+    assert status.id.startswith("sea-sky-")
+    jobs = [*store.jobs(status.id, limit=2000), *store.jobs(status.id, after=2000)]
+    assert [job.spec for job in jobs] == specs
+    assert [job.index for job in jobs] == list(range(1, 2501))
+    assert jobs[16].id == f"{status.id}-17"
+
+
+def test_a_submission_that_breaks_midway_leaves_nothing(store: JobStore) -> None:
+    def broken() -> Iterator[RenderSpec]:
+        yield from some(1500)
+        raise ValueError("the source broke")
+
+    with pytest.raises(ValueError, match="the source broke"):
+        store.submit("half", "me", 50, broken())
+    assert store.batches() == []
+    assert store.enqueue(10) == []
+
+
+def test_the_window_bounds_what_is_queued_of_each_model(store: JobStore) -> None:
+    store.submit("a", "me", 50, some(30))
+    store.submit("b", "me", 50, some(30, model="other"))
+    bells = store.enqueue(10)
+    assert [bell.model for bell in bells].count("tiny") == 10
+    assert [bell.model for bell in bells].count("other") == 10
+    assert store.enqueue(10) == []
+    assert store.waiting_by_model() == {"tiny": 30, "other": 30}
+    store.claim(bells[0].job_id, "w1@host")
+    assert len(store.enqueue(10)) == 1
+
+
+def test_a_higher_priority_is_served_first(store: JobStore) -> None:
+    store.submit("low", "me", 10, some(5))
+    high = store.submit("high", "me", 90, some(2))
+    assert [bell.job_id for bell in store.enqueue(3)][:2] == [f"{high}-1", f"{high}-2"]
+
+
+def test_a_small_batch_behind_a_large_one_is_served_among_its_first(store: JobStore) -> None:
+    store.submit("large", "me", 50, some(500))
+    store.enqueue(100)
+    small = store.submit("small", "me", 50, some(3))
+    next_ones = [bell.job_id for bell in store.enqueue(110)]
+    assert {f"{small}-1", f"{small}-2", f"{small}-3"} <= set(next_ones)
+
+
+def test_a_late_batch_does_not_overtake_one_that_has_waited(store: JobStore) -> None:
+    first = store.submit("first", "me", 50, some(200))
+    store.enqueue(100)
+    store.submit("second", "me", 50, some(200))
+    assert sum(bell.job_id.startswith(first) for bell in store.enqueue(120)) >= 9
+
+
+def test_a_doorbell_says_batch_place_model_and_prompt(store: JobStore) -> None:
+    store.submit("sea", "me", 50, [RenderSpec(prompt="a\nlong  prompt " + "x" * 100)])
+    (bell,) = store.enqueue(1)
+    assert bell.shown.startswith("batch=sea job=1/1 model=tiny prompt='a long prompt xxx")
+    assert len(bell.shown) < 160
+
+
+def test_a_job_is_claimed_once(store: JobStore) -> None:
+    (claim,) = claimed(store)
+    assert (claim.attempt, claim.index, claim.total, claim.batch_name) == (1, 1, 1, "batch")
+    assert store.claim(claim.job_id, "w2@host") is None
+    job = store.job(claim.job_id)
+    assert (job.state, job.worker, job.attempt) == (JobState.RUNNING, "w1@host", 1)
+
+
+def test_a_pending_or_unknown_job_can_not_be_claimed(store: JobStore) -> None:
+    batch = store.submit("batch", "me", 50, some(1))
+    assert store.claim(f"{batch}-1", "w1@host") is None
+    assert store.claim("nobody-1", "w1@host") is None
+
+
+def test_a_finished_job_has_its_picture(store: JobStore) -> None:
+    (claim,) = claimed(store)
+    assert store.succeed(claim, PICTURE)
+    job = store.job(claim.job_id)
+    assert job.state is JobState.SUCCEEDED
+    assert job.picture == PICTURE
+    assert job.steps_done == job.spec.num_inference_steps
+    assert store.batch(claim.batch_id).done
+    assert [info.id for info in store.finished(claim.batch_id)] == [claim.job_id]
+
+
+def test_only_the_current_attempt_writes(store: JobStore, lapse: Callable[[], None]) -> None:
+    (zombie,) = claimed(store)
+    lapse()
+    assert store.expire_leases() == 1
+    (bell,) = store.enqueue(1)
+    claim = store.claim(bell.job_id, "w2@host")
+    assert claim is not None
+    assert claim.attempt == 2
+    for late in (
+        store.succeed(zombie, PICTURE),
+        store.fail(zombie, "no", retryable=False),
+        store.hand_back(zombie),
+        store.stopped(zombie),
+    ):
+        assert not late
+    assert store.beat("w1@host", {(zombie.job_id, zombie.attempt): 9}).lost == {zombie.job_id}
+    assert store.job(claim.job_id).steps_done == 0
+    assert store.succeed(claim, PICTURE)
+
+
+@pytest.mark.parametrize("ending", ["succeed", "fail", "cancel"])
+def test_a_terminal_state_never_changes(store: JobStore, lapse: Callable[[], None], ending: str) -> None:
+    (claim,) = claimed(store)
+    if ending == "succeed":
+        store.succeed(claim, PICTURE)
+    elif ending == "fail":
+        store.fail(claim, "bad spec", retryable=False)
+    else:
+        store.cancel(job_id=claim.job_id)
+        store.stopped(claim)
+    before = store.job(claim.job_id)
+    assert before.state.terminal
+    lapse()
+    assert store.cancel(batch_id=claim.batch_id) == 0
+    assert store.expire_leases() == 0
+    assert store.unqueue([claim.job_id]) == 0
+    assert store.unqueue_lost("tiny", []) == 0
+    assert store.claim(claim.job_id, "w2@host") is None
+    assert not store.fail(claim, "again", retryable=True)
+    assert not store.succeed(claim, replace(PICTURE, key="other"))
+    assert replace(store.job(claim.job_id), queued_at=None) == replace(before, queued_at=None)
+
+
+def test_an_expired_lease_is_requeued_once_and_costs_no_try(store: JobStore, lapse: Callable[[], None]) -> None:
+    (claim,) = claimed(store)
+    assert store.expire_leases() == 0
+    lapse()
+    assert store.expire_leases() == 1
+    assert store.expire_leases() == 0
+    job = store.job(claim.job_id)
+    assert (job.state, job.tries, job.worker) == (JobState.PENDING, 0, None)
+
+
+def test_a_renewed_lease_does_not_expire(store: JobStore, lapse: Callable[[], None]) -> None:
+    first, second = claimed(store, 2)
+    lapse()
+    beat = store.beat("w1@host", {(first.job_id, first.attempt): 7})
+    assert not beat.lost
+    assert not beat.cancelled
+    assert store.expire_leases() == 1
+    assert state(store, first) is JobState.RUNNING
+    assert store.job(first.job_id).steps_done == 7
+    assert state(store, second) is JobState.PENDING
+
+
+def test_a_job_that_keeps_losing_its_worker_is_set_aside(store: JobStore, lapse: Callable[[], None]) -> None:
+    (claim,) = claimed(store)
+    for _ in range(3):
+        lapse()
+        store.expire_leases()
+        for bell in store.enqueue(1):
+            store.claim(bell.job_id, "w1@host")
+    job = store.job(claim.job_id)
+    assert job.state is JobState.FAILED
+    assert "set aside" in (job.error or "")
+
+
+def test_an_error_is_tried_again_until_the_tries_are_used_up(store: JobStore) -> None:
+    (claim,) = claimed(store)
+    assert store.fail(claim, "S3 hiccup", retryable=True)
+    assert state(store, claim) is JobState.PENDING
+    (bell,) = store.enqueue(1)
+    again = store.claim(bell.job_id, "w1@host")
+    assert again is not None
+    assert store.fail(again, "S3 hiccup again", retryable=True)
+    job = store.job(claim.job_id)
+    assert (job.state, job.tries, job.error) == (JobState.FAILED, 2, "S3 hiccup again")
+
+
+def test_an_error_that_no_other_try_can_help_fails_at_once(store: JobStore) -> None:
+    (claim,) = claimed(store)
+    store.fail(claim, "bad spec", retryable=False)
+    assert state(store, claim) is JobState.FAILED
+
+
+def test_a_job_handed_back_costs_nothing_and_goes_to_the_front(store: JobStore) -> None:
+    first, *_ = claimed(store, 5)
+    store.submit("later", "me", 50, some(5))
+    assert store.hand_back(first)
+    assert store.job(first.job_id).tries == 0
+    assert store.enqueue(1)[0].job_id == first.job_id
+
+
+def test_a_cancel_ends_what_waits_and_marks_what_runs(store: JobStore) -> None:
+    batch = store.submit("batch", "me", 50, some(3))
+    bells = store.enqueue(2)
+    claim = store.claim(bells[0].job_id, "w1@host")
+    assert claim is not None
+    assert store.cancel(batch_id=batch) == 3
+    counts = store.batch(batch).counts
+    assert (counts[JobState.CANCELLED], counts[JobState.RUNNING]) == (2, 1)
+    assert store.claim(bells[1].job_id, "w2@host") is None
+    assert store.beat("w1@host", {(claim.job_id, 1): 2}).cancelled == {claim.job_id}
+    assert store.stopped(claim)
+    assert store.batch(batch).counts[JobState.CANCELLED] == 3
+
+
+@pytest.mark.parametrize("how", ["hand_back", "fail", "expire"])
+def test_a_cancelled_render_never_goes_back_to_the_backlog(
+    store: JobStore, lapse: Callable[[], None], how: str
+) -> None:
+    (claim,) = claimed(store)
+    store.cancel(job_id=claim.job_id)
+    if how == "hand_back":
+        store.hand_back(claim)
+    elif how == "fail":
+        store.fail(claim, "hiccup", retryable=True)
+    else:
+        lapse()
+        store.expire_leases()
+    assert state(store, claim) is JobState.CANCELLED
+
+
+def test_queued_jobs_without_a_message_come_back_after_a_grace(store: JobStore, lapse: Callable[[], None]) -> None:
+    store.submit("batch", "me", 50, some(3))
+    ids = [bell.job_id for bell in store.enqueue(3)]
+    assert store.unqueue_lost("tiny", ids[:1]) == 0  # they may be on their way
+    lapse()
+    assert store.unqueue_lost("tiny", ids[:1]) == 2
+    assert [bell.job_id for bell in store.enqueue(3)] == ids[1:]
+
+
+def test_a_worker_that_starts_again_gives_back_what_it_had_left(store: JobStore) -> None:
+    store.introduce(WORKER)
+    mine, other = claimed(store, 2)
+    with_other = store.hand_back(other) and store.claim(store.enqueue(1)[0].job_id, "w2@host")
+    assert with_other
+    store.introduce(WORKER)
+    assert state(store, mine) is JobState.PENDING
+    assert state(store, other) is JobState.RUNNING
+
+
+def test_workers_are_known_while_they_beat(store: JobStore, database: Database) -> None:
+    store.introduce(WORKER)
+    (known,) = store.workers()
+    assert known.alive
+    assert known.models == WORKER.models
+    with database.write() as session:
+        session.execute(sa.text("UPDATE workers SET seen_at = '2000-01-01 00:00:00.000000'"))
+    assert not store.workers()[0].alive
+    store.beat("w1@host", {})
+    assert store.workers()[0].alive
+    store.leave("w1@host")
+    assert store.workers() == []
+
+
+def test_a_batch_is_found_by_id_or_as_the_newest_of_its_name(store: JobStore) -> None:
+    first = store.submit("sea", "me", 50, some(1))
+    second = store.submit("sea", "me", 50, some(1))
+    assert store.batch("sea").id == second
+    assert store.batch(first).id == first
+    assert [status.id for status in store.batches()] == [second, first]
+    with pytest.raises(NotFound):
+        store.batch("land")
+    with pytest.raises(NotFound):
+        store.job("land-1")
+
+
+def test_prompts_are_only_data(store: JobStore) -> None:
+    nasty = "'; DROP TABLE jobs; -- \\ \" %s {} \u2028 🎨 ￿"
+    batch = store.submit(nasty[:200], "me", 50, [RenderSpec(prompt=nasty)])
+    assert store.jobs(batch)[0].spec.prompt == nasty
+    assert store.batch(batch).name == nasty
+
+
+def test_every_move_the_store_makes_is_a_transition_that_the_states_allow() -> None:
+    assert {state for state in JobState if state.terminal} == {
+        JobState.SUCCEEDED,
+        JobState.FAILED,
+        JobState.CANCELLED,
+    }
+    assert all(following in JobState for states in TRANSITIONS.values() for following in states)

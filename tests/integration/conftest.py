@@ -1,0 +1,123 @@
+"""Workers and dispatchers as real processes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from farm.client import Farm
+from farm.settings import Settings
+
+
+def environment(settings: Settings, **more: object) -> dict[str, str]:
+    """The environment with which a process finds these services."""
+    secret = settings.s3_secret_access_key
+    values = {
+        "FARM_DATABASE_URL": settings.database_url,
+        "FARM_BROKER_URL": settings.broker_url,
+        "FARM_S3_BUCKET": settings.s3_bucket,
+        "FARM_S3_ENDPOINT_URL": settings.s3_endpoint_url or "",
+        "FARM_S3_ACCESS_KEY_ID": settings.s3_access_key_id or "",
+        "FARM_S3_SECRET_ACCESS_KEY": secret.get_secret_value() if secret else "",
+        "FARM_HOME": str(settings.home),
+        "FARM_LEASE_SECONDS": str(settings.lease_seconds),
+        "FARM_BEAT_SECONDS": str(settings.beat_seconds),
+        "OMP_NUM_THREADS": "1",
+        **{name: str(value) for name, value in more.items()},
+    }
+    return {**os.environ, **values}
+
+
+def wait_until(true: Callable[[], bool], what: str, seconds: float = 60) -> None:
+    """Wait until something has happened; fails with its name."""
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, f"in {seconds} s: not {what}"
+        time.sleep(0.02)
+
+
+@dataclass
+class Process:
+    """A process of the farm, and what it said."""
+
+    popen: subprocess.Popen[bytes]
+    log: Path
+    name: str = ""
+
+    def kill(self) -> None:
+        """End it with SIGKILL."""
+        self.popen.send_signal(signal.SIGKILL)
+        self.popen.wait()
+
+    def stop(self, seconds: float = 30) -> int:
+        """End it with SIGTERM; returns its exit code."""
+        self.popen.terminate()
+        return self.popen.wait(seconds)
+
+
+class Crew:
+    """The dispatcher and workers of one test."""
+
+    def __init__(self, settings: Settings, folder: Path) -> None:
+        self.settings = settings
+        self._folder = folder
+        self._started: list[Process] = []
+
+    def dispatcher(self, **env: object) -> Process:
+        """Start a standing dispatcher."""
+        return self._start("dispatcher", ["farm", "dispatcher"], env)
+
+    def worker(self, name: str = "w1", models: str = "tiny=null:", slots: int = 4, **env: object) -> Process:
+        """Start a worker and wait until it is known."""
+        env = {"FARM_MODELS": models, "FARM_SLOTS": slots, **env}
+        process = self._start(name, ["workers", "--name", name], env)
+        with Farm(self.settings) as farm:
+            wait_until(
+                lambda: (
+                    process.popen.poll() is not None
+                    or any(one.name.startswith(f"{name}@") and one.alive for one in farm.workers())
+                ),
+                f"worker {name} is there",
+            )
+        assert process.popen.poll() is None, process.log.read_text()
+        return process
+
+    def _start(self, name: str, module: list[str], env: dict[str, object]) -> Process:
+        log = self._folder / f"{name}-{len(self._started)}.log"
+        with log.open("wb") as stream:
+            popen = subprocess.Popen(
+                [sys.executable, "-m", *module],
+                env=environment(self.settings, **env),
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self._started.append(Process(popen, log, name))
+        return self._started[-1]
+
+    def end(self) -> None:
+        """Kill what still runs."""
+        for process in self._started:
+            if process.popen.poll() is None:
+                process.kill()
+
+
+@pytest.fixture
+def crew(settings: Settings, tmp_path: Path) -> Iterator[Crew]:
+    """Starts dispatchers and workers, and leaves none behind."""
+    crew = Crew(settings.model_copy(update={"lease_seconds": 2.0, "beat_seconds": 0.4}), tmp_path)
+    yield crew
+    crew.end()
+
+
+@pytest.fixture
+def farm(crew: Crew) -> Iterator[Farm]:
+    """A client of the farm that the crew works for."""
+    with Farm(crew.settings) as farm:
+        yield farm

@@ -1,0 +1,71 @@
+"""The dispatcher between real SQL and real Redis: the window, lost messages, an outage."""
+
+import json
+
+import pytest
+import redis
+
+from farm.broker import Broker, queue_name
+from farm.client import Farm
+from farm.db import Database
+from farm.dispatch import Dispatcher
+from farm.errors import BrokerUnavailable
+from farm.jobs import JobStore
+from farm.settings import Settings
+from farm.states import JobState
+
+
+@pytest.fixture
+def settings(settings: Settings) -> Settings:
+    return settings.model_copy(update={"window": 10, "lease_seconds": 0.2})
+
+
+def test_submit_puts_a_window_of_jobs_into_redis_before_it_returns(settings: Settings) -> None:
+    with Farm(settings) as farm:
+        batch = farm.submit([f"prompt {n}" for n in range(25)], priority=100)
+        counts = batch.status().counts
+        assert (counts[JobState.QUEUED], counts[JobState.PENDING]) == (10, 15)
+        with redis.Redis.from_url(settings.broker_url, decode_responses=True) as client:
+            messages = [json.loads(message) for message in client.lrange(queue_name("tiny"), 0, -1)]
+        # BRPOP takes from the far end.
+        assert [message["headers"]["id"] for message in reversed(messages)] == [f"{batch.id}-{n}" for n in range(1, 11)]
+        assert all(message["content-type"] == "application/json" for message in messages)
+
+
+def test_an_urgent_job_overtakes_what_lies_in_redis(settings: Settings) -> None:
+    with Farm(settings) as farm:
+        farm.submit(["low"] * 3, priority=0)
+        farm.submit(["high"], priority=100)
+        with redis.Redis.from_url(settings.broker_url) as client:
+            assert client.llen(queue_name("tiny")) == 1
+            assert client.llen(f"{queue_name('tiny')}:9") == 3
+
+
+def test_what_redis_lost_is_brought_back_and_rung_for_again(settings: Settings, database: Database) -> None:
+    broker, store = Broker(settings), JobStore(database, settings)
+    dispatcher = Dispatcher(store, broker, settings.window)
+    with Farm(settings) as farm:
+        batch = farm.submit(["one", "two", "three"])
+        assert broker.waiting("tiny") == {job.id for job in batch}
+        with redis.Redis.from_url(settings.broker_url) as client:
+            client.flushall()
+        brought_back = 0
+        while brought_back < 3:
+            brought_back += dispatcher.recover()
+        assert dispatcher.fill() == 3
+        assert broker.waiting("tiny") == {job.id for job in batch}
+    broker.close()
+
+
+def test_without_redis_a_batch_is_safe_in_sql(settings: Settings, database: Database) -> None:
+    nowhere = settings.model_copy(update={"broker_url": "redis://127.0.0.1:1/0"})
+    with Farm(nowhere) as farm:
+        batch = farm.submit(["one", "two"])
+        assert batch.status().counts[JobState.PENDING] == 2
+    broker = Broker(nowhere)
+    with pytest.raises(BrokerUnavailable, match=r"127\.0\.0\.1:1"):
+        Dispatcher(JobStore(database, settings), broker, 10).fill()
+    broker.close()
+    broker = Broker(settings)
+    assert Dispatcher(JobStore(database, settings), broker, 10).fill() == 2
+    broker.close()

@@ -1,0 +1,151 @@
+"""The whole path with real processes: submit, dispatch, claim, render, upload, finish, whatever dies meanwhile."""
+
+import os
+import signal
+
+import pytest
+import redis
+
+from farm.broker import queue_name
+from farm.client import Batch, Farm
+from farm.errors import JobNotSucceeded
+from farm.states import JobState
+from farm.storage import Storage
+from tests.integration.conftest import Crew, wait_until
+
+SLOW = "tiny=null:?seconds_per_step=0.05"
+
+
+def ended_well(farm: Farm, batch: Batch) -> None:
+    """Every job succeeded, once; every picture is what SQL says; nothing else lies in the bucket."""
+    status = batch.wait(90)
+    assert status.counts[JobState.SUCCEEDED] == batch.total
+    keys = set()
+    for job in batch:
+        picture = job.picture
+        assert picture is not None
+        assert job.image().size == (picture.width, picture.height)  # checked against the SHA-256 on the way
+        keys.add(picture.key)
+    storage = Storage(farm.settings)
+    assert set(storage.keys(f"{batch.id}/")) == keys
+    storage.close()
+
+
+def running(batch: Batch, count: int = 1) -> None:
+    """Wait until that many jobs of a batch are rendered."""
+    wait_until(lambda: batch.status().counts[JobState.RUNNING] >= count, f"{count} jobs running")
+
+
+def test_a_batch_is_rendered_and_every_picture_is_what_sql_says(farm: Farm, crew: Crew) -> None:
+    crew.dispatcher()
+    crew.worker()
+    batch = farm.submit([f"prompt {n}" for n in range(20)], name="first", num_inference_steps=3)
+    ended_well(farm, batch)
+    assert {job.info.attempt for job in batch} == {1}
+
+
+def test_a_small_batch_needs_no_standing_dispatcher(farm: Farm, crew: Crew) -> None:
+    crew.worker()
+    ended_well(farm, farm.submit(["one", "two"], num_inference_steps=2))
+
+
+def test_a_worker_killed_mid_render_loses_no_job(farm: Farm, crew: Crew) -> None:
+    crew.dispatcher()
+    first = crew.worker("w1", SLOW)
+    batch = farm.submit([f"prompt {n}" for n in range(12)], num_inference_steps=20)
+    running(batch, 4)
+    first.kill()
+    crew.worker("w2", SLOW)
+    ended_well(farm, batch)
+    assert max(job.info.attempt for job in batch) == 2
+    assert {job.info.tries for job in batch} == {0}
+
+
+def test_a_frozen_worker_changes_nothing_when_it_wakes(farm: Farm, crew: Crew) -> None:
+    crew.dispatcher()
+    zombie = crew.worker("w1", SLOW)
+    batch = farm.submit([f"prompt {n}" for n in range(4)], num_inference_steps=20)
+    running(batch, 4)
+    os.kill(zombie.popen.pid, signal.SIGSTOP)
+    wait_until(lambda: batch.status().counts[JobState.RUNNING] == 0, "all leases lost")
+    crew.worker("w2", SLOW)
+    running(batch)
+    os.kill(zombie.popen.pid, signal.SIGCONT)
+    ended_well(farm, batch)
+    assert all(job.info.worker and job.info.worker.startswith("w2@") for job in batch)
+
+
+def test_flushing_redis_loses_no_job(farm: Farm, crew: Crew) -> None:
+    crew.dispatcher()
+    crew.worker("w1", SLOW)
+    batch = farm.submit([f"prompt {n}" for n in range(40)], num_inference_steps=5)
+    running(batch)
+    with redis.Redis.from_url(farm.settings.broker_url) as client:
+        assert client.llen(queue_name("tiny")) + client.llen(f"{queue_name('tiny')}:4") > 0
+        client.flushall()
+    ended_well(farm, batch)
+
+
+def test_a_stopping_worker_hands_back_what_it_can_not_finish(farm: Farm, crew: Crew) -> None:
+    crew.dispatcher()
+    first = crew.worker("w1", "tiny=null:?seconds_per_step=0.2", FARM_DRAIN_SECONDS="0.5")
+    batch = farm.submit([f"prompt {n}" for n in range(4)], num_inference_steps=1000)
+    running(batch, 4)
+    assert first.stop() == 0
+    status = batch.status()
+    assert status.counts[JobState.RUNNING] == 0
+    assert not [one for one in farm.workers() if one.name.startswith("w1@")]
+    assert {job.info.tries for job in batch} == {0}
+    assert "Traceback" not in first.log.read_text()
+    batch.cancel()
+
+
+def test_a_cancelled_batch_stops_within_a_beat(farm: Farm, crew: Crew) -> None:
+    crew.dispatcher()
+    crew.worker("w1", SLOW)
+    batch = farm.submit([f"prompt {n}" for n in range(50)], num_inference_steps=1000)
+    running(batch, 4)
+    assert batch.cancel() == 50
+    status = batch.wait(20)
+    assert status.counts[JobState.CANCELLED] == 50
+    with pytest.raises(JobNotSucceeded, match="cancelled"):
+        next(iter(batch)).image()
+    ended_well(farm, farm.submit(["the slots are free again"], num_inference_steps=2))
+
+
+def test_a_job_its_model_can_not_draw_fails_with_the_reason_and_alone(farm: Farm, crew: Crew) -> None:
+    crew.dispatcher()
+    crew.worker("w1", "tiny=null:,other=null:")
+    batch = farm.submit(
+        ["good", {"prompt": "for a model nobody holds", "model": "nobody"}, {"prompt": "other", "model": "other"}],
+        num_inference_steps=2,
+    )
+    ended = [job.spec.prompt for job, _ in zip(batch.as_completed(60), range(2), strict=False)]
+    assert sorted(ended) == ["good", "other"]
+    assert farm.waiting() == {"nobody": 1}
+    batch.cancel()
+    assert batch.wait(10).counts[JobState.CANCELLED] == 1
+
+
+def test_flower_is_told_what_people_read(farm: Farm, crew: Crew) -> None:
+    from farm.broker import make_app
+
+    app = make_app(farm.settings)
+    seen: dict[str, dict[str, str]] = {}
+    with app.connection_for_read() as connection:
+        receiver = app.events.Receiver(connection, handlers={"*": lambda event: seen.setdefault(event["type"], event)})
+        crew.worker()
+        batch = farm.submit(["a red circle"], name="sea", num_inference_steps=2)
+        batch.wait(60)
+        for _ in range(50):
+            if "task-succeeded" in seen:
+                break
+            try:
+                receiver.capture(limit=1, timeout=1, wakeup=False)
+            except TimeoutError:
+                continue
+    app.close()
+    assert seen["task-received"]["uuid"] == f"{batch.id}-1"
+    assert seen["task-received"]["kwargs"] == "batch=sea job=1/1 model=tiny prompt='a red circle'"
+    assert seen["task-succeeded"]["hostname"].startswith("w1@")
+    assert "00001-a-red-circle.a1.png" in seen["task-succeeded"]["result"]
