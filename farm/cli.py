@@ -119,7 +119,8 @@ def submit(
         "scheduler": scheduler,
     }
     defaults: dict[str, Any] = {key: value for key, value in fields.items() if value is not None}
-    with Farm() as farm:
+    with _farm() as farm:
+        farm.check()  # rather than leave a batch in SQL that a person believes was refused
         batch = farm.submit(rows(what), name=name or _name_from(what), priority=priority, **defaults)
         if not as_json:
             out.print(Text(f"{batch.total} jobs submitted as {printable(batch.id)}"), soft_wrap=True)
@@ -136,7 +137,7 @@ def status(
     as_json: Json = False,
 ) -> None:
     """Show the newest batches, or one batch or job."""
-    with Farm() as farm:
+    with _farm() as farm:
         if which is None:
             batches = farm.batches()
             if as_json:
@@ -161,7 +162,7 @@ def watch(
     which: Annotated[str | None, typer.Argument(metavar="[BATCH]", help="One batch, to its end.")] = None,
 ) -> None:
     """Watch batches and workers, live, until Ctrl-C; or one batch until it ends."""
-    with Farm() as farm:
+    with _farm() as farm:
         if which is not None:
             _see_through(farm.batch(which), None, as_json=False)
             return
@@ -179,7 +180,7 @@ def get(
     as_json: Json = False,
 ) -> None:
     """Fetch the pictures of a batch or a job."""
-    with Farm() as farm:
+    with _farm() as farm:
         found = _find(farm, which)
         if isinstance(found, JobInfo):
             folder.mkdir(parents=True, exist_ok=True)
@@ -197,7 +198,7 @@ def get(
 @app.command()
 def cancel(which: Annotated[str, typer.Argument(metavar="BATCH|JOB", help="Its name or id.")]) -> None:
     """Cancel what has not ended of a batch or a job."""
-    with Farm() as farm:
+    with _farm() as farm:
         found = _find(farm, which)
         count = int(farm.job(found.id).cancel()) if isinstance(found, JobInfo) else found.cancel()
         out.print(f"{count} job{'s' * (count != 1)} cancelled" if count else "nothing to cancel: all have ended")
@@ -236,7 +237,7 @@ def dispatcher() -> None:
 @app.command()
 def models(as_json: Json = False) -> None:
     """Show which models the workers hold, and what waits for each."""
-    with Farm() as farm:
+    with _farm() as farm:
         held: dict[str, dict[str, Any]] = {}
         for one in farm.workers():
             for model in one.models if one.alive else ():
@@ -295,6 +296,17 @@ def _say_json(value: Any) -> None:
 
 def _home() -> Path:
     return Path(os.environ.get("FARM_HOME", ".farm"))
+
+
+def _farm() -> Farm:
+    """The farm that commands talk to; raises `ServiceUnavailable` for an embedded one that does not run."""
+    from farm.local import running
+    from farm.local.home import SERVICE_VARIABLES
+
+    settings = Settings.load()
+    if not SERVICE_VARIABLES & os.environ.keys() and running(settings.home) is None:
+        raise ServiceUnavailable(f"the farm in {settings.home.absolute()} does not run: start it with `farm up`")
+    return Farm(settings)
 
 
 def _name_from(what: list[str]) -> str:

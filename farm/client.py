@@ -54,6 +54,11 @@ class Farm:
         self._storage = Storage(self.settings)
         self._broker = Broker(self.settings)
 
+    def check(self) -> None:
+        """Raise the `ServiceUnavailable` of the first service that does not answer."""
+        self._broker.ping()
+        self._storage.ping()
+
     def submit(
         self,
         what: str | RenderSpec | Iterable[str | RenderSpec | Mapping[str, Any] | Row],
@@ -67,7 +72,8 @@ class Farm:
 
         Further keyword arguments are defaults for the fields that a prompt or mapping leaves out, such as
         `num_inference_steps=30, model="sd15"`; a whole `RenderSpec` stays as it is. `priority` is 0 to 100, the
-        higher the sooner. When this returns, the jobs are safe in SQL, and the first of them in Redis.
+        higher the sooner. When this returns, the jobs are safe in SQL, and the first of them in Redis, unless that
+        is away: then they start when it is back, and a warning is logged.
 
         Raises `InvalidInput` with everything that is wrong, and `DatabaseUnavailable`.
         """

@@ -6,7 +6,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -29,23 +29,12 @@ SERVICE_VARIABLES = frozenset(
 """Where these are set, they lead away from the farm that stands in the home."""
 LOOPBACK = "127.0.0.1"
 BUCKET = "farm"
-# Below the range from which Linux and macOS take the ports of outgoing connections: a port that was ours is then
-# most likely still free after a restart.
-_PORTS = range(20000, 32000)
-_PORT_NAMES = (
-    "redis",
-    "flower",
-    "s3",
-    "s3_grpc",
-    "master",
-    "master_grpc",
-    "volume",
-    "volume_grpc",
-    "filer",
-    "filer_grpc",
-    "admin",
-    "admin_grpc",
-)
+GRPC = 10_000
+"""SeaweedFS's parts talk to each other at their port plus so much, whatever its `.port.grpc` flags say."""
+# Both below the range from which Linux and macOS take the ports of outgoing connections: a port that was ours is
+# then most likely still free after a restart.
+_PORTS = range(12_000, 22_000)
+_PORT_NAMES = ("redis", "flower", "s3", "master", "volume", "filer", "admin")
 
 
 def _secret() -> str:
@@ -126,7 +115,7 @@ class Home:
         """The credentials and ports from last time; what is missing, and ports that others took, are made anew."""
         kept = self._kept()
         ports = kept.pop("ports", None)
-        if not isinstance(ports, dict) or set(ports) != set(_PORT_NAMES) or not _free(ports.values()):
+        if not isinstance(ports, dict) or set(ports) != set(_PORT_NAMES) or not _free(list(ports.values())):
             ports = _free_ports()
         names = set(Access.__dataclass_fields__) - {"ports"}
         return Access(ports=ports, **{name: value for name, value in kept.items() if name in names})
@@ -201,13 +190,13 @@ def write_private(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def _free(ports: Iterable[Any]) -> bool:
-    for port in ports:
+def _free(ports: Sequence[int]) -> bool:
+    for port in [*ports, *(port + GRPC for port in ports)]:
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                probe.bind((LOOPBACK, int(port)))
-            except (OSError, OverflowError, ValueError, TypeError):
+                probe.bind((LOOPBACK, port))
+            except OSError:
                 return False
     return True
 
@@ -216,5 +205,5 @@ def _free_ports() -> dict[str, int]:
     while True:
         first = secrets.choice(_PORTS)
         ports = {name: first + place for place, name in enumerate(_PORT_NAMES)}
-        if _free(ports.values()):
+        if _free(list(ports.values())):
             return ports

@@ -18,7 +18,7 @@ import redis
 
 from farm.errors import FarmError, NotConfigured, ServiceUnavailable
 from farm.jobs import JobStore
-from farm.local.home import LOOPBACK, SERVICE_VARIABLES, Access, Home, write_private
+from farm.local.home import GRPC, LOOPBACK, SERVICE_VARIABLES, Access, Home, write_private
 from farm.settings import Settings
 from farm.storage import Storage
 
@@ -107,7 +107,7 @@ def seaweed(home: Home, access: Access, settings: Settings) -> Part:
     """The object store: SeaweedFS with every door closed but S3's."""
     data = home.data("s3")
     ports = access.ports
-    doors = ("master", "volume", "filer", "s3", "admin")
+    doors = ("s3", "master", "volume", "filer", "admin")
     storage = Storage(settings)
 
     def answers(_process: "Process") -> bool:
@@ -133,8 +133,10 @@ def seaweed(home: Home, access: Access, settings: Settings) -> Part:
             f"-ip={LOOPBACK}",
             f"-ip.bind={LOOPBACK}",
             *(f"-{door}.port={ports[door]}" for door in doors),
-            *(f"-{door}.port.grpc={ports[f'{door}_grpc']}" for door in doors),
             "-master.telemetry=false",
+            # Resumed, the master is no leader yet when its volume server first calls, which then waits for 5 s. It
+            # loses nothing by it: with one volume server, that one tells it all there is to know.
+            "-master.resumeState=false",
             "-disableHttp",  # the filer serves objects without credentials otherwise
             "-admin.ui=false",
             "-webdav=false",
@@ -157,7 +159,7 @@ def seaweed(home: Home, access: Access, settings: Settings) -> Part:
         },
         cwd=data,
         answers=answers,
-        litter=tuple(Path(f"/tmp/seaweedfs-{door}-grpc-{ports[f'{door}_grpc']}.sock") for door in doors),  # noqa: S108
+        litter=tuple(Path(f"/tmp/seaweedfs-{door}-grpc-{ports[door] + GRPC}.sock") for door in doors),  # noqa: S108
     )
 
 
