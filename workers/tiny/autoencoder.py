@@ -1,0 +1,96 @@
+"""How the image decoder, and the encoder that training needs, are trained.
+
+On pictures alone. The loss counts edges as well as colours, since flat areas and sharp edges are what is seen, and the
+latents get a little noise before they are decoded, so that the denoiser's small errors do not show.
+"""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+from torch.nn import functional
+
+from workers.tiny import scenes
+from workers.tiny.fit import Loss
+
+LATENT_NOISE = 0.07
+KL_WEIGHT = 5e-4
+EDGE_WEIGHT = 0.5
+
+
+def to_tensor(pictures: npt.NDArray[np.uint8]) -> Tensor:
+    """Pixels `(n, h, w, 3)`, 0 to 255, as `(n, 3, h, w)` float32 in -1..1."""
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def draw_many(count: int, seed: int) -> tuple[list[scenes.Scene], npt.NDArray[np.uint8]]:
+    """`count` scenes of the training set and their pictures, `(count, 64, 64, 3)`."""
+    rng = random.Random(f"scenes {seed}")
+    found = [scenes.random_scene(rng) for _ in range(count)]
+    return found, np.stack([scenes.draw(scene, rng) for scene in found])
+
+
+def autoencoder_loss(vae: AutoencoderKL, pictures: npt.NDArray[np.uint8], batch: int) -> Loss:
+    """L1 and squared error of pixels, L1 of their differences to the right and down, and a light KL term."""
+
+    def loss(generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        picked = torch.randint(len(pictures), (batch,), generator=generator)
+        true = to_tensor(pictures[picked.numpy()])
+        with torch.autocast("cpu", torch.bfloat16):
+            moments = vae.quant_conv(vae.encoder(true))
+        mean, log_variance = moments.float().clamp(-20, 20).chunk(2, dim=1)
+        spread = (0.5 * log_variance).exp().clamp(min=LATENT_NOISE)
+        latents = mean + spread * torch.randn(mean.shape, generator=generator)
+        with torch.autocast("cpu", torch.bfloat16):
+            drawn = vae.decode(latents).sample
+        error = drawn.float() - true
+        edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
+        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+        squared = error.square().mean()
+        total = error.abs().mean() + squared + EDGE_WEIGHT * edges + KL_WEIGHT * kl
+        return total, {"mse": squared.item(), "l1": error.abs().mean().item(), "kl": kl.item()}
+
+    return loss
+
+
+@torch.no_grad()
+def normalise(vae: AutoencoderKL, pictures: npt.NDArray[np.uint8]) -> None:
+    """Give each latent channel mean 0 and spread 1 over `pictures`, decoding to the same pictures as before.
+
+    Both are folded into the 1x1 convolutions either side of the latents, as the file format has a single
+    `scaling_factor` for all channels and no shift.
+    """
+    latents = encode(vae, pictures)
+    mean, spread = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
+    before, after = vae.quant_conv, vae.post_quant_conv
+    before.weight[:4] /= spread[:, None, None, None]
+    before.bias[:4] = (before.bias[:4] - mean) / spread
+    before.bias[4:] -= 2 * spread.log()
+    after.bias += (after.weight[:, :, 0, 0] * mean).sum(dim=1)
+    after.weight *= spread[None, :, None, None]
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, pictures: npt.NDArray[np.uint8], batch: int = 64) -> Tensor:
+    """The most likely latents of pictures, `(n, 4, 8, 8)`, not yet scaled."""
+    return torch.cat(
+        [
+            vae.encode(to_tensor(part)).latent_dist.mode()
+            for part in np.array_split(pictures, -(-len(pictures) // batch))
+        ]
+    )
+
+
+@torch.no_grad()
+def reconstruction_error(vae: AutoencoderKL, pictures: npt.NDArray[np.uint8], batch: int = 64) -> float:
+    """The mean squared error of pictures encoded and decoded, in units of -1..1."""
+    total = 0.0
+    for part in np.array_split(pictures, -(-len(pictures) // batch)):
+        drawn = vae.decode(encode(vae, part)).sample
+        total += functional.mse_loss(drawn, to_tensor(part), reduction="sum").item()
+    return total / pictures.size

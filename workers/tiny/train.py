@@ -1,0 +1,104 @@
+"""How the tiny model is made, from nothing to a checkpoint folder.
+
+    python -m workers.tiny.train --out build/tiny
+
+First the autoencoder, then the UNet and the text encoder, then `OUT/weights`. Run it again after a stop and it goes on
+where it was; the same seed gives the same weights on the same machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from workers.tiny import autoencoder, build, denoiser
+from workers.tiny.fit import Plan, fit
+
+SCENES = 40_000
+VAE_PICTURES = 20_000
+TEST_SCENES = 1024
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train both stages, then write the checkpoint."""
+    options = _parser().parse_args(arguments)
+    console = Console()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    train(
+        options.out,
+        widths=build.Widths(),
+        vae_plan=Plan(options.vae_steps, 1.5e-3, seed=options.seed, average=0.998),
+        plan=Plan(options.steps, 8e-4, seed=options.seed, warmup_steps=300),
+        console=console,
+    )
+
+
+def train(
+    out: Path,
+    *,
+    widths: build.Widths,
+    vae_plan: Plan,
+    plan: Plan,
+    console: Console,
+    vae_pictures: int = VAE_PICTURES,
+    scene_count: int = SCENES,
+    batch: int = 64,
+    stop_at: int | None = None,
+) -> None:
+    """Go on from what `out` holds until both stages are done, and write `out/weights`.
+
+    `stop_at` leaves the second stage at that step, as a kill would, and still writes the checkpoint as it then is.
+    """
+    seed = plan.seed
+    torch.manual_seed(seed)
+    vae = build.build_vae(widths)
+    tokenizer = build.build_tokenizer()
+    trained = denoiser.Denoiser(build.build_text_encoder(widths, tokenizer), build.build_unet(widths))
+    noise_scheduler = build.build_noise_scheduler()
+
+    _, pictures = autoencoder.draw_many(vae_pictures, seed)
+    vae = fit("vae", vae, autoencoder.autoencoder_loss(vae, pictures, batch=16), vae_plan, out, console=console)
+    autoencoder.normalise(vae, pictures[:2048])
+    latent_spread = autoencoder.encode(vae, pictures[:2048]).std().item()
+    vae.register_to_config(scaling_factor=round(1 / latent_spread, 5))
+    test_scenes, test_pictures = autoencoder.draw_many(min(TEST_SCENES, scene_count), seed + 1)
+    console.print(f"picture mse {autoencoder.reconstruction_error(vae, test_pictures):.5f}")
+
+    drawn, pictures = autoencoder.draw_many(scene_count, seed + 2)
+    cached = out / "latents.pt"
+    if not cached.exists():
+        torch.save(autoencoder.encode(vae, pictures) * vae.config.scaling_factor, cached)
+    latents = torch.load(cached, weights_only=True)
+    trained = fit(
+        "denoiser",
+        trained,
+        denoiser.denoiser_loss(trained, tokenizer, noise_scheduler, drawn, latents, batch),
+        plan,
+        out,
+        stop_at=stop_at,
+        console=console,
+    )
+    test_latents = autoencoder.encode(vae, test_pictures) * vae.config.scaling_factor
+    error = denoiser.noise_error(trained, tokenizer, noise_scheduler, test_scenes, test_latents)
+    console.print(f"noise mse {error:.5f}")
+    megabytes = build.save(out / "weights", tokenizer, trained.text_encoder, trained.unet, vae, noise_scheduler)
+    console.print(f"{megabytes:.1f} MB in {out / 'weights'}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m workers.tiny.train", description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("build/tiny"), help="where state and weights go")
+    parser.add_argument("--vae-steps", type=int, default=5500)
+    parser.add_argument("--steps", type=int, default=7500, help="steps of the UNet and the text encoder")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, help="threads of torch; another number may give another result")
+    return parser
+
+
+if __name__ == "__main__":
+    main()
