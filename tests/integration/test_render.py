@@ -2,11 +2,11 @@
 
 import os
 import signal
+from itertools import islice
 
 import pytest
 import redis
 
-from farm.broker import queue_name
 from farm.client import Batch, Farm
 from farm.errors import JobNotSucceeded
 from farm.states import JobState
@@ -72,7 +72,7 @@ def test_a_frozen_worker_changes_nothing_when_it_wakes(farm: Farm, crew: Crew) -
     running(batch)
     os.kill(zombie.popen.pid, signal.SIGCONT)
     ended_well(farm, batch)
-    assert all(job.info.worker and job.info.worker.startswith("w2@") for job in batch)
+    assert {job.info.attempt for job in batch} == {2}  # it may take one of them anew, but finish none it had lost
 
 
 def test_flushing_redis_loses_no_job(farm: Farm, crew: Crew) -> None:
@@ -81,7 +81,7 @@ def test_flushing_redis_loses_no_job(farm: Farm, crew: Crew) -> None:
     batch = farm.submit([f"prompt {n}" for n in range(40)], num_inference_steps=5)
     running(batch)
     with redis.Redis.from_url(farm.settings.broker_url) as client:
-        assert client.llen(queue_name("tiny")) + client.llen(f"{queue_name('tiny')}:4") > 0
+        assert client.keys("render.tiny*")
         client.flushall()
     ended_well(farm, batch)
 
@@ -113,39 +113,15 @@ def test_a_cancelled_batch_stops_within_a_beat(farm: Farm, crew: Crew) -> None:
     ended_well(farm, farm.submit(["the slots are free again"], num_inference_steps=2))
 
 
-def test_a_job_its_model_can_not_draw_fails_with_the_reason_and_alone(farm: Farm, crew: Crew) -> None:
+def test_a_job_for_a_model_nobody_holds_waits_and_holds_up_nobody(farm: Farm, crew: Crew) -> None:
     crew.dispatcher()
     crew.worker("w1", "tiny=null:,other=null:")
     batch = farm.submit(
         ["good", {"prompt": "for a model nobody holds", "model": "nobody"}, {"prompt": "other", "model": "other"}],
         num_inference_steps=2,
     )
-    ended = [job.spec.prompt for job, _ in zip(batch.as_completed(60), range(2), strict=False)]
+    ended = [job.spec.prompt for job in islice(batch.as_completed(60), 2)]
     assert sorted(ended) == ["good", "other"]
     assert farm.waiting() == {"nobody": 1}
     batch.cancel()
     assert batch.wait(10).counts[JobState.CANCELLED] == 1
-
-
-def test_flower_is_told_what_people_read(farm: Farm, crew: Crew) -> None:
-    from farm.broker import make_app
-
-    app = make_app(farm.settings)
-    seen: dict[str, dict[str, str]] = {}
-    with app.connection_for_read() as connection:
-        receiver = app.events.Receiver(connection, handlers={"*": lambda event: seen.setdefault(event["type"], event)})
-        crew.worker()
-        batch = farm.submit(["a red circle"], name="sea", num_inference_steps=2)
-        batch.wait(60)
-        for _ in range(50):
-            if "task-succeeded" in seen:
-                break
-            try:
-                receiver.capture(limit=1, timeout=1, wakeup=False)
-            except TimeoutError:
-                continue
-    app.close()
-    assert seen["task-received"]["uuid"] == f"{batch.id}-1"
-    assert seen["task-received"]["kwargs"] == "batch=sea job=1/1 model=tiny prompt='a red circle'"
-    assert seen["task-succeeded"]["hostname"].startswith("w1@")
-    assert "00001-a-red-circle.a1.png" in seen["task-succeeded"]["result"]

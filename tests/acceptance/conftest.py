@@ -1,0 +1,92 @@
+"""A farm as its user has it: `farm up` in a folder of its own, and the command line beside it."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+class UserFarm:
+    """`farm up` as a process, and `farm …` in the same folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.env = {**os.environ, "COLUMNS": "200", "FARM_LEASE_SECONDS": "3", "FARM_BEAT_SECONDS": "0.5"}
+        self.said = ""
+        self._heard = threading.Condition()
+        self.popen: subprocess.Popen[str] | None = None
+
+    def up(self) -> None:
+        """Start it and wait until it says that it stands."""
+        self.popen = subprocess.Popen(
+            [sys.executable, "-m", "farm", "up"],
+            cwd=self.folder,
+            env=self.env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        threading.Thread(target=self._listen, daemon=True).start()
+        self.hear("Ctrl-C stops the farm")
+
+    def _listen(self) -> None:
+        assert self.popen is not None
+        assert self.popen.stdout is not None
+        for line in self.popen.stdout:
+            with self._heard:
+                self.said += line
+                self._heard.notify_all()
+
+    def hear(self, words: str, seconds: float = 120) -> None:
+        """Wait until it has said that."""
+        with self._heard:
+            assert self._heard.wait_for(lambda: words in self.said, seconds), self.said
+
+    def pid(self, part: str) -> int:
+        """The process of a part, by the farm's own note of it."""
+        record = json.loads((self.folder / ".farm" / "run" / f"{part}.pid").read_text())
+        return int(record["pid"])
+
+    def processes(self) -> list[psutil.Process]:
+        """It and everything below it."""
+        assert self.popen is not None
+        top = psutil.Process(self.popen.pid)
+        return [top, *top.children(recursive=True)]
+
+    def down(self) -> int:
+        """Stop it as Ctrl-C does; returns its exit code."""
+        assert self.popen is not None
+        self.popen.terminate()
+        code = self.popen.wait(60)
+        self.popen = None
+        return code
+
+    def farm(self, *arguments: object, seconds: float = 300, **env: str) -> subprocess.CompletedProcess[str]:
+        """Run a command of the farm in its folder."""
+        return subprocess.run(
+            [sys.executable, "-m", "farm", *map(str, arguments)],
+            cwd=self.folder,
+            env={**self.env, **env},
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+            check=False,
+        )
+
+
+@pytest.fixture(scope="module")
+def user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[UserFarm]:
+    """A farm that runs."""
+    user = UserFarm(tmp_path_factory.mktemp("user"))
+    user.up()
+    yield user
+    if user.popen is not None:
+        user.down()

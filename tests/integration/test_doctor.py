@@ -1,0 +1,226 @@
+"""The doctor, over real servers in good and in bad health."""
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import boto3
+import pytest
+import redis
+import sqlalchemy as sa
+
+from farm import __version__, doctor
+from farm.client import Farm
+from farm.db import Database, JobRow, WorkerRow
+from farm.doctor import Finding, check, exit_code, line
+from farm.jobs import JobStore, WorkerInfo
+from farm.settings import Settings
+from farm.states import JobState
+from farm.storage import Storage
+
+
+def found(settings: Settings, part: str) -> list[Finding]:
+    return [finding for finding in check(settings) if finding.part == part]
+
+
+def only(settings: Settings, part: str) -> Finding:
+    (finding,) = found(settings, part)
+    return finding
+
+
+@pytest.fixture
+def on_sqlite(sqlite_url: str, valkey: str, s3: dict[str, str], tmp_path: Path) -> Settings:
+    """Settings for the tests to which the database does not matter."""
+    return Settings.load(database_url=sqlite_url, broker_url=valkey, home=tmp_path / "home", **s3)
+
+
+def introduce(store: JobStore, name: str, *, model: str = "tiny", version: str = __version__) -> None:
+    store.introduce(
+        WorkerInfo(name=name, device="cpu", dtype="float32", slots=8, version=version, models=({"name": model},))
+    )
+
+
+def test_a_healthy_farm_is_all_ok(settings: Settings, database: Database) -> None:
+    store = JobStore(database, settings)
+    introduce(store, "worker-1@here")
+    findings = check(settings)
+    assert [(finding.part, finding.level) for finding in findings] == [
+        (part, "ok") for part in ("settings", "database", "broker", "storage", "dispatcher", "worker")
+    ]
+    assert exit_code(findings) == 0
+    assert line(findings[-1]).plain == "✓ worker: worker-1@here on cpu, 8 slots, holds tiny"
+    storage = Storage(settings)
+    assert not list(storage.keys())  # it took its probe away again
+    storage.close()
+
+
+def test_what_workers_lack_is_named(settings: Settings, database: Database) -> None:
+    store = JobStore(database, settings)
+    with Farm(settings) as farm:
+        farm.submit(["a red circle"] * 3, model="sd15")
+        farm.submit(["a red circle"], model="tiny")
+    introduce(store, "old@here", version="0.0.1")
+    introduce(store, "gone@here", model="sd15")
+    with database.write() as session:
+        seen = session.scalar(sa.select(WorkerRow.seen_at).where(WorkerRow.name == "gone@here"))
+        session.execute(
+            sa.update(WorkerRow).where(WorkerRow.name == "gone@here").values(seen_at=seen - timedelta(hours=1))
+        )
+    findings = check(settings)
+    workers = {finding.what.split()[0]: finding for finding in findings if finding.part == "worker"}
+    assert "not been heard of" in workers["gone@here"].what
+    assert workers["gone@here"].level == "warn"
+    assert "runs version 0.0.1" in workers["old@here"].what
+    (models,) = [finding for finding in findings if finding.part == "models"]
+    assert (models.level, models.what) == ("bad", "3 jobs wait for 'sd15', which no live worker holds")
+    assert "FARM_MODELS=sd15=" in models.do
+    assert exit_code(findings) == 1
+
+
+def test_a_farm_without_a_worker_is_told_to_start_one(on_sqlite: Settings) -> None:
+    finding = only(on_sqlite, "worker")
+    assert (finding.level, finding.do) == ("bad", "start one: `farm worker`")
+
+
+def test_jobs_that_stay_in_the_backlog_show_that_no_dispatcher_runs(
+    settings: Settings, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "SECOND_LOOK_SECONDS", 0.01)
+    with Farm(settings) as farm:
+        farm.submit(["a red circle"] * 3)
+    with database.write() as session:
+        session.execute(sa.update(JobRow).where(JobRow.index == 3).values(state=JobState.PENDING.value, queued_at=None))
+    finding = only(settings, "dispatcher")
+    assert (finding.level, finding.do) == ("bad", "start one: `farm dispatcher`")
+    assert "models tiny" in finding.what
+    # A full window is no sign of it.
+    assert only(settings.model_copy(update={"window": 2}), "dispatcher").level == "ok"
+
+
+@pytest.mark.parametrize(
+    ("part", "wrong", "what", "do"),
+    [
+        ("database", {"database_url": "postgresql://farm@127.0.0.1:1/farm"}, "does not answer", "FARM_DATABASE_URL"),
+        ("database", {"database_url": "sqlite://"}, "no farm schema", "farm migrate"),
+        ("broker", {"broker_url": "redis://:secret@127.0.0.1:1/0"}, "does not answer", "FARM_BROKER_URL"),
+        ("storage", {"s3_endpoint_url": "http://127.0.0.1:1"}, "127.0.0.1:1", "FARM_S3_ENDPOINT_URL"),
+        ("storage", {"s3_secret_access_key": "wrong"}, "SignatureDoesNotMatch", "credentials"),
+        ("storage", {"s3_bucket": "not-there"}, "not-there", "FARM_S3_BUCKET"),
+        ("flower", {"flower_url": "http://127.0.0.1:1"}, "does not answer", "FARM_FLOWER_URL"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_what_does_not_answer_is_bad_and_says_which_setting(
+    on_sqlite: Settings, part: str, wrong: dict[str, str], what: str, do: str
+) -> None:
+    findings = check(Settings.load(**{**given(on_sqlite), **wrong}))
+    (finding,) = [finding for finding in findings if finding.part == part]
+    assert finding.level == "bad"
+    assert what in finding.what
+    assert do in finding.do
+    assert exit_code(findings) == 1
+    assert not [finding for finding in findings if "secret" in line(finding).plain]
+
+
+def test_a_wrong_redis_password_is_told_from_an_absent_redis(on_sqlite: Settings) -> None:
+    address = on_sqlite.broker_url.rpartition("@")[2]
+    finding = only(on_sqlite.model_copy(update={"broker_url": f"redis://:wrong@{address}"}), "broker")
+    assert "refuses the password" in finding.what
+
+
+def given(settings: Settings) -> dict[str, object]:
+    secret = settings.s3_secret_access_key
+    return {**settings.model_dump(), "s3_secret_access_key": secret.get_secret_value() if secret else None}
+
+
+def test_an_open_or_forgetful_redis_is_a_warning(on_sqlite: Settings) -> None:
+    with redis.Redis.from_url(on_sqlite.broker_url) as client:
+        password = client.config_get("requirepass")["requirepass"]
+        client.config_set("maxmemory-policy", "allkeys-lru")
+        client.config_set("requirepass", "")
+        try:
+            address = on_sqlite.broker_url.rpartition("@")[2]
+            findings = found(on_sqlite.model_copy(update={"broker_url": f"redis://{address}"}), "broker")
+        finally:
+            client.config_set("maxmemory-policy", "noeviction")
+            client.config_set("requirepass", password)
+    assert [finding.level for finding in findings] == ["warn", "warn"]
+    assert "allkeys-lru" in findings[0].what
+    assert "without a password" in findings[1].what
+
+
+def test_a_bucket_that_anyone_may_read_is_a_warning(on_sqlite: Settings) -> None:
+    secret = on_sqlite.s3_secret_access_key
+    assert secret is not None
+    client = boto3.client(
+        "s3",
+        endpoint_url=on_sqlite.s3_endpoint_url,
+        region_name="us-east-1",
+        aws_access_key_id=on_sqlite.s3_access_key_id,
+        aws_secret_access_key=secret.get_secret_value(),
+    )
+    allow = {
+        "Effect": "Allow",
+        "Principal": "*",
+        "Action": "s3:GetObject",
+        "Resource": f"arn:aws:s3:::{on_sqlite.s3_bucket}/*",
+    }
+    client.put_bucket_policy(
+        Bucket=on_sqlite.s3_bucket, Policy=json.dumps({"Version": "2012-10-17", "Statement": [allow]})
+    )
+    client.close()
+    finding = only(on_sqlite, "storage")
+    assert (finding.level, finding.do) == ("warn", "take away public access")
+
+
+@pytest.mark.parametrize(("status", "level"), [(200, "warn"), (401, "ok"), (500, "bad")])
+def test_flower_must_ask_who_is_there(on_sqlite: Settings, status: int, level: str) -> None:
+    with answering(status) as url:
+        assert only(on_sqlite.model_copy(update={"flower_url": url}), "flower").level == level
+
+
+@contextmanager
+def answering(status: int) -> Iterator[str]:
+    """A web server that has one answer."""
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Answer) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_an_embedded_farm_that_does_not_run_is_told_to_be_started(embedded: Settings, tmp_path: Path) -> None:
+    (tmp_path / "farm.json").write_bytes((embedded.home / "farm.json").read_bytes())
+    findings = check(embedded.model_copy(update={"home": tmp_path}))
+    assert [finding.part for finding in findings] == ["settings", "database"]
+    assert (findings[0].level, findings[0].do) == ("bad", "start it: `farm up`")
+
+
+def test_an_embedded_farm_that_runs_is_looked_at_part_by_part(embedded: Settings) -> None:
+    levels = {finding.part: finding.level for finding in check(embedded)}
+    # The tests' own farm has neither dispatcher nor Flower nor worker.
+    assert levels == {
+        "settings": "ok",
+        "database": "ok",
+        "broker": "ok",
+        "storage": "ok",
+        "flower": "bad",
+        "dispatcher": "bad",
+        "worker": "bad",
+    }

@@ -1,0 +1,77 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from farm.errors import NotConfigured
+from farm.settings import EMBEDDED_FILE, Settings
+
+SERVICES = {"database_url": "sqlite:///x.db", "broker_url": "redis://:pw@h/0", "s3_bucket": "b"}
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / ".farm"
+    folder.mkdir()
+    return folder
+
+
+def leave(home: Path, **more: object) -> None:
+    (home / EMBEDDED_FILE).write_text(json.dumps({**SERVICES, "ports": {"redis": 1}, **more}))
+
+
+def set_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in SERVICES:
+        monkeypatch.setenv(f"FARM_{name.upper()}", f"env-{name}")
+
+
+def test_an_embedded_farm_in_this_folder_is_found(home: Path) -> None:
+    leave(home)
+    assert Settings.load().database_url == "sqlite:///x.db"
+
+
+def test_an_embedded_farm_in_another_home_is_found(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    leave(home)
+    monkeypatch.chdir("/")
+    monkeypatch.setenv("FARM_HOME", str(home))
+    assert Settings.load().s3_bucket == "b"
+
+
+def test_services_in_the_environment_are_used_instead(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    leave(home, s3_access_key_id="embedded")
+    set_all(monkeypatch)
+    settings = Settings.load()
+    assert settings.broker_url == "env-broker_url"
+    assert settings.s3_access_key_id is None  # boto3 looks at AWS_* itself
+
+
+def test_other_settings_do_not_hide_an_embedded_farm(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    leave(home)
+    monkeypatch.setenv("FARM_SLOTS", "3")
+    settings = Settings.load()
+    assert (settings.slots, settings.s3_bucket) == (3, "b")
+
+
+def test_half_a_farm_in_the_environment_is_refused(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    leave(home)
+    monkeypatch.setenv("FARM_DATABASE_URL", "sqlite:///y.db")
+    with pytest.raises(NotConfigured, match="FARM_BROKER_URL, FARM_S3_BUCKET not set"):
+        Settings.load()
+
+
+def test_without_any_farm_one_is_told_what_to_do(home: Path) -> None:
+    with pytest.raises(NotConfigured, match="farm up"):
+        Settings.load()
+
+
+def test_a_wrong_value_is_named(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    leave(home)
+    monkeypatch.setenv("FARM_SLOTS", "many")
+    with pytest.raises(NotConfigured, match="FARM_SLOTS"):
+        Settings.load()
+
+
+def test_secrets_are_not_shown(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    leave(home, broker_url="redis://:hunter2@h/0", s3_secret_access_key="hunter3")
+    assert "hunter" not in repr(Settings.load())

@@ -1,0 +1,102 @@
+from pathlib import Path
+
+import pytest
+
+from farm import sources
+from farm.errors import InvalidInput
+from farm.spec import RenderSpec
+
+
+def read(*arguments: object, **defaults: object) -> list[RenderSpec]:
+    return sources.specs(sources.rows(map(str, arguments)), defaults)
+
+
+def complaints(*arguments: object) -> list[str]:
+    with pytest.raises(InvalidInput) as caught:
+        read(*arguments)
+    return [str(problem) for problem in caught.value.problems]
+
+
+@pytest.fixture
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+
+    def write(name: str, data: str | bytes) -> Path:
+        path = Path(name)
+        path.write_bytes(data.encode() if isinstance(data, str) else data)
+        return path
+
+    return write
+
+
+def test_arguments_are_prompts_unless_they_are_files(file) -> None:
+    file("p.txt", "from a file\n")
+    assert [spec.prompt for spec in read("a cat", "p.txt", "a dog")] == ["a cat", "from a file", "a dog"]
+
+
+def test_a_text_file_has_a_prompt_a_line(file) -> None:
+    path = file("p.txt", "\ufeffa cat\r\n\n# a comment\n  a dog  \n")
+    assert [spec.prompt for spec in read(path)] == ["a cat", "a dog"]
+
+
+def test_csv_columns_are_fields_and_empty_cells_leave_them_out(file) -> None:
+    path = file("p.csv", '\ufeffprompt,seed,num_inference_steps\r\n"a cat, big",7,\r\n"two\nlines",,30\r\n')
+    first, second = read(path, num_inference_steps=12)
+    assert (first.prompt, first.seed, first.num_inference_steps) == ("a cat, big", 7, 12)
+    assert (second.prompt, second.num_inference_steps) == ("two\nlines", 30)
+
+
+def test_jsonl_lines_are_objects_or_prompts(file) -> None:
+    path = file("p.jsonl", '{"prompt": "a cat", "seed": 1}\n\n"a dog"\n')
+    assert [spec.prompt for spec in read(path)] == ["a cat", "a dog"]
+
+
+def test_every_error_has_its_file_and_line(file) -> None:
+    csv = file("p.csv", 'prompt,seed,width\na,1,64\nb,x,65\n"c\nc",1,64\nd,1,64,9\ne,-1,\n')
+    jsonl = file("p.jsonl", '{"prompt": 5}\n[1]\n{nonsense\n{"prompt": "ok", "sede": 1}\n')
+    found = complaints(csv, jsonl, "gone.txt")
+    assert [line.split(": ")[0] for line in found] == [
+        "p.csv:3",
+        "p.csv:3",
+        "p.csv:6",
+        "p.csv:7",
+        "p.jsonl:1",
+        "p.jsonl:2",
+        "p.jsonl:3",
+        "p.jsonl:4",
+        "gone.txt",
+    ]
+    assert "width" in found[0]
+    assert "seed" in found[1]
+    assert "no such file" in found[-1]
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ("text\na\n", "no column `prompt`"),
+        ("prompt,colour\na,red\n", "p.csv:1: colour: no such column"),
+        ("prompt,seed,seed\na,1,2\n", "names a column twice"),
+        ("", "no column `prompt`"),
+        ('prompt\n"never closed\n', "is not CSV"),
+        (b"prompt\nok\n\xff\xfe\n", "p.csv:3: is not UTF-8"),
+    ],
+)
+def test_a_csv_that_can_not_be_read_says_why(file, data: str | bytes, said: str) -> None:
+    assert said in "\n".join(complaints(file("p.csv", data)))
+
+
+def test_a_folder_and_a_file_without_permission_are_errors_not_tracebacks(file, tmp_path: Path) -> None:
+    Path("d.txt").mkdir()
+    assert "can't be read" in complaints("d.txt")[0]
+
+
+def test_whole_specs_keep_their_values_over_defaults() -> None:
+    spec = RenderSpec(prompt="a", num_inference_steps=5)
+    assert sources.specs([spec, "b", {"prompt": "c"}], {"num_inference_steps": 9})[0] is spec
+    assert [made.num_inference_steps for made in sources.specs([spec, "b"], {"num_inference_steps": 9})] == [5, 9]
+
+
+def test_problems_of_an_iterable_name_the_spec_by_number() -> None:
+    with pytest.raises(InvalidInput, match="spec 2: seed"):
+        sources.specs(["fine", {"prompt": "a", "seed": -1}], {})

@@ -1,0 +1,89 @@
+import json
+
+import pytest
+from pydantic import ValidationError
+
+from farm.errors import InvalidInput
+from farm.samplers import SAMPLERS, find_sampler
+from farm.spec import MAX_SEED, RenderSpec
+
+
+def complaints(**values: object) -> list[str]:
+    with pytest.raises(InvalidInput) as caught:
+        RenderSpec.parse({"prompt": "a cat", **values}, where="prompts.csv:3")
+    return [str(problem) for problem in caught.value.problems]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("width", 65, "must be a multiple of 8, like 64 or 72"),
+        ("height", 8, "greater than or equal to 64"),
+        ("width", 5000, "less than or equal to 4096"),
+        ("num_inference_steps", 0, "greater than or equal to 1, not 0"),
+        ("num_inference_steps", 1001, "less than or equal to 1000"),
+        ("num_inference_steps", 2.5, "integer"),
+        ("guidance_scale", -0.1, "greater than or equal to 0"),
+        ("guidance_scale", float("nan"), "finite"),
+        ("seed", -1, "greater than or equal to 0"),
+        ("seed", 2**32, "less than or equal to 4294967295"),
+        ("scheduler", "eular", "no sampler 'eular'; known are ddim"),
+        ("model", "../etc", "not a model's name"),
+        ("model", "a:b", "not a model's name"),
+        ("prompt", "nul \x00", "NUL"),
+        ("prompt", "x" * 20_001, "at most 20000 characters"),
+        ("negative", "blurry", "no such field; known are prompt, negative_prompt"),
+    ],
+)
+def test_a_value_out_of_bounds_is_named_with_its_place_and_bound(field: str, value: object, said: str) -> None:
+    (complaint,) = complaints(**{field: value})
+    assert complaint.startswith(f"prompts.csv:3: {field}: ")
+    assert said in complaint
+
+
+def test_all_that_is_wrong_with_a_spec_is_said_at_once() -> None:
+    assert len(complaints(width=1, height=1, seed=-1)) == 3
+
+
+@pytest.mark.parametrize("given", [None, 7, ["a", "list"], {}])
+def test_what_is_no_spec_is_refused(given: object) -> None:
+    with pytest.raises(InvalidInput):
+        RenderSpec.parse(given)  # type: ignore[arg-type]
+
+
+def test_a_prompt_alone_is_a_spec_with_a_drawn_seed() -> None:
+    one, other = RenderSpec.parse("a cat"), RenderSpec.parse("a cat")
+    assert 0 <= one.seed <= MAX_SEED
+    assert one.seed != other.seed
+    assert RenderSpec(prompt="a cat", seed=None).seed != one.seed  # type: ignore[arg-type]
+
+
+def test_an_empty_prompt_draws_unconditionally() -> None:
+    assert RenderSpec(prompt="").prompt == ""
+
+
+def test_text_from_a_table_is_read_as_numbers() -> None:
+    spec = RenderSpec.parse({"prompt": "a", "width": "128", "guidance_scale": "7.5", "seed": "3"})
+    assert (spec.width, spec.guidance_scale, spec.seed) == (128, 7.5, 3)
+
+
+def test_a_spec_can_not_be_changed() -> None:
+    with pytest.raises(ValidationError):
+        RenderSpec(prompt="a").prompt = "b"  # type: ignore[misc]
+
+
+def test_the_hash_tells_specs_apart_and_survives_json() -> None:
+    spec = RenderSpec(prompt="ä", seed=1, scheduler="euler_a")
+    again = RenderSpec.model_validate(json.loads(json.dumps(spec.model_dump(mode="json"))))
+    assert again == spec
+    assert again.sha256() == spec.sha256()
+    assert RenderSpec(prompt="ä", seed=2, scheduler="euler_a").sha256() != spec.sha256()
+
+
+def test_samplers_are_found_by_both_of_their_names() -> None:
+    for name, sampler in SAMPLERS.items():
+        assert find_sampler(name) == sampler
+        by_class = find_sampler(sampler.class_name)
+        assert by_class is not None
+        assert not by_class.config
+    assert find_sampler("nope") is None
