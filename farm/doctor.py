@@ -267,7 +267,7 @@ def _left_behind(settings: Settings, database: Database) -> set[str]:
     pending = sa.select(JobRow.model).where(sa.text(f"state = '{JobState.PENDING}'")).distinct()
     queued = sa.select(JobRow.model, sa.func.count()).where(sa.text(f"state = '{JobState.QUEUED}'"))
     with database.read() as session:
-        lying = dict(session.execute(queued.group_by(JobRow.model)).tuples().all())
+        lying = dict(session.execute(queued.group_by(JobRow.model)).all())
         return {model for model in session.scalars(pending) if lying.get(model, 0) < settings.window}
 
 
