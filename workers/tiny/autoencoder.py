@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from diffusers import AutoencoderKL
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from workers.tiny import scenes
@@ -36,7 +36,7 @@ def draw_many(count: int, seed: int) -> tuple[list[scenes.Scene], npt.NDArray[np
 
 
 def autoencoder_loss(vae: AutoencoderKL, pictures: npt.NDArray[np.uint8], batch: int) -> Loss:
-    """L1 and squared error of pixels, L1 of their differences to the right and down, and a light KL term."""
+    """How far pictures are from what they were, encoded and decoded, and a light KL term."""
 
     def loss(generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         picked = torch.randint(len(pictures), (batch,), generator=generator)
@@ -48,14 +48,46 @@ def autoencoder_loss(vae: AutoencoderKL, pictures: npt.NDArray[np.uint8], batch:
         latents = mean + spread * torch.randn(mean.shape, generator=generator)
         with torch.autocast("cpu", torch.bfloat16):
             drawn = vae.decode(latents).sample
-        error = drawn.float() - true
-        edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
+        distance, figures = picture_distance(drawn.float(), true)
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-        squared = error.square().mean()
-        total = error.abs().mean() + squared + EDGE_WEIGHT * edges + KL_WEIGHT * kl
-        return total, {"mse": squared.item(), "l1": error.abs().mean().item(), "kl": kl.item()}
+        return distance + KL_WEIGHT * kl, figures | {"kl": kl.item()}
 
     return loss
+
+
+class Decoder(nn.Module):
+    """The half of the autoencoder that rendering uses: latents `(n, 4, 8, 8)`, not scaled, to pictures in -1..1."""
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
+        self.post_quant_conv = vae.post_quant_conv
+        self.decoder = vae.decoder
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Decode."""
+        drawn: Tensor = self.decoder(self.post_quant_conv(latents))
+        return drawn
+
+
+def decoder_loss(decoder: Decoder, pictures: npt.NDArray[np.uint8], latents: Tensor, batch: int) -> Loss:
+    """How far pictures are from what is decoded from their latents, which no longer change."""
+
+    def loss(generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        picked = torch.randint(len(pictures), (batch,), generator=generator)
+        true, told = to_tensor(pictures[picked.numpy()]), latents[picked]
+        with torch.autocast("cpu", torch.bfloat16):
+            drawn = decoder(told + LATENT_NOISE * torch.randn(told.shape, generator=generator))
+        return picture_distance(drawn.float(), true)
+
+    return loss
+
+
+def picture_distance(drawn: Tensor, true: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """L1 and squared error of pixels, and L1 of their differences to the right and down."""
+    error = drawn - true
+    edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
+    absolute, squared = error.abs().mean(), error.square().mean()
+    return absolute + squared + EDGE_WEIGHT * edges, {"mse": squared.item(), "l1": absolute.item()}
 
 
 @torch.no_grad()

@@ -2,8 +2,9 @@
 
     python -m workers.tiny.train --out build/tiny
 
-First the autoencoder, then the UNet and the text encoder, then `OUT/weights`. Run it again after a stop and it goes on
-where it was; the same seed gives the same weights on the same machine.
+First the autoencoder; then, on its latents, the UNet and the text encoder; then the decoder once more by itself, now
+that the latents are settled; then `OUT/weights` is written. Run it again after a stop and it goes on where it was; the
+same seed gives the same weights on the same machine.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ TEST_SCENES = 1024
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train both stages, then write the checkpoint."""
+    """Train the three stages, then write the checkpoint."""
     options = _parser().parse_args(arguments)
     console = Console()
     if options.threads:
@@ -34,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         widths=build.Widths(),
         vae_plan=Plan(options.vae_steps, 1.5e-3, seed=options.seed, average=0.998),
         plan=Plan(options.steps, 8e-4, seed=options.seed, warmup_steps=300),
+        decoder_plan=Plan(options.decoder_steps, 8e-4, seed=options.seed, average=0.998),
         console=console,
     )
 
@@ -44,13 +46,14 @@ def train(
     widths: build.Widths,
     vae_plan: Plan,
     plan: Plan,
+    decoder_plan: Plan,
     console: Console,
     vae_pictures: int = VAE_PICTURES,
     scene_count: int = SCENES,
     batch: int = 64,
     stop_at: int | None = None,
 ) -> None:
-    """Go on from what `out` holds until both stages are done, and write `out/weights`.
+    """Go on from what `out` holds until all stages are done, and write `out/weights`.
 
     `stop_at` leaves the second stage at that step, as a kill would, and still writes the checkpoint as it then is.
     """
@@ -83,6 +86,12 @@ def train(
         stop_at=stop_at,
         console=console,
     )
+    polished = autoencoder.Decoder(vae).requires_grad_(True)
+    unscaled = latents / vae.config.scaling_factor
+    polish_loss = autoencoder.decoder_loss(polished, pictures, unscaled, batch=16)
+    polished = fit("decoder", polished, polish_loss, decoder_plan, out, console=console)
+    vae.post_quant_conv, vae.decoder = polished.post_quant_conv, polished.decoder
+    console.print(f"picture mse {autoencoder.reconstruction_error(vae, test_pictures):.5f}")
     test_latents = autoencoder.encode(vae, test_pictures) * vae.config.scaling_factor
     error = denoiser.noise_error(trained, tokenizer, noise_scheduler, test_scenes, test_latents)
     console.print(f"noise mse {error:.5f}")
@@ -94,7 +103,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m workers.tiny.train", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("build/tiny"), help="where state and weights go")
     parser.add_argument("--vae-steps", type=int, default=5500)
-    parser.add_argument("--steps", type=int, default=7500, help="steps of the UNet and the text encoder")
+    parser.add_argument("--steps", type=int, default=7000, help="steps of the UNet and the text encoder")
+    parser.add_argument("--decoder-steps", type=int, default=2000, help="steps of the decoder alone, at the end")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, help="threads of torch; another number may give another result")
     return parser
