@@ -1,5 +1,6 @@
 """Whole Stable Diffusion checkpoints of a few hundred kilobytes with random weights, made offline."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,10 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 
-def build_checkpoint(folder: Path, prediction_type: str = "epsilon", **scheduler: Any) -> Path:
+def build_checkpoint(folder: Path, **scheduler: Any) -> Path:
     """Write a checkpoint that renders 64x64 pictures from 4x8x8 latents; the same bytes every time.
 
-    `scheduler` sets values of its PNDM config. Returns `folder`.
+    `scheduler` sets values in its PNDM config, such as `prediction_type`. Returns `folder`.
     """
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -48,19 +49,13 @@ def build_checkpoint(folder: Path, prediction_type: str = "epsilon", **scheduler
             pad_token_id=tokenizer.pad_token_id,
         )
         noise_scheduler = PNDMScheduler(
-            **{
-                "beta_start": 0.00085,
-                "beta_end": 0.012,
-                "beta_schedule": "scaled_linear",
-                "skip_prk_steps": True,
-                "set_alpha_to_one": False,
-                "steps_offset": 1,
-                "prediction_type": prediction_type,
-                **scheduler,
-            }
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            skip_prk_steps=True,
+            set_alpha_to_one=False,
+            steps_offset=1,
         )
-        # PNDM has no clip_sample, yet SD's configs carry it, and DDIM would clip without it.
-        noise_scheduler.register_to_config(clip_sample=False)
         StableDiffusionPipeline(
             vae=vae,
             text_encoder=CLIPTextModel(text),
@@ -71,6 +66,10 @@ def build_checkpoint(folder: Path, prediction_type: str = "epsilon", **scheduler
             feature_extractor=None,
             requires_safety_checker=False,
         ).save_pretrained(folder)
+    # PNDM has no clip_sample, yet SD's configs carry it, and DDIM would clip without it. Written here because the
+    # pipeline above would mend outdated values.
+    config = folder / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "clip_sample": False, **scheduler}))
     return folder
 
 
