@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -228,7 +229,7 @@ def dispatcher() -> None:
     db.check_schema()
     broker = Broker(settings)
     try:
-        Dispatcher(JobStore(db, settings), broker, settings.window).run(stop, recover_seconds=settings.beat_seconds / 2)
+        Dispatcher(JobStore(db, settings), broker, settings).run(stop)
     finally:
         broker.close()
         db.close()
@@ -376,13 +377,19 @@ def _batch_table(batches: Iterable[BatchStatus]) -> RenderableType:
             if count:
                 counts.append(f"{count} {state}  ", style=_STYLES[state])
         table.add_row(
-            Text(printable(batch.id), overflow="fold"),
+            Text(printable(batch.id), no_wrap=True),
             f"{batch.ended}/{batch.total}",
             _bar(batch.ended / max(1, batch.total)),
             counts,
-            batch.created_at.astimezone().strftime("%Y-%m-%d %H:%M:%S"),
+            _when(batch.created_at),
         )
     return table
+
+
+def _when(moment: datetime) -> Text:
+    here = moment.astimezone()
+    today = here.date() == datetime.now(here.tzinfo).date()
+    return Text(here.strftime("%H:%M:%S" if today else "%Y-%m-%d %H:%M"), no_wrap=True)
 
 
 def _bar(fraction: float, width: int = 16) -> Text:

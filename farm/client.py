@@ -91,7 +91,7 @@ class Farm:
             raise InvalidInput(problems)
         batch_id = self._store.submit(name, owner or self.settings.owner or getpass.getuser(), priority, made)
         try:
-            Dispatcher(self._store, self._broker, self.settings.window).fill()
+            Dispatcher(self._store, self._broker, self.settings).fill()
         except BrokerUnavailable as error:
             log.warning("the jobs are safe in SQL and start when Redis is back: %s", error)
         return Batch(self, self._store.batch(batch_id))

@@ -2,10 +2,12 @@
 
 import logging
 import threading
+import time
 
 from farm.broker import Broker
 from farm.errors import BrokerUnavailable, ServiceUnavailable
 from farm.jobs import JobStore
+from farm.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -20,10 +22,13 @@ class Dispatcher:
     Any number may run at once, standing or inline in producers: each pass moves jobs under one lock.
     """
 
-    def __init__(self, store: JobStore, broker: Broker, window: int) -> None:
+    def __init__(self, store: JobStore, broker: Broker, settings: Settings) -> None:
         self._store = store
         self._broker = broker
-        self._window = window
+        self._window = settings.window
+        self._beat_seconds = settings.beat_seconds
+        self._grace_seconds = settings.lease_seconds / 2
+        self._missed_since: dict[str, float] = {}
 
     def fill(self) -> int:
         """Move jobs from the backlog into Redis until the window is full; returns how many.
@@ -42,15 +47,27 @@ class Dispatcher:
         return len(bells)
 
     def recover(self) -> int:
-        """Bring back what was lost: jobs of workers whose lease ran out, queued jobs whose message is gone."""
-        count = self._store.expire_leases()
-        for model in self._store.queued_models():
-            count += self._store.unqueue_lost(model, self._broker.waiting(model))
-        return count
+        """Bring back what was lost: jobs of workers whose lease ran out, queued jobs whose message is gone.
 
-    def run(self, stop: threading.Event, recover_seconds: float) -> None:
-        """Fill and recover until `stop` is set; an outage is logged once and waited out."""
+        A message is gone when it was not in Redis for half a lease time: one may be on its way in, or in the hands
+        of a worker that is about to claim. A message that turns up after all finds nothing to claim.
+        """
+        lost = self._store.expire_leases()
+        now, missed = time.monotonic(), {}
+        for model in self._store.queued_models():
+            for job_id in set(self._store.queued(model)) - self._broker.waiting(model):
+                missed[job_id] = self._missed_since.get(job_id, now)
+        gone = [job_id for job_id, since in missed.items() if now - since >= self._grace_seconds]
+        self._missed_since = {job_id: since for job_id, since in missed.items() if job_id not in gone}
+        if gone:
+            log.warning("messages gone, jobs brought back: %s", ", ".join(gone[:20]))
+            lost += self._store.unqueue(gone)
+        return lost
+
+    def run(self, stop: threading.Event) -> None:
+        """Fill, and recover twice a beat, until `stop` is set; an outage is logged once and waited out."""
         log.info("dispatching, window %d", self._window)
+        recover_seconds = self._beat_seconds / 2
         since_recovery, away = recover_seconds, ""
         while not stop.is_set():
             try:

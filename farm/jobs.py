@@ -254,30 +254,17 @@ class JobStore:
         with self._db.read() as session:
             return list(_models(session, JobState.QUEUED))
 
+    def queued(self, model: str) -> list[str]:
+        """The ids of a model's queued jobs; at most a window of them."""
+        with self._db.read() as session:
+            return list(session.scalars(sa.select(JobRow.id).where(_in(JobState.QUEUED), JobRow.model == model)))
+
     def unqueue(self, job_ids: Sequence[str]) -> int:
-        """Put queued jobs back into the backlog: their messages could not be published."""
-        return self._back_to_backlog(JobRow.id.in_(job_ids))
-
-    def unqueue_lost(self, model: str, present: Iterable[str]) -> int:
-        """Put a model's queued jobs back into the backlog whose messages are not among those in Redis.
-
-        A job queued less than half a lease time ago is left alone: its message may be on its way in, or in the
-        hands of a worker that is about to claim.
-        """
-        count = self._back_to_backlog(
-            JobRow.model == model,
-            JobRow.queued_at < now_plus(sa.literal(-self._lease_seconds / 2)),
-            JobRow.id.not_in(list(present)),
-        )
-        if count:
-            log.warning("brought back queued jobs without a message model=%s jobs=%d", model, count)
-        return count
-
-    def _back_to_backlog(self, *which: sa.ColumnElement[bool]) -> int:
+        """Put queued jobs back into the backlog: their messages were not published, or are gone; returns how many."""
         with self._db.write() as session:
             moved = session.execute(
                 sa.update(JobRow)
-                .where(_in(JobState.QUEUED), *which)
+                .where(_in(JobState.QUEUED), JobRow.id.in_(job_ids))
                 .values(state=JobState.PENDING.value, queued_at=None)
                 .returning(JobRow.id)
             ).all()

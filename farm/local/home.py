@@ -64,16 +64,15 @@ class Home:
         self._lock: IO[str] | None = None
 
     def take(self) -> None:
-        """Make the folder, readable by its owner only, and hold it; raises `AlreadyRunning` if another farm does.
+        """Make the folder, if need be, and hold it; raises `AlreadyRunning` if another farm does.
 
+        What is in it only its owner can read, even where the folder was there before and is open.
         The kernel lets go of the lock when its holder dies, however it dies.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        self.path.chmod(0o700)
-        for folder in (self.logs, self.run):
-            folder.mkdir(exist_ok=True, mode=0o700)
-        # It holds passwords and pictures, and mostly lies in somebody's repository.
-        (self.path / ".gitignore").write_text("*\n", encoding="utf-8")
+        if not self.path.exists():
+            self.path.mkdir(parents=True, mode=0o700)
+            # It holds passwords and pictures, and mostly lies in somebody's repository.
+            (self.path / ".gitignore").write_text("*\n", encoding="utf-8")
         lock = (self.path / "lock").open("a+", encoding="utf-8")
         if not _locked(lock):
             lock.seek(0)
@@ -87,6 +86,10 @@ class Home:
         lock.write(f"{os.getpid()}\n")
         lock.flush()
         self._lock = lock
+        for folder in (self.logs, self.run):
+            folder.mkdir(exist_ok=True, mode=0o700)
+        # SQLite gives its other files the mode of this one.
+        os.close(os.open(self.path / "farm.db", os.O_RDWR | os.O_CREAT, 0o600))
 
     def release(self) -> None:
         """Let go of the folder."""

@@ -124,7 +124,7 @@ def seaweed(home: Home, access: Access, settings: Settings) -> Part:
     return Part(
         name="s3",
         shown="S3 (SeaweedFS)",
-        address=f"{settings.s3_endpoint_url}  bucket {settings.s3_bucket}",
+        address=f"{settings.s3_endpoint_url}\nbucket {settings.s3_bucket}",
         command=(
             str(_weed()),
             "-logtostderr",
@@ -231,7 +231,7 @@ def flower(home: Home, access: Access) -> Part:
     return Part(
         name="flower",
         shown="Flower",
-        address=f"{url}  user {access.flower_user}  password {access.flower_password}",
+        address=f"{url}\nuser {access.flower_user}, password {access.flower_password}",
         command=(*PYTHON, "farm.flower"),
         env={
             **{name: value for name, value in _farm_env(home).items() if not name.startswith("FLOWER_")},

@@ -103,6 +103,7 @@ class LocalFarm:
         """
         with self._signals():
             try:
+                self._say(f"starting the farm in {self.home.path}")
                 self.start()
                 if not self._stop.is_set():
                     with contextlib.suppress(OSError):

