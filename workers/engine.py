@@ -3,6 +3,7 @@
 import logging
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
@@ -316,5 +317,7 @@ def _rendered(render: _Render, picture: torch.Tensor) -> Rendered:
 
 
 def _caused(failure: FarmError, cause: Exception) -> FarmError:
+    # Its frames would keep their tensors alive as long as somebody holds the error: bad news after an OutOfMemoryError.
+    traceback.clear_frames(cause.__traceback__)
     failure.__cause__ = cause
     return failure

@@ -1,6 +1,7 @@
 """The engine over a null pipeline whose every forward waits for the test."""
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -322,6 +323,21 @@ def test_an_exploding_forward_ends_its_own_requests_and_the_loop_goes_on(engine:
     first.result(SOON)
     assert engine.healthy
     assert engine.failed is None
+
+
+def test_an_error_keeps_no_tensor_alive(engine: Engine, gated: Gated) -> None:
+    tensors: list[weakref.ref[torch.Tensor]] = []
+
+    def run_out_of_memory(_: Any) -> None:
+        activations = torch.zeros(8)
+        tensors.append(weakref.ref(activations))
+        raise torch.OutOfMemoryError("no room")
+
+    gated.faults["denoise"] = run_out_of_memory
+    gated.allow()
+    error = engine.submit(request("a")).exception(SOON)
+    assert isinstance(error, EngineFailed)
+    assert tensors[0]() is None
 
 
 def test_a_lost_device_ends_everything_and_is_told(engine: Engine, gated: Gated) -> None:
