@@ -49,8 +49,8 @@ class Part:
     """Called every 0.1 s while the part comes up; says whether it is ready for use."""
     litter: tuple[Path, ...] = ()
     """Files outside the home that a killed process leaves behind."""
-    ready_seconds: float = 60.0
-    stop_seconds: float = 10.0
+    ready_seconds: float = 120.0
+    stop_seconds: float = 20.0
 
 
 def require(*, worker: bool, flower: bool) -> None:

@@ -1,6 +1,5 @@
 """The embedded farm with its real servers: who may reach it, what it keeps, what it restarts, what it leaves behind."""
 
-import base64
 import contextlib
 import http.client
 import io
@@ -10,7 +9,6 @@ import signal
 import stat
 import subprocess
 import sys
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +18,6 @@ import pytest
 import redis
 from rich.console import Console
 
-from farm.client import Farm
 from farm.db import Database
 from farm.errors import AlreadyRunning, NotConfigured, PartFailed
 from farm.jobs import JobStore
@@ -344,70 +341,3 @@ def alive(pid: int) -> bool:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
-
-
-# --- all of it -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.timeout(400)
-def test_farm_up_restarts_its_only_worker_and_flower_names_every_render(tmp_path: Path) -> None:
-    pytest.importorskip("torch")
-    home = tmp_path / "home"
-    env = {
-        **os.environ,
-        "FARM_HOME": str(home),
-        "FARM_MODELS": "tiny=null:?seconds_per_step=0.03",
-        "FARM_LEASE_SECONDS": "3",
-        "FARM_BEAT_SECONDS": "0.5",
-        "FARM_DRAIN_SECONDS": "2",
-    }
-    out = tmp_path / "out"
-    with out.open("wb") as stream:
-        up = subprocess.Popen(
-            [sys.executable, "-m", "farm", "up"], env=env, stdout=stream, stderr=subprocess.STDOUT, cwd=tmp_path
-        )
-    try:
-        wait_until(lambda: "Ctrl-C" in out.read_text() or up.poll() is not None, "the farm is up", 120)
-        assert up.poll() is None, out.read_text()
-        tree = psutil.Process(up.pid).children(recursive=True)
-        assert len(tree) == 5
-        with Farm(Settings.load(home=home)) as farm:
-            batch = farm.submit([f"a red circle, number {n}" for n in range(24)], name="circles")
-            wait_until(lambda: batch.status().counts["running"] > 0, "the batch renders")
-            worker = json.loads((home / "run" / "worker-1.pid").read_text())["pid"]
-            os.kill(worker, signal.SIGKILL)
-            wait_until(lambda: batch.status().done, "the batch is done", 180)
-            assert batch.status().counts["succeeded"] == 24
-            wait_until(lambda: "worker-1 is back" in out.read_text(), "it says so")
-        assert "worker-1 died (exit -9), restarting" in out.read_text()
-
-        row = flower_row(home, f"{batch.id}-24")
-        assert row["name"] == "render"
-        assert "circles" in row["kwargs"]
-        assert "a red circle, number 23" in row["kwargs"]
-        assert row["worker"].startswith("worker-1@")
-        assert row["runtime"] > 0
-        tree = psutil.Process(up.pid).children(recursive=True)
-    finally:
-        up.terminate()
-        try:
-            assert up.wait(60) == 0, out.read_text()
-        finally:
-            up.kill()
-    assert not [process for process in tree if alive(process.pid)]
-    assert "Traceback" not in out.read_text()
-
-
-def flower_row(home: Path, job_id: str) -> dict[str, object]:
-    kept = json.loads((home / "farm.json").read_text())
-    login = base64.b64encode(f"{kept['flower_user']}:{kept['flower_password']}".encode()).decode()
-    found: dict[str, dict[str, object]] = {}
-
-    def finished() -> bool:
-        request = urllib.request.Request(f"{kept['flower_url']}/api/tasks", headers={"Authorization": f"Basic {login}"})
-        with urllib.request.urlopen(request, timeout=10) as answer:
-            found.update(json.load(answer))
-        return found.get(job_id, {}).get("state") == "SUCCESS"
-
-    wait_until(finished, f"Flower knows {job_id} as finished", 20)
-    return found[job_id]
