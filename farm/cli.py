@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,7 +26,7 @@ from rich.text import Text
 
 from farm import __version__
 from farm.client import Batch, Farm
-from farm.errors import FarmError, InvalidInput, NotFound, ServiceUnavailable
+from farm.errors import FarmError, InvalidInput, NotConfigured, NotFound, ServiceUnavailable
 from farm.jobs import BatchStatus, JobInfo, WorkerInfo
 from farm.log import configure
 from farm.settings import Settings
@@ -122,7 +123,8 @@ def submit(
     defaults: dict[str, Any] = {key: value for key, value in fields.items() if value is not None}
     with _farm() as farm:
         farm.check()  # rather than leave a batch in SQL that a person believes was refused
-        batch = farm.submit(rows(what), name=name or _name_from(what), priority=priority, **defaults)
+        with err.status("submitting …"):
+            batch = farm.submit(rows(what), name=name or _name_from(what), priority=priority, **defaults)
         if not as_json:
             out.print(Text(f"{batch.total} jobs submitted as {printable(batch.id)}"), soft_wrap=True)
             _warn_unheld(farm, batch)
@@ -208,6 +210,8 @@ def cancel(which: Annotated[str, typer.Argument(metavar="BATCH|JOB", help="Its n
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def worker(context: typer.Context) -> None:
     """Render on this machine: one worker, its models pinned (--help shows its options)."""
+    if find_spec("torch") is None or find_spec("diffusers") is None:
+        raise NotConfigured("a worker needs torch and diffusers: pip install 'diffusion-farm[worker]'")
     # The farm's own packages never import what renders; and the worker gets a process without the command line's.
     os.execv(sys.executable, [sys.executable, "-m", "workers", *context.args])  # noqa: S606
 
@@ -287,8 +291,9 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 
-def _complain(line: str) -> None:
-    err.print(Text(f"farm: {printable(line)}"), soft_wrap=True)
+def _complain(text: str) -> None:
+    for line in text.splitlines():
+        err.print(Text(f"farm: {printable(line)}"), soft_wrap=True)
 
 
 def _say_json(value: Any) -> None:

@@ -75,6 +75,8 @@ class Settings(BaseSettings):
     """Where models from `s3://` are kept."""
     slots: int = Field(default=8, ge=1, le=256)
     """How many requests a worker's engine renders at once."""
+    stuck_seconds: float = Field(default=300.0, gt=0)
+    """How long one forward may take before the worker takes its device for hung and ends."""
     drain_seconds: float = Field(default=20.0, ge=0)
     """How long a stopping worker finishes renders before it hands the rest back."""
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import boto3
 from botocore.config import Config
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 PRESIGN_SECONDS = 7 * 24 * 3600
 """The longest that signature version 4 allows."""
 _SLUG_CHARS = 48
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def slug(text: str) -> str:
@@ -74,6 +76,8 @@ class Storage:
                         read_timeout=20,
                         retries={"mode": "standard", "total_max_attempts": 3},
                         max_pool_connections=32,
+                        # A proxy from the environment can't reach the loopback interface of this machine.
+                        proxies={} if urlsplit(self._endpoint or "").hostname in _LOOPBACK else None,
                         s3={"addressing_style": "path" if self._endpoint else "auto"},
                     ),
                 )

@@ -1,6 +1,8 @@
 """A worker's life around its engine: build and warm, renew the leases, drain and stop."""
 
 import logging
+import os
+import signal
 import threading
 import time
 from collections.abc import Mapping
@@ -156,9 +158,15 @@ class Worker:
                         self._stop_render(held, held.lost)
             except Exception:
                 log.exception("heartbeat failed")
-            if self.engine.failed is not None:
-                log.critical("the engine is broken, this worker must be replaced: %s", self.engine.failed)
-                self.draining.set()
+            if self.engine.failed is not None and not self.draining.is_set():
+                log.critical("the engine is broken, this worker ends and must be replaced: %s", self.engine.failed)
+                os.kill(os.getpid(), signal.SIGTERM)  # its jobs have failed as retryable; a supervisor starts anew
+                return
+            if self.engine.busy_seconds > self.settings.stuck_seconds:
+                # Nothing frees a thread that a device does not come back to. The leases run out, and a job that
+                # hangs every worker it meets is set aside for that.
+                log.critical("a forward hangs for %.0f s: this worker ends", self.engine.busy_seconds)
+                os._exit(os.EX_SOFTWARE)
 
     def _beat(self, mine: list[Held]) -> float:
         """Renew these leases and stop what is to be stopped; returns when the renewal was asked for."""
@@ -180,9 +188,9 @@ class Worker:
         with self._lock:
             if self._held.get(held.claim.job_id) is not held:
                 return  # it ended while the beat was on its way
-        if not why.is_set():
-            why.set()
-            self.engine.cancel(held.claim.job_id)
+        why.set()
+        # On every beat anew: a job between its claim and its place in the engine's line is not known there yet.
+        self.engine.cancel(held.claim.job_id)
 
     # --- the end --------------------------------------------------------------------------------------------
 

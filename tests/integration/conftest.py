@@ -75,8 +75,7 @@ class Crew:
 
     def worker(self, name: str = "w1", models: str = "tiny=null:", slots: int = 4, **env: object) -> Process:
         """Start a worker and wait until it is known."""
-        env = {"FARM_MODELS": models, "FARM_SLOTS": slots, **env}
-        process = self._start(name, ["workers", "--name", name], env)
+        process = self.start_worker(name, models, FARM_SLOTS=slots, **env)
         with Farm(self.settings) as farm:
             wait_until(
                 lambda: (
@@ -87,6 +86,10 @@ class Crew:
             )
         assert process.popen.poll() is None, process.log.read_text()
         return process
+
+    def start_worker(self, name: str, models: str, **env: object) -> Process:
+        """Start a worker, and wait for nothing."""
+        return self._start(name, ["workers", "--name", name], {"FARM_MODELS": models, **env})
 
     def _start(self, name: str, module: list[str], env: dict[str, object]) -> Process:
         log = self._folder / f"{name}-{len(self._started)}.log"
