@@ -276,7 +276,7 @@ def doctor(as_json: Json = False) -> None:
 
     findings = checks.check(Settings.load())
     if as_json:
-        _say_json([vars(finding) if hasattr(finding, "__dict__") else str(finding) for finding in findings])
+        _say_json([vars(finding) for finding in findings])
     else:
         for finding in findings:
             out.print(checks.line(finding), soft_wrap=True)

@@ -7,7 +7,7 @@ import io
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -158,12 +158,10 @@ class Batch:
     def __len__(self) -> int:
         return self.total
 
-    def wait(
-        self, timeout: float | None = None, *, progress: bool = False, tick: Callable[[], None] | None = None
-    ) -> BatchStatus:
+    def wait(self, timeout: float | None = None, *, progress: bool = False) -> BatchStatus:
         """Wait until every job has ended; with `progress`, behind a bar.
 
-        `tick` is called at every look. Raises `TimeoutError` after `timeout` seconds; the batch goes on.
+        Raises `TimeoutError` after `timeout` seconds; the batch goes on.
         """
         deadline = _deadline(timeout)
         with bars.bar(self.name, self.total, shown=progress) as shown:
@@ -171,8 +169,6 @@ class Batch:
                 status = self.status()
                 steps = self._partly_done() if progress and status.counts[JobState.RUNNING] else 0.0
                 shown.update(status.ended + steps, bars.note(status.counts))
-                if tick is not None:
-                    tick()
                 if status.done:
                     return status
                 _sleep(pause, deadline, self.name)
