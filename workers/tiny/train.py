@@ -2,9 +2,9 @@
 
     python -m workers.tiny.train --out build/tiny
 
-First the autoencoder; then, on its latents, the UNet and the text encoder; then the decoder once more by itself, now
-that the latents are settled; then `OUT/weights` is written. Run it again after a stop and it goes on where it was; the
-same seed gives the same weights on the same machine.
+First the autoencoder; then, on its latents, the UNet and the text encoder, and both once more from the average of
+their weights, at half the rate; then the decoder by itself, now that the latents are settled; then `OUT/weights` is
+written. Run again after a stop it goes on where it was; the same seed gives the same weights on the same machine.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         widths=build.Widths(),
         vae_plan=Plan(options.vae_steps, 1.5e-3, seed=options.seed, average=0.998),
         plan=Plan(options.steps, 8e-4, seed=options.seed, warmup_steps=300),
+        refine_plan=Plan(options.refine_steps, 4e-4, seed=options.seed + 1),
         decoder_plan=Plan(options.decoder_steps, 8e-4, seed=options.seed, average=0.998),
         console=console,
     )
@@ -46,6 +47,7 @@ def train(
     widths: build.Widths,
     vae_plan: Plan,
     plan: Plan,
+    refine_plan: Plan,
     decoder_plan: Plan,
     console: Console,
     vae_pictures: int = VAE_PICTURES,
@@ -55,7 +57,7 @@ def train(
 ) -> None:
     """Go on from what `out` holds until all stages are done, and write `out/weights`.
 
-    `stop_at` leaves the second stage at that step, as a kill would, and still writes the checkpoint as it then is.
+    `stop_at` leaves off at that step of the denoiser, as a kill would.
     """
     seed = plan.seed
     torch.manual_seed(seed)
@@ -77,15 +79,12 @@ def train(
     if not cached.exists():
         torch.save(autoencoder.encode(vae, pictures) * vae.config.scaling_factor, cached)
     latents = torch.load(cached, weights_only=True)
-    trained = fit(
-        "denoiser",
-        trained,
-        denoiser.denoiser_loss(trained, tokenizer, noise_scheduler, drawn, latents, batch),
-        plan,
-        out,
-        stop_at=stop_at,
-        console=console,
-    )
+    for name, its_plan in (("denoiser", plan), ("refined", refine_plan)):
+        trained.requires_grad_(True)
+        loss = denoiser.denoiser_loss(trained, tokenizer, noise_scheduler, drawn, latents, batch)
+        trained = fit(name, trained, loss, its_plan, out, stop_at=stop_at, console=console)
+        if stop_at is not None:
+            return
     polished = autoencoder.Decoder(vae).requires_grad_(True)
     unscaled = latents / vae.config.scaling_factor
     polish_loss = autoencoder.decoder_loss(polished, pictures, unscaled, batch=16)
@@ -104,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=Path("build/tiny"), help="where state and weights go")
     parser.add_argument("--vae-steps", type=int, default=5500)
     parser.add_argument("--steps", type=int, default=7000, help="steps of the UNet and the text encoder")
+    parser.add_argument("--refine-steps", type=int, default=1000, help="steps of the same from their average on")
     parser.add_argument("--decoder-steps", type=int, default=2000, help="steps of the decoder alone, at the end")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, help="threads of torch; another number may give another result")
