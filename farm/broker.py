@@ -9,6 +9,8 @@ from typing import Any
 import redis
 from celery import Celery
 from kombu.exceptions import OperationalError
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from farm.errors import BrokerUnavailable, NotConfigured
 from farm.settings import Settings
@@ -89,7 +91,12 @@ class Broker:
         self._app = make_app(settings)
         try:
             self._redis = redis.Redis.from_url(
-                settings.broker_url, socket_timeout=5, socket_connect_timeout=3, decode_responses=True
+                settings.broker_url,
+                socket_timeout=5,
+                socket_connect_timeout=3,
+                decode_responses=True,
+                # Once: whoever calls knows better whether and when to try again.
+                retry=Retry(NoBackoff(), 0),
             )
         except ValueError as error:
             raise NotConfigured("FARM_BROKER_URL is not a Redis URL: redis://:password@host:port/0") from error
@@ -101,6 +108,7 @@ class Broker:
 
         An error can leave some of them in Redis; ringing again for a job that was taken already does no harm.
         """
+        self.ping()  # Celery's own connection tries for many seconds before it gives up
         with self._reached(), self._app.producer_pool.acquire(block=True) as held:
             producer: Any = held  # the type stubs do not know batch() yet
             with producer.batch(_PUBLISH_CHUNK):

@@ -27,6 +27,7 @@ class UserFarm:
 
     def up(self) -> None:
         """Start it and wait until it says that it stands."""
+        self.said = ""
         self.popen = subprocess.Popen(
             [sys.executable, "-m", "farm", "up"],
             cwd=self.folder,
@@ -35,16 +36,18 @@ class UserFarm:
             stderr=subprocess.STDOUT,
             text=True,
         )
-        threading.Thread(target=self._listen, daemon=True).start()
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
         self.hear("Ctrl-C stops the farm")
 
     def _listen(self) -> None:
         assert self.popen is not None
         assert self.popen.stdout is not None
-        for line in self.popen.stdout:
-            with self._heard:
-                self.said += line
-                self._heard.notify_all()
+        with self.popen.stdout as stream:
+            for line in stream:
+                with self._heard:
+                    self.said += line
+                    self._heard.notify_all()
 
     def hear(self, words: str, seconds: float = 120) -> None:
         """Wait until it has said that."""
@@ -67,6 +70,7 @@ class UserFarm:
         assert self.popen is not None
         self.popen.terminate()
         code = self.popen.wait(60)
+        self._listener.join()
         self.popen = None
         return code
 
