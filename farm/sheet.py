@@ -14,14 +14,14 @@ def contact_sheet(
 ) -> Image.Image:
     """An RGB page of pictures in reading order; one that is None leaves an empty frame.
 
-    `cell` is the side of a frame in pixels: by default the largest picture's, between 128 and 256. Smaller pictures
-    are enlarged by whole factors, so that pixels stay square.
+    `cell` is the side of a frame in pixels: by default the largest picture's, between 160 and 256. Pictures are
+    enlarged or made smaller to fit it.
     """
     count = max(1, len(pictures))
     columns = columns or min(count, max(1, round(math.sqrt(count * 4 / 3))))
-    largest = max((max(image.size) for image, _ in pictures if image is not None), default=128)
-    cell = cell or min(max(largest, 128), 256)
-    font = ImageFont.load_default(size=max(11, cell // 11))
+    largest = max((max(image.size) for image, _ in pictures if image is not None), default=160)
+    cell = cell or min(max(largest, 160), 256)
+    font = ImageFont.load_default(size=max(11, cell // 13))
     line_height = math.ceil(sum(font.getmetrics())) if isinstance(font, ImageFont.FreeTypeFont) else 12
     pitch_x, pitch_y = cell + _GAP, cell + _GAP + 4 + _LINES * line_height
     rows = math.ceil(count / columns)
@@ -29,9 +29,9 @@ def contact_sheet(
     draw = ImageDraw.Draw(page)
     for place, (image, caption) in enumerate(pictures):
         left, top = _MARGIN + place % columns * pitch_x, _MARGIN + place // columns * pitch_y
-        if image is None:
-            draw.rectangle((left, top, left + cell - 1, top + cell - 1), outline=_FAINT)
-        else:
+        # One pixel around: a white picture would end nowhere on white paper.
+        draw.rectangle((left - 1, top - 1, left + cell, top + cell), outline=_FAINT)
+        if image is not None:
             shown = _fitted(image.convert("RGB"), cell)
             page.paste(shown, (left + (cell - shown.width) // 2, top + (cell - shown.height) // 2))
         for number, line in enumerate(_wrapped(caption, font, cell)):
@@ -40,13 +40,9 @@ def contact_sheet(
 
 
 def _fitted(image: Image.Image, cell: int) -> Image.Image:
-    if max(image.size) * 2 <= cell:
-        factor = cell // max(image.size)
-        return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-    if max(image.size) > cell:
-        image = image.copy()
-        image.thumbnail((cell, cell), Image.Resampling.LANCZOS)
-    return image
+    scale = cell / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    return image.resize(size, Image.Resampling.BICUBIC if scale > 1 else Image.Resampling.LANCZOS)
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
