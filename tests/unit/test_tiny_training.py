@@ -18,7 +18,7 @@ def run(folder, stop_at=None):
         widths=SMALL,
         vae_plan=Plan(steps=3, learning_rate=1e-3),
         plan=Plan(steps=6, learning_rate=1e-3, warmup_steps=2),
-        refine_plan=Plan(steps=3, learning_rate=1e-3, warmup_steps=1),
+        refine_plans=[Plan(steps=3, learning_rate=1e-3, warmup_steps=1)],
         decoder_plan=Plan(steps=2, learning_rate=1e-3),
         console=Console(quiet=True),
         vae_pictures=32,

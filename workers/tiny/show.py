@@ -45,11 +45,11 @@ def denoising_strip(
     caption: str,
     *,
     steps: int = 25,
-    frames: int = 10,
+    frames: int | None = None,
     guidance: float = 5.0,
     seed: int = 0,
 ) -> Image.Image:
-    """The latents after some of the denoising steps, the last one always among them."""
+    """The latents after each denoising step; `frames` of them, evenly spread, if that is given."""
     seen: list[Tensor] = []
 
     def note(_: StableDiffusionPipeline, __: int, ___: int, held: dict[str, Any]) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def denoising_strip(
         callback_on_step_end=note,
         output_type="latent",
     )
-    chosen = np.linspace(0, len(seen) - 1, min(frames, len(seen))).round().astype(int)
+    chosen = np.linspace(0, len(seen) - 1, min(frames or len(seen), len(seen))).round().astype(int)
     return side_by_side(decode(pipeline, torch.cat([seen[i] for i in chosen])))
 
 
@@ -92,6 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m workers.tiny.show", description=__doc__.split("\n")[0])
     parser.add_argument("caption", nargs="?", default="a red heart left of a yellow star on a blue background")
     parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--frames", type=int, help="show only so many of the steps")
     parser.add_argument("--guidance", type=float, default=5.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
@@ -102,9 +103,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     scene = _filled_in(options.caption, options.seed)
     noising_strip(pipeline, scene, seed=options.seed).save(options.out / "noising.png")
-    denoising_strip(pipeline, options.caption, steps=options.steps, guidance=options.guidance, seed=options.seed).save(
-        options.out / "denoising.png"
-    )
+    denoising_strip(
+        pipeline,
+        options.caption,
+        steps=options.steps,
+        frames=options.frames,
+        guidance=options.guidance,
+        seed=options.seed,
+    ).save(options.out / "denoising.png")
     print(f"{options.out / 'noising.png'} and {options.out / 'denoising.png'} are written")
 
 

@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         widths=build.Widths(),
         vae_plan=Plan(options.vae_steps, 1.5e-3, seed=options.seed, average=0.998),
         plan=Plan(options.steps, 8e-4, seed=options.seed, warmup_steps=300),
-        refine_plan=Plan(options.refine_steps, 4e-4, seed=options.seed + 1),
+        refine_plans=[Plan(steps, 4e-4, options.seed + n) for n, steps in enumerate(options.refine_steps, 1)],
         decoder_plan=Plan(options.decoder_steps, 8e-4, seed=options.seed, average=0.998),
         console=console,
     )
@@ -47,7 +47,7 @@ def train(
     widths: build.Widths,
     vae_plan: Plan,
     plan: Plan,
-    refine_plan: Plan,
+    refine_plans: Sequence[Plan],
     decoder_plan: Plan,
     console: Console,
     vae_pictures: int = VAE_PICTURES,
@@ -79,7 +79,8 @@ def train(
     if not cached.exists():
         torch.save(autoencoder.encode(vae, pictures) * vae.config.scaling_factor, cached)
     latents = torch.load(cached, weights_only=True)
-    for name, its_plan in (("denoiser", plan), ("refined", refine_plan)):
+    for number, its_plan in enumerate((plan, *refine_plans)):
+        name = f"refined-{number}" if number else "denoiser"
         trained.requires_grad_(True)
         loss = denoiser.denoiser_loss(trained, tokenizer, noise_scheduler, drawn, latents, batch)
         trained = fit(name, trained, loss, its_plan, out, stop_at=stop_at, console=console)
@@ -103,7 +104,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=Path("build/tiny"), help="where state and weights go")
     parser.add_argument("--vae-steps", type=int, default=5500)
     parser.add_argument("--steps", type=int, default=7000, help="steps of the UNet and the text encoder")
-    parser.add_argument("--refine-steps", type=int, default=1000, help="steps of the same from their average on")
+    parser.add_argument(
+        "--refine-steps", type=int, nargs="*", default=[1000, 4000], help="steps of each round from their average on"
+    )
     parser.add_argument("--decoder-steps", type=int, default=2000, help="steps of the decoder alone, at the end")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, help="threads of torch; another number may give another result")
