@@ -237,7 +237,8 @@ class LocalFarm:
                 if process.ended() is not None:
                     del living[kept]
                 elif time.monotonic() - asked > kept.part.stop_seconds:
-                    self._say(f"{kept.part.name} did not stop in {kept.part.stop_seconds:.0f} s: killed")
+                    if not kept.part.survives_kill:
+                        self._say(f"{kept.part.name} did not stop in {kept.part.stop_seconds:.0f} s: killed")
                     del living[kept]
         for kept in group:
             kept.end()
