@@ -27,7 +27,6 @@ log = logging.getLogger(__name__)
 
 _INSERT_CHUNK = 1000
 _DISPATCH_LOCK = 0x66617264
-_SHOWN_PROMPT_CHARS = 80
 
 
 @dataclass(frozen=True)
@@ -243,8 +242,9 @@ class JobStore:
                 job_id=row.id,
                 model=model,
                 priority=row.priority,
-                shown=f"batch={row.name} job={row.place}/{row.total} model={model} "
-                f"prompt={_shortened(row.spec['prompt'])!r}",
+                # The prompt early: Flower's page cuts a long text short.
+                shown=f"{_shortened(row.name, 40)} {row.place}/{row.total}: {_shortened(row.spec['prompt'], 80)} "
+                f"(model {model})",
             )
             for row in rows
         ]
@@ -603,9 +603,9 @@ def _info(row: JobRow) -> JobInfo:
     )
 
 
-def _shortened(text: str) -> str:
+def _shortened(text: str, most: int) -> str:
     text = " ".join(text.split())
-    return text if len(text) <= _SHOWN_PROMPT_CHARS else text[: _SHOWN_PROMPT_CHARS - 1] + "…"
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def _chunks(specs: Iterable[RenderSpec], size: int) -> Iterator[list[RenderSpec]]:

@@ -84,7 +84,7 @@ def test_flower_shows_a_render_by_batch_and_prompt_with_its_worker_and_runtime(u
 
     wait_until(lambda: [task["state"] for task in tasks()] == ["SUCCESS"], "Flower has seen the render succeed")
     (task,) = tasks()
-    assert task["kwargs"] == "batch=in-flower job=1/1 model=tiny prompt='a blue star'"
+    assert task["kwargs"] == "in-flower 1/1: a blue star (model tiny)"
     assert str(task["worker"]).startswith("worker-1@")
     assert float(str(task["runtime"])) > 0
     assert "00001-a-blue-star.a1.png" in str(task["result"])

@@ -107,11 +107,12 @@ def test_a_late_batch_does_not_overtake_one_that_has_waited(store: JobStore) -> 
     assert sum(bell.job_id.startswith(first) for bell in store.enqueue(120)) >= 9
 
 
-def test_a_doorbell_says_batch_place_model_and_prompt(store: JobStore) -> None:
+def test_a_doorbell_says_batch_place_prompt_and_model(store: JobStore) -> None:
     store.submit("sea", "me", 50, [RenderSpec(prompt="a\nlong  prompt " + "x" * 100)])
     (bell,) = store.enqueue(1)
-    assert bell.shown.startswith("batch=sea job=1/1 model=tiny prompt='a long prompt xxx")
-    assert len(bell.shown) < 160
+    assert bell.shown.startswith("sea 1/1: a long prompt xxx")
+    assert bell.shown.endswith("x… (model tiny)")
+    assert len(bell.shown) < 140
 
 
 def test_a_job_is_claimed_once(store: JobStore) -> None:
