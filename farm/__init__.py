@@ -22,7 +22,7 @@ if TYPE_CHECKING:
         NotFound,
         ServiceUnavailable,
     )
-    from farm.jobs import BatchStatus
+    from farm.records import BatchStatus
     from farm.settings import Settings
     from farm.spec import RenderSpec
     from farm.states import JobState
@@ -34,7 +34,7 @@ except PackageNotFoundError:  # a source tree that is not installed
 
 _HOMES = {
     "Batch": "client",
-    "BatchStatus": "jobs",
+    "BatchStatus": "records",
     "Farm": "client",
     "FarmError": "errors",
     "InvalidInput": "errors",

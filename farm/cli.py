@@ -11,15 +11,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -27,11 +26,12 @@ from rich.text import Text
 from farm import __version__
 from farm.client import Batch, Farm
 from farm.errors import FarmError, InvalidInput, NotConfigured, NotFound, ServiceUnavailable
-from farm.jobs import BatchStatus, JobInfo, WorkerInfo
 from farm.log import configure
+from farm.records import BatchStatus, JobInfo
 from farm.settings import Settings
 from farm.sources import rows
 from farm.states import JobState
+from farm.tables import batch_table, job_table, printable, worker_table
 
 app = typer.Typer(
     name="farm",
@@ -43,14 +43,6 @@ app = typer.Typer(
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
-_STYLES = {
-    JobState.PENDING: "dim",
-    JobState.QUEUED: "cyan",
-    JobState.RUNNING: "yellow",
-    JobState.SUCCEEDED: "green",
-    JobState.FAILED: "red",
-    JobState.CANCELLED: "magenta",
-}
 _WATCH_SECONDS = 0.5
 
 Json = Annotated[bool, typer.Option("--json", help="Say it as JSON.")]
@@ -146,18 +138,18 @@ def status(
             if as_json:
                 _say_json([_batch_json(batch) for batch in batches])
             else:
-                out.print(_batch_table(batches) if batches else "no batches yet: `farm submit` hands one in")
+                out.print(batch_table(batches) if batches else "no batches yet: `farm submit` hands one in")
             return
         found = _find(farm, which)
         if isinstance(found, JobInfo):
-            _say_json(_job_json(found)) if as_json else out.print(_job_table([found], whole=True))
+            _say_json(_job_json(found)) if as_json else out.print(job_table([found], whole=True))
         elif as_json:
             _say_json({**_batch_json(found.status()), "jobs": [_job_json(job.info) for job in found]})
         else:
-            out.print(_batch_table([found.status()]))
+            out.print(batch_table([found.status()]))
             wrong = [job.info for job in found if job.error]
             if wrong:
-                out.print(_job_table(wrong[:20]))
+                out.print(job_table(wrong[:20]))
 
 
 @app.command()
@@ -171,7 +163,7 @@ def watch(
             return
         with Live(console=out, auto_refresh=False, transient=False) as live:
             while True:
-                live.update(Group(_batch_table(farm.batches(12)), _worker_table(farm.workers())), refresh=True)
+                live.update(Group(batch_table(farm.batches(12)), worker_table(farm.workers())), refresh=True)
                 time.sleep(_WATCH_SECONDS)
 
 
@@ -286,11 +278,6 @@ def doctor(as_json: Json = False) -> None:
 # --- what the commands share ------------------------------------------------------------------------------------
 
 
-def printable(text: str) -> str:
-    """A text without what a terminal would take for a command."""
-    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
-
-
 def _complain(text: str) -> None:
     for line in text.splitlines():
         err.print(Text(f"farm: {printable(line)}"), soft_wrap=True)
@@ -355,10 +342,10 @@ def _see_through(batch: Batch, folder: Path | None, *, as_json: bool) -> None:
     if as_json:
         _say_json({**_batch_json(ended), "files": [str(path) for path in files]})
     else:
-        out.print(_batch_table([ended]))
+        out.print(batch_table([ended]))
         wrong = [job.info for job in batch if job.state is JobState.FAILED]
         if wrong:
-            out.print(_job_table(wrong[:20]))
+            out.print(job_table(wrong[:20]))
         if folder is not None:
             out.print(Text(f"{len(files) - 1} pictures and contact_sheet.png in {folder}"), soft_wrap=True)
     if ended.counts[JobState.SUCCEEDED] < ended.total:
@@ -372,62 +359,6 @@ def _interrupted(batch: Batch) -> Iterator[None]:
     except KeyboardInterrupt:
         _complain(f"{batch.id} goes on; `farm watch {batch.id}` waits again, `farm cancel {batch.id}` ends it")
         raise
-
-
-def _batch_table(batches: Iterable[BatchStatus]) -> RenderableType:
-    table = Table("batch", "done", "", "jobs", "submitted", box=None, header_style="bold")
-    for batch in batches:
-        counts = Text()
-        for state, count in batch.counts.items():
-            if count:
-                counts.append(f"{count} {state}  ", style=_STYLES[state])
-        table.add_row(
-            Text(printable(batch.id), no_wrap=True),
-            f"{batch.ended}/{batch.total}",
-            _bar(batch.ended / max(1, batch.total)),
-            counts,
-            _when(batch.created_at),
-        )
-    return table
-
-
-def _when(moment: datetime) -> Text:
-    here = moment.astimezone()
-    today = here.date() == datetime.now(here.tzinfo).date()
-    return Text(here.strftime("%H:%M:%S" if today else "%Y-%m-%d %H:%M"), no_wrap=True)
-
-
-def _bar(fraction: float, width: int = 16) -> Text:
-    full = round(fraction * width)
-    return Text("█" * full, style="green").append("░" * (width - full), style="dim")
-
-
-def _worker_table(workers: Iterable[WorkerInfo]) -> RenderableType:
-    table = Table("worker", "device", "slots", "models", "", box=None, header_style="bold")
-    for one in workers:
-        table.add_row(
-            Text(one.name),
-            f"{one.device} {one.dtype}",
-            str(one.slots),
-            Text(", ".join(model["name"] for model in one.models)),
-            Text("alive", style="green") if one.alive else Text("no sign of life", style="red"),
-        )
-    return table
-
-
-def _job_table(jobs: Iterable[JobInfo], *, whole: bool = False) -> RenderableType:
-    table = Table("job", "state", "steps", "worker", "prompt", "what", box=None, header_style="bold")
-    for job in jobs:
-        prompt = printable(job.spec.prompt)
-        table.add_row(
-            Text(job.id),
-            Text(job.state, style=_STYLES[job.state]),
-            f"{job.steps_done}/{job.spec.num_inference_steps}",
-            Text(job.worker or ""),
-            Text(prompt if whole or len(prompt) < 60 else prompt[:59] + "…"),
-            Text(printable(job.error or (job.picture.key if job.picture else ""))),
-        )
-    return table
 
 
 def _batch_json(batch: BatchStatus) -> dict[str, Any]:

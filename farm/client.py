@@ -20,7 +20,8 @@ from farm.broker import Broker
 from farm.db import Database
 from farm.dispatch import Dispatcher
 from farm.errors import BrokerUnavailable, InvalidInput, JobNotSucceeded, Problem, StorageUnavailable
-from farm.jobs import BatchStatus, JobInfo, JobStore, Picture, WorkerInfo
+from farm.jobs import JobStore
+from farm.records import BatchStatus, JobInfo, Picture, WorkerInfo
 from farm.settings import Settings
 from farm.sheet import contact_sheet
 from farm.sources import Row, specs

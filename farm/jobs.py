@@ -7,7 +7,6 @@ whoever comes second matches no row and learns that it was too late.
 import logging
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import islice
 from typing import Any
@@ -18,6 +17,7 @@ from sqlalchemy.orm import Session
 from farm.broker import Doorbell
 from farm.db import BatchRow, Database, JobRow, WorkerRow, now, now_plus
 from farm.errors import NotFound
+from farm.records import BatchStatus, Beat, Claim, JobInfo, Picture, WorkerInfo, job_info
 from farm.settings import Settings
 from farm.spec import RenderSpec
 from farm.states import ACTIVE, JobState
@@ -27,105 +27,6 @@ log = logging.getLogger(__name__)
 
 _INSERT_CHUNK = 1000
 _DISPATCH_LOCK = 0x66617264
-
-
-@dataclass(frozen=True)
-class Claim:
-    """A worker's right to render one attempt of a job, until its lease runs out."""
-
-    job_id: str
-    attempt: int
-    spec: RenderSpec
-    batch_id: str
-    batch_name: str
-    index: int
-    total: int
-
-
-@dataclass(frozen=True)
-class Picture:
-    """What a finished render left in the object store."""
-
-    key: str
-    sha256: str
-    bytes: int
-    width: int
-    height: int
-    model_sha256: str
-    render_seconds: float
-    warnings: Sequence[str] = ()
-
-
-@dataclass(frozen=True)
-class Beat:
-    """What a worker learns when it renews its leases."""
-
-    cancelled: frozenset[str]
-    """Jobs somebody wants stopped."""
-    lost: frozenset[str]
-    """Jobs whose lease was no longer this worker's."""
-
-
-@dataclass(frozen=True)
-class BatchStatus:
-    """How far a batch is."""
-
-    id: str
-    name: str
-    owner: str
-    priority: int
-    total: int
-    created_at: datetime
-    counts: Mapping[JobState, int]
-    """Every state's number of jobs."""
-    finished_at: datetime | None = None
-    """When its last job ended; None while one is active."""
-
-    @property
-    def ended(self) -> int:
-        """How many jobs are in a terminal state."""
-        return sum(n for state, n in self.counts.items() if state.terminal)
-
-    @property
-    def done(self) -> bool:
-        """Whether every job has ended."""
-        return self.ended == self.total
-
-
-@dataclass(frozen=True)
-class JobInfo:
-    """One job as SQL has it."""
-
-    id: str
-    batch_id: str
-    index: int
-    spec: RenderSpec
-    state: JobState
-    attempt: int
-    tries: int
-    worker: str | None
-    steps_done: int
-    error: str | None
-    queued_at: datetime | None
-    started_at: datetime | None
-    finished_at: datetime | None
-    picture: Picture | None
-    """Set when it succeeded."""
-
-
-@dataclass(frozen=True)
-class WorkerInfo:
-    """One worker as it introduced itself."""
-
-    name: str
-    device: str
-    dtype: str
-    slots: int
-    version: str
-    models: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
-    started_at: datetime | None = None
-    alive: bool = True
-    """Whether it has given a sign of life within one lease time."""
 
 
 def new_batch_id(name: str) -> str:
@@ -485,7 +386,7 @@ class JobStore:
             row = session.get(JobRow, job_id)
             if row is None:
                 raise NotFound(f"there is no job {job_id!r}")
-            return _info(row)
+            return job_info(row)
 
     def jobs(
         self, batch_id: str, *, after: int = 0, limit: int = 1000, states: Sequence[JobState] = ()
@@ -495,7 +396,7 @@ class JobStore:
         if states:
             query = query.where(JobRow.state.in_(states))
         with self._db.read() as session:
-            return [_info(row) for row in session.scalars(query.order_by(JobRow.index).limit(limit))]
+            return [job_info(row) for row in session.scalars(query.order_by(JobRow.index).limit(limit))]
 
     def finished(self, batch_id: str, since: datetime | None = None) -> list[JobInfo]:
         """A batch's jobs that have ended, at or after that time, in the order they did."""
@@ -503,7 +404,7 @@ class JobStore:
         if since is not None:
             query = query.where(JobRow.finished_at >= since)
         with self._db.read() as session:
-            return [_info(row) for row in session.scalars(query.order_by(JobRow.finished_at, JobRow.index))]
+            return [job_info(row) for row in session.scalars(query.order_by(JobRow.finished_at, JobRow.index))]
 
     def running(self, batch_id: str, limit: int = 1000) -> list[JobInfo]:
         """The jobs of a batch that render now."""
@@ -570,37 +471,6 @@ def _models(session: Session, state: JobState) -> Iterator[str]:
             return
         yield found
         last = found
-
-
-def _info(row: JobRow) -> JobInfo:
-    picture = None
-    if row.state == JobState.SUCCEEDED and row.image_key:
-        picture = Picture(
-            key=row.image_key,
-            sha256=row.image_sha256 or "",
-            bytes=row.image_bytes or 0,
-            width=row.width or 0,
-            height=row.height or 0,
-            model_sha256=row.model_sha256 or "",
-            render_seconds=row.render_seconds or 0.0,
-            warnings=tuple(row.warnings or ()),
-        )
-    return JobInfo(
-        id=row.id,
-        batch_id=row.batch_id,
-        index=row.index,
-        spec=RenderSpec.model_validate(row.spec),
-        state=JobState(row.state),
-        attempt=row.attempt,
-        tries=row.tries,
-        worker=row.worker,
-        steps_done=row.steps_done,
-        error=row.error,
-        queued_at=row.queued_at,
-        started_at=row.started_at,
-        finished_at=row.finished_at,
-        picture=picture,
-    )
 
 
 def _shortened(text: str, most: int) -> str:

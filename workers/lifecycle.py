@@ -14,7 +14,8 @@ from celery import Celery, signals
 from farm import __version__
 from farm.db import Database
 from farm.errors import FarmError, ModelError, ServiceUnavailable
-from farm.jobs import Claim, JobStore, WorkerInfo
+from farm.jobs import JobStore
+from farm.records import Claim, WorkerInfo
 from farm.settings import Settings
 from farm.storage import Storage
 from workers import tiny

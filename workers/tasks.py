@@ -17,7 +17,7 @@ from farm.errors import (
     RenderHandedBack,
     ServiceUnavailable,
 )
-from farm.jobs import Picture
+from farm.records import Picture
 from farm.storage import image_key
 from workers import png
 from workers.lifecycle import Held, Worker

@@ -8,7 +8,8 @@ import sqlalchemy as sa
 
 from farm.db import Database, JobRow, now_plus
 from farm.errors import NotFound
-from farm.jobs import Claim, JobStore, Picture, WorkerInfo
+from farm.jobs import JobStore
+from farm.records import Claim, Picture, WorkerInfo
 from farm.settings import Settings
 from farm.spec import RenderSpec
 from farm.states import TRANSITIONS, JobState

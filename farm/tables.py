@@ -1,0 +1,84 @@
+"""Batches, jobs and workers as a terminal shows them."""
+
+from collections.abc import Iterable
+from datetime import datetime
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from farm.records import BatchStatus, JobInfo, WorkerInfo
+from farm.states import JobState
+
+_STYLES = {
+    JobState.PENDING: "dim",
+    JobState.QUEUED: "cyan",
+    JobState.RUNNING: "yellow",
+    JobState.SUCCEEDED: "green",
+    JobState.FAILED: "red",
+    JobState.CANCELLED: "magenta",
+}
+
+
+def printable(text: str) -> str:
+    """A text without what a terminal would take for a command."""
+    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
+
+
+def batch_table(batches: Iterable[BatchStatus]) -> RenderableType:
+    """A line a batch: how far it is, and in which states its jobs are."""
+    table = Table("batch", "done", "", "jobs", "submitted", box=None, header_style="bold")
+    for batch in batches:
+        counts = Text()
+        for state, count in batch.counts.items():
+            if count:
+                counts.append(f"{count} {state}  ", style=_STYLES[state])
+        table.add_row(
+            Text(printable(batch.id), no_wrap=True),
+            f"{batch.ended}/{batch.total}",
+            _bar(batch.ended / max(1, batch.total)),
+            counts,
+            _when(batch.created_at),
+        )
+    return table
+
+
+def _when(moment: datetime) -> Text:
+    here = moment.astimezone()
+    today = here.date() == datetime.now(here.tzinfo).date()
+    return Text(here.strftime("%H:%M:%S" if today else "%Y-%m-%d %H:%M"), no_wrap=True)
+
+
+def _bar(fraction: float, width: int = 16) -> Text:
+    full = round(fraction * width)
+    return Text("█" * full, style="green").append("░" * (width - full), style="dim")
+
+
+def worker_table(workers: Iterable[WorkerInfo]) -> RenderableType:
+    """A line a worker: what it renders on, and which models it holds."""
+    table = Table("worker", "device", "slots", "models", "", box=None, header_style="bold")
+    for one in workers:
+        table.add_row(
+            Text(one.name),
+            f"{one.device} {one.dtype}",
+            str(one.slots),
+            Text(", ".join(model["name"] for model in one.models)),
+            Text("alive", style="green") if one.alive else Text("no sign of life", style="red"),
+        )
+    return table
+
+
+def job_table(jobs: Iterable[JobInfo], *, whole: bool = False) -> RenderableType:
+    """A line a job; its prompt is cut short unless it is asked for `whole`."""
+    table = Table("job", "state", "steps", "worker", "prompt", "what", box=None, header_style="bold")
+    for job in jobs:
+        prompt = printable(job.spec.prompt)
+        table.add_row(
+            Text(job.id),
+            Text(job.state, style=_STYLES[job.state]),
+            f"{job.steps_done}/{job.spec.num_inference_steps}",
+            Text(job.worker or ""),
+            Text(prompt if whole or len(prompt) < 60 else prompt[:59] + "…"),
+            Text(printable(job.error or (job.picture.key if job.picture else ""))),
+        )
+    return table
