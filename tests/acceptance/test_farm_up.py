@@ -70,6 +70,13 @@ def test_the_commands_find_the_farm_and_say_what_there_is(user: UserFarm) -> Non
     assert healthy.returncode == 0, healthy.stdout
 
 
+def test_the_same_spec_gives_the_same_picture(user: UserFarm) -> None:
+    spec = RenderSpec(prompt="a red heart on a black background", seed=11, num_inference_steps=8, scheduler="euler_a")
+    with client(user) as farm:
+        first, second = (next(iter(farm.submit([spec]))).image() for _ in range(2))
+    assert first.tobytes() == second.tobytes()
+
+
 def test_flower_shows_a_render_by_batch_and_prompt_with_its_worker_and_runtime(user: UserFarm) -> None:
     assert user.farm("submit", "a blue star", "--name", "in-flower", "--steps", "3", "--wait").returncode == 0
     access = json.loads((user.folder / ".farm" / "farm.json").read_text())
