@@ -11,6 +11,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
 )
 from pydantic_core import ErrorDetails
 
@@ -21,6 +22,8 @@ MIN_SIZE, MAX_SIZE = 64, 4096
 """Bounds of width and height in pixels."""
 MAX_SEED = 2**32 - 1
 MAX_STEPS = 1000
+MAX_TRAJECTORY_STEPS = 200
+"""A trajectory has a frame a step."""
 MAX_PROMPT_CHARS = 20_000
 MODEL_NAME = r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,199}$"
 """What a model may be called: a hub id (`org/name`) or a plain name. It becomes part of a queue's name."""
@@ -45,6 +48,14 @@ def _multiple_of_8(value: int | None) -> int | None:
 def _known_sampler(value: str | None) -> str | None:
     if value is not None and find_sampler(value) is None:
         raise ValueError(f"no sampler {value!r}; known are {', '.join(sampler_names())}")
+    return value
+
+
+def _of_few_steps(value: bool, info: ValidationInfo) -> bool:
+    # Steps that are out of bounds themselves are not in `data`, and complained about already.
+    steps = info.data.get("num_inference_steps", 0)
+    if value and steps > MAX_TRAJECTORY_STEPS:
+        raise ValueError(f"keeps a picture a step, {MAX_TRAJECTORY_STEPS} at most; num_inference_steps is {steps}")
     return value
 
 
@@ -80,11 +91,23 @@ class RenderSpec(BaseModel):
     negative_prompt: Text = ""
     num_inference_steps: int = Field(default=25, ge=1, le=MAX_STEPS)
     guidance_scale: float = Field(default=5.0, ge=0, le=1000)
+    guidance_rescale: float = Field(default=0.0, ge=0, le=1)
+    """How far the guided noise is scaled back against over-exposure (Lin et al. 2023, section 3.4)."""
+    true_cfg_scale: float = Field(default=1.0, ge=1, le=1000)
+    """Flux: real classifier-free guidance with the negative prompt, where `guidance_scale` is distilled; 1 is none."""
+    clip_skip: int | None = Field(default=None, ge=1, le=23)
+    """How many of CLIP's last layers are left out."""
+    eta: float = Field(default=0.0, ge=0, le=1)
+    """The share of noise that samplers with an eta (DDIM's, Song et al. 2020) add back at each step."""
     width: Size = None
     height: Size = None
     seed: Annotated[int, Field(ge=0, le=MAX_SEED), BeforeValidator(_seed_or_drawn)] = Field(default_factory=draw_seed)
     scheduler: Annotated[str | None, AfterValidator(_known_sampler)] = None
     model: str = Field(default="tiny", pattern=MODEL_NAME)
+    deterministic: bool = False
+    """Whether its bytes must not depend on what is rendered beside it; slower."""
+    trajectory: Annotated[bool, AfterValidator(_of_few_steps)] = False
+    """Whether the picture of every step is kept, as a film strip and an animation; at most 200 steps then."""
 
     @classmethod
     def parse(cls, values: "dict[str, Any] | str | RenderSpec", where: str = "spec") -> Self:
