@@ -4,7 +4,7 @@ import getpass
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import ByteSize, Field, SecretStr, ValidationError
 from pydantic_settings import (
     BaseSettings,
     JsonConfigSettingsSource,
@@ -18,6 +18,7 @@ EMBEDDED_FILE = "farm.json"
 """What `farm up` leaves in its home, mode 0600: the addresses and credentials of its parts."""
 
 _SERVICES = ("database_url", "broker_url", "s3_bucket")
+_CACHE = Path(".cache") / "diffusion-farm"
 
 
 class _Home(BaseSettings):
@@ -32,10 +33,10 @@ class Settings(BaseSettings):
     """Everything that can be set, from `FARM_*` in the environment.
 
     Without `FARM_DATABASE_URL`, `FARM_BROKER_URL` and `FARM_S3_BUCKET`, the services are those of the
-    embedded farm in `FARM_HOME`. Make one with `Settings.load()`, which says what is missing.
+    embedded farm in `FARM_HOME`. `none` stands for None. Make one with `Settings.load()`, which says what is missing.
     """
 
-    model_config = SettingsConfigDict(env_prefix="FARM_", frozen=True, extra="ignore")
+    model_config = SettingsConfigDict(env_prefix="FARM_", frozen=True, extra="ignore", env_parse_none_str="none")
 
     home: Path = Path(".farm")
     """The embedded farm's folder."""
@@ -71,10 +72,26 @@ class Settings(BaseSettings):
     """`cuda`, `cuda:1`, `cpu`; None chooses."""
     dtype: str | None = None
     """`float32`, `bfloat16`, `float16`; None chooses for the device."""
-    model_cache: Path = Field(default_factory=lambda: Path.home() / ".cache" / "diffusion-farm" / "models")
+    model_cache: Path = Field(default_factory=lambda: Path.home() / _CACHE / "models")
     """Where models from `s3://` are kept."""
-    slots: int = Field(default=8, ge=1, le=256)
-    """How many requests a worker's engine renders at once."""
+    memory_budget: ByteSize | None = Field(default=None, gt=0)
+    """What the pinned models may take together, such as `20GiB`; None means what the device has."""
+    slots: int = Field(default=16, ge=1, le=256)
+    """How many requests a worker's engine renders at once, at most; how many share a forward is measured."""
+    forward_sizes: Path = Field(default_factory=lambda: Path.home() / _CACHE / "forwards.json")
+    """Where the sizes of forwards that were measured on this machine are kept, as JSON."""
+    compile: bool = True
+    """Whether the denoisers go through `torch.compile` on CUDA."""
+    deterministic: bool = False
+    """Whether every forward has one fixed shape, so that no picture's bytes depend on its neighbours."""
+    embeddings: int = Field(default=1024, ge=0)
+    """How many prompts' text embeddings a worker keeps."""
+    checkpoint_seconds: float | None = Field(default=30.0, gt=0)
+    """How often a running render's state goes to the object store; None means not by time."""
+    checkpoint_steps: int | None = Field(default=None, ge=1)
+    """After how many steps it goes there; None means not by steps."""
+    preview_steps: int = Field(default=5, ge=1)
+    """After how many steps each a render that somebody watches shows itself."""
     stuck_seconds: float = Field(default=300.0, gt=0)
     """How long one forward may take before the worker takes its device for hung and ends."""
     drain_seconds: float = Field(default=20.0, ge=0)
