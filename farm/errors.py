@@ -15,6 +15,7 @@
     ├── RenderError             one render went wrong
     │   ├── BadRequest          the request itself is at fault: another try can't help
     │   ├── BadImage            NaN or nothing in the latents
+    │   ├── OutOfMemory         it does not fit on this device even alone
     │   └── EngineFailed        the loop broke under the request
     ├── RenderCancelled         the render was stopped because its job was cancelled
     ├── RenderHandedBack        the render was stopped because its worker drains
@@ -117,6 +118,13 @@ class BadImage(RenderError):
     """Raised when a request's latents hold NaN or infinity; names the step."""
 
     retryable = False
+
+
+class OutOfMemory(RenderError):
+    """Raised when a request does not fit on its device even alone; says what it would need.
+
+    Another worker may have more.
+    """
 
 
 class EngineFailed(RenderError):
