@@ -113,6 +113,9 @@ def _where(state: JobState) -> dict[str, Any]:
     return {"sqlite_where": clause, "postgresql_where": clause}
 
 
+_STALE = sa.text("checkpoint_key IS NOT NULL AND finished_at IS NOT NULL")
+
+
 class JobRow(Base):
     """One spec to be rendered into one image. Only `JobStore` writes these."""
 
@@ -144,6 +147,15 @@ class JobRow(Base):
     cancel_requested: Mapped[bool] = mapped_column(default=False)
     """Somebody wants a running job stopped; its worker reads it with its next beat."""
     steps_done: Mapped[int] = mapped_column(default=0)
+    seconds_per_step: Mapped[float | None]
+    """Measured by its worker, the latest."""
+    checkpoint_key: Mapped[str | None] = mapped_column(sa.String(400))
+    """The object from which an attempt after a lost lease or a hand-back goes on; of a job that has ended, one
+    to be deleted."""
+    preview_until: Mapped[datetime | None]
+    """Until then somebody watches it, and its worker shows how it gets on."""
+    preview_vae: Mapped[bool] = mapped_column(default=False, server_default=sa.false())
+    """Whether previews are decoded by the VAE, and not roughly from the latents."""
 
     queued_at: Mapped[datetime | None]
     started_at: Mapped[datetime | None]
@@ -171,6 +183,8 @@ class JobRow(Base):
         sa.Index("ix_jobs_running", "lease_until", **_where(JobState.RUNNING)),
         # A new batch starts where the backlog stands.
         sa.Index("ix_jobs_backlog_rank", "rank", **_where(JobState.PENDING)),
+        # What is to be swept out of the object store.
+        sa.Index("ix_jobs_stale_checkpoints", "finished_at", sqlite_where=_STALE, postgresql_where=_STALE),
         sa.CheckConstraint("state IN ({})".format(", ".join(f"'{state.value}'" for state in JobState)), name="state"),
     )
 

@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 from farm.broker import Doorbell
 from farm.db import BatchRow, Database, JobRow, WorkerRow, now, now_plus
 from farm.errors import NotFound
-from farm.records import BatchStatus, Beat, Claim, JobInfo, Picture, WorkerInfo, job_info
+from farm.records import BatchStatus, Beat, Claim, JobInfo, Pace, Picture, WorkerInfo, job_info
 from farm.settings import Settings
 from farm.spec import RenderSpec
 from farm.states import ACTIVE, JobState
@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 _INSERT_CHUNK = 1000
 _DISPATCH_LOCK = 0x66617264
+_STALE = (JobRow.checkpoint_key.is_not(None), JobRow.finished_at.is_not(None))
 
 
 def new_batch_id(name: str) -> str:
@@ -99,6 +100,20 @@ class JobStore:
             ).all()
         log.info("cancelled batch_id=%s job_id=%s jobs=%d", batch_id, job_id, len(changed))
         return len(changed)
+
+    def want_preview(self, job_id: str, *, vae: bool, seconds: float = 30) -> bool:
+        """Ask a job's worker to show how it gets on, for that many seconds; False if it has ended, or is not there.
+
+        Who asks last decides whether it is decoded by the VAE. A job that waits remembers the wish.
+        """
+        with self._db.write() as session:
+            row = session.execute(
+                sa.update(JobRow)
+                .where(JobRow.id == job_id, JobRow.state.in_(ACTIVE))
+                .values(preview_until=now_plus(sa.literal(float(seconds))), preview_vae=vae)
+                .returning(JobRow.id)
+            ).one_or_none()
+        return row is not None
 
     # --- the dispatcher -------------------------------------------------------------------------------------
 
@@ -204,6 +219,22 @@ class JobStore:
             log.warning("lease lost job_id=%s attempt=%d now=%s", row.id, row.attempt, row.state)
         return len(lost)
 
+    def stale_checkpoints(self, limit: int = 100) -> list[tuple[str, str]]:
+        """Id and checkpoint key of jobs that ended and left one, those that ended first before the others."""
+        with self._db.read() as session:
+            return [
+                (job_id, key)
+                for job_id, key in session.execute(
+                    sa.select(JobRow.id, JobRow.checkpoint_key).where(*_STALE).order_by(JobRow.finished_at).limit(limit)
+                )
+                if key
+            ]
+
+    def forget_checkpoints(self, job_ids: Sequence[str]) -> None:
+        """Record that the checkpoints of these jobs, which have ended, are deleted."""
+        with self._db.write() as session:
+            session.execute(sa.update(JobRow).where(*_STALE, JobRow.id.in_(job_ids)).values(checkpoint_key=None))
+
     # --- the worker -----------------------------------------------------------------------------------------
 
     def claim(self, job_id: str, worker: str) -> Claim | None:
@@ -220,7 +251,14 @@ class JobStore:
                     started_at=now(),
                     steps_done=0,
                 )
-                .returning(JobRow.attempt, JobRow.spec, JobRow.batch_id, JobRow.index.label("place"))
+                .returning(
+                    JobRow.attempt,
+                    JobRow.spec,
+                    JobRow.batch_id,
+                    JobRow.index.label("place"),
+                    JobRow.priority,
+                    JobRow.checkpoint_key,
+                )
             ).one_or_none()
             if row is None:
                 return None
@@ -233,46 +271,74 @@ class JobStore:
                 batch_name=batch.name,
                 index=row.place,
                 total=batch.total,
+                priority=row.priority,
+                checkpoint_key=row.checkpoint_key,
             )
         log.info("claimed job_id=%s attempt=%d worker=%s", job_id, claim.attempt, worker)
         return claim
 
-    def beat(self, worker: str, steps_done: Mapping[tuple[str, int], int]) -> Beat:
+    def beat(self, worker: str, paces: Mapping[tuple[str, int], Pace]) -> Beat:
         """Renew the leases a worker holds, keyed by job id and attempt, and write how far each render is.
 
         Also the worker's sign of life. One statement for all its jobs.
         """
-        held = {job_id for job_id, _ in steps_done}
+        held = {job_id for job_id, _ in paces}
         with self._db.write() as session:
             session.execute(sa.update(WorkerRow).where(WorkerRow.name == worker).values(seen_at=now()))
             rows = (
                 session.execute(
                     sa.update(JobRow)
-                    .where(_in(JobState.RUNNING), sa.tuple_(JobRow.id, JobRow.attempt).in_(list(steps_done)))
+                    .where(_in(JobState.RUNNING), sa.tuple_(JobRow.id, JobRow.attempt).in_(list(paces)))
                     .values(
                         lease_until=now_plus(sa.literal(self._lease_seconds)),
                         steps_done=sa.case(
-                            {job_id: steps for (job_id, _), steps in steps_done.items()}, value=JobRow.id
+                            {job_id: pace.steps_done for (job_id, _), pace in paces.items()}, value=JobRow.id
+                        ),
+                        seconds_per_step=sa.case(
+                            {
+                                # PostgreSQL takes a NULL without a type for text.
+                                job_id: sa.cast(pace.seconds_per_step, sa.Double())
+                                for (job_id, _), pace in paces.items()
+                            },
+                            value=JobRow.id,
                         ),
                     )
-                    .returning(JobRow.id, JobRow.cancel_requested)
+                    .returning(
+                        JobRow.id,
+                        JobRow.cancel_requested,
+                        (JobRow.preview_until > now()).label("watched"),
+                        JobRow.preview_vae,
+                    )
                 ).all()
-                if steps_done
+                if paces
                 else []
             )
         return Beat(
             cancelled=frozenset(row.id for row in rows if row.cancel_requested),
             lost=frozenset(held - {row.id for row in rows}),
+            previews={row.id: row.preview_vae for row in rows if row.watched},
         )
 
+    def checkpointed(self, claim: Claim, key: str) -> bool:
+        """Record the object that a later attempt can go on from; False if the claim no longer holds."""
+        with self._db.write() as session:
+            row = session.execute(
+                sa.update(JobRow).where(*_holds(claim)).values(checkpoint_key=key).returning(JobRow.id)
+            ).one_or_none()
+        return row is not None
+
     def succeed(self, claim: Claim, picture: Picture) -> bool:
-        """Record the picture of a claimed job; False if the claim no longer holds."""
+        """Record the picture of a claimed job, and forget its checkpoint, whose object the worker deletes.
+
+        False if the claim no longer holds.
+        """
         return self._end(
             claim,
             state=JobState.SUCCEEDED.value,
             finished_at=now(),
             lease_until=None,
             error=None,
+            checkpoint_key=None,
             steps_done=claim.spec.num_inference_steps,
             image_key=picture.key,
             image_sha256=picture.sha256,
@@ -287,11 +353,14 @@ class JobStore:
     def fail(self, claim: Claim, error: str, *, retryable: bool) -> bool:
         """Record a claimed job's error: back to the backlog while it has tries left and another may help.
 
-        False if the claim no longer holds.
+        The next try starts afresh, since what was checkpointed may be what went wrong: the worker deletes its
+        checkpoint before it calls this. False if the claim no longer holds.
         """
         again = (JobRow.tries + 1 < self._max_tries) if retryable else sa.false()
         state = sa.case((again, JobState.PENDING.value), else_=JobState.FAILED.value)
-        return self._end(claim, tries=JobRow.tries + 1, **_leave_running(state, sa.literal(error)))
+        left = _leave_running(state, sa.literal(error))
+        kept = sa.case((left["state"] == JobState.PENDING.value, None), else_=JobRow.checkpoint_key)
+        return self._end(claim, tries=JobRow.tries + 1, checkpoint_key=kept, **left)
 
     def hand_back(self, claim: Claim) -> bool:
         """Give a claimed job back to the backlog, unrendered, at no cost; False if the claim no longer holds."""
@@ -304,10 +373,7 @@ class JobStore:
     def _end(self, claim: Claim, **values: Any) -> bool:
         with self._db.write() as session:
             row = session.execute(
-                sa.update(JobRow)
-                .where(JobRow.id == claim.job_id, JobRow.attempt == claim.attempt, _in(JobState.RUNNING))
-                .values(**values)
-                .returning(JobRow.state, JobRow.worker)
+                sa.update(JobRow).where(*_holds(claim)).values(**values).returning(JobRow.state, JobRow.worker)
             ).one_or_none()
         if row is None:
             log.warning("too late job_id=%s attempt=%d", claim.job_id, claim.attempt)
@@ -444,6 +510,10 @@ class JobStore:
 def _in(state: JobState) -> sa.ColumnElement[bool]:
     # A literal, not a parameter: neither database uses a partial index for a value it can't see when it plans.
     return JobRow.state == sa.literal_column(f"'{state.value}'")
+
+
+def _holds(claim: Claim) -> tuple[sa.ColumnElement[bool], ...]:
+    return JobRow.id == claim.job_id, JobRow.attempt == claim.attempt, _in(JobState.RUNNING)
 
 
 def _leave_running(state: sa.ColumnElement[str], error: Any) -> dict[str, Any]:

@@ -21,6 +21,17 @@ class Claim:
     batch_name: str
     index: int
     total: int
+    priority: int
+    checkpoint_key: str | None
+    """What an earlier attempt left to go on from; None means from the first step."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How far one render is, and how fast it goes."""
+
+    steps_done: int
+    seconds_per_step: float | None
 
 
 @dataclass(frozen=True)
@@ -45,6 +56,8 @@ class Beat:
     """Jobs somebody wants stopped."""
     lost: frozenset[str]
     """Jobs whose lease was no longer this worker's."""
+    previews: Mapping[str, bool]
+    """Jobs somebody watches now, and whether their previews are to be decoded by the VAE."""
 
 
 @dataclass(frozen=True)
@@ -86,12 +99,20 @@ class JobInfo:
     tries: int
     worker: str | None
     steps_done: int
+    seconds_per_step: float | None
     error: str | None
     queued_at: datetime | None
     started_at: datetime | None
     finished_at: datetime | None
     picture: Picture | None
     """Set when it succeeded."""
+
+    @property
+    def eta_seconds(self) -> float | None:
+        """How long its remaining steps will take at its latest pace; None while that is unknown or it does not run."""
+        if self.state is not JobState.RUNNING or self.seconds_per_step is None:
+            return None
+        return max(0, self.spec.num_inference_steps - self.steps_done) * self.seconds_per_step
 
 
 @dataclass(frozen=True)
@@ -133,6 +154,7 @@ def job_info(row: JobRow) -> JobInfo:
         tries=row.tries,
         worker=row.worker,
         steps_done=row.steps_done,
+        seconds_per_step=row.seconds_per_step,
         error=row.error,
         queued_at=row.queued_at,
         started_at=row.started_at,

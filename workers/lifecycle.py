@@ -15,7 +15,7 @@ from farm import __version__
 from farm.db import Database
 from farm.errors import FarmError, ModelError, ServiceUnavailable
 from farm.jobs import JobStore
-from farm.records import Claim, WorkerInfo
+from farm.records import Claim, Pace, WorkerInfo
 from farm.settings import Settings
 from farm.storage import Storage
 from workers import tiny
@@ -173,11 +173,11 @@ class Worker:
         """Renew these leases and stop what is to be stopped; returns when the renewal was asked for."""
         asked = time.monotonic()
         progress = self.engine.progress()
-        steps = {}
+        paces = {}
         for held in mine:
             seen = progress.get(held.claim.job_id)
-            steps[held.claim.job_id, held.claim.attempt] = seen.steps_done if seen else 0
-        beat = self.store.beat(self.name, steps)
+            paces[held.claim.job_id, held.claim.attempt] = Pace(seen.steps_done if seen else 0, None)
+        beat = self.store.beat(self.name, paces)
         for held in mine:
             if held.claim.job_id in beat.cancelled:
                 self._stop_render(held, held.cancelled)

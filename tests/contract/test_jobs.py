@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from farm.db import Database, JobRow, now_plus
 from farm.errors import NotFound
 from farm.jobs import JobStore
-from farm.records import Claim, Picture, WorkerInfo
+from farm.records import Claim, Pace, Picture, WorkerInfo
 from farm.settings import Settings
 from farm.spec import RenderSpec
 from farm.states import TRANSITIONS, JobState
@@ -156,7 +156,7 @@ def test_only_the_current_attempt_writes(store: JobStore, lapse: Callable[[], No
         store.stopped(zombie),
     ):
         assert not late
-    assert store.beat("w1@host", {(zombie.job_id, zombie.attempt): 9}).lost == {zombie.job_id}
+    assert store.beat("w1@host", {(zombie.job_id, zombie.attempt): Pace(9, None)}).lost == {zombie.job_id}
     assert store.job(claim.job_id).steps_done == 0
     assert store.succeed(claim, PICTURE)
 
@@ -196,7 +196,7 @@ def test_an_expired_lease_is_requeued_once_and_costs_no_try(store: JobStore, lap
 def test_a_renewed_lease_does_not_expire(store: JobStore, lapse: Callable[[], None]) -> None:
     first, second = claimed(store, 2)
     lapse()
-    beat = store.beat("w1@host", {(first.job_id, first.attempt): 7})
+    beat = store.beat("w1@host", {(first.job_id, first.attempt): Pace(7, 0.5)})
     assert not beat.lost
     assert not beat.cancelled
     assert store.expire_leases() == 1
@@ -252,7 +252,7 @@ def test_a_cancel_ends_what_waits_and_marks_what_runs(store: JobStore) -> None:
     counts = store.batch(batch).counts
     assert (counts[JobState.CANCELLED], counts[JobState.RUNNING]) == (2, 1)
     assert store.claim(bells[1].job_id, "w2@host") is None
-    assert store.beat("w1@host", {(claim.job_id, 1): 2}).cancelled == {claim.job_id}
+    assert store.beat("w1@host", {(claim.job_id, 1): Pace(2, None)}).cancelled == {claim.job_id}
     assert store.stopped(claim)
     assert store.batch(batch).counts[JobState.CANCELLED] == 3
 

@@ -11,7 +11,7 @@ from alembic.script import ScriptDirectory
 
 from farm.db import Base, Database, JobRow, _alembic, now, now_plus
 from farm.errors import DatabaseUnavailable, NotConfigured, SchemaMismatch
-from farm.jobs import _in
+from farm.jobs import _STALE, _in
 from farm.states import JobState
 
 
@@ -66,6 +66,10 @@ def test_a_database_without_a_schema_or_of_another_version_is_refused(database: 
             sa.select(JobRow.id)
             .where(JobRow.batch_id == "b", JobRow.finished_at >= now())
             .order_by(JobRow.finished_at),
+        ),
+        (
+            "ix_jobs_stale_checkpoints",
+            sa.select(JobRow.id).where(*_STALE).order_by(JobRow.finished_at).limit(10),
         ),
     ],
 )
