@@ -3,8 +3,9 @@
 import re
 import threading
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 PRESIGN_SECONDS = 7 * 24 * 3600
 """The longest that signature version 4 allows."""
 _SLUG_CHARS = 48
+_DELETE_CHUNK = 1000
+"""The most that DeleteObjects takes."""
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -41,6 +44,22 @@ def image_key(batch_id: str, index: int, attempt: int, prompt: str) -> str:
     """
     words = slug(prompt)
     return f"{batch_id}/{index:05d}{f'-{words}' if words else ''}.a{attempt}.png"
+
+
+def checkpoint_key(batch_id: str, index: int, attempt: int) -> str:
+    """`{batch}/{index}.a{attempt}.checkpoint.safetensors`: the state of a render on its way."""
+    return f"{batch_id}/{index:05d}.a{attempt}.checkpoint.safetensors"
+
+
+def preview_key(batch_id: str, index: int, attempt: int) -> str:
+    """`{batch}/{index}.a{attempt}.preview.png`: how a render that somebody watches looks by now."""
+    return f"{batch_id}/{index:05d}.a{attempt}.preview.png"
+
+
+def trajectory_keys(image_key: str) -> tuple[str, str]:
+    """Beside a picture: the film strip of its steps, `….trajectory.png`, and their animation, `….trajectory.webp`."""
+    stem = image_key.removesuffix(".png")
+    return f"{stem}.trajectory.png", f"{stem}.trajectory.webp"
 
 
 class Storage:
@@ -111,6 +130,18 @@ class Storage:
         """Delete an object; one that is not there is no error."""
         with self._reached(key):
             self._s3.delete_object(Bucket=self.bucket, Key=key)
+
+    def delete_many(self, keys: Iterable[str]) -> None:
+        """Delete objects, a thousand in a request; ones that are not there are no error."""
+        left = iter(keys)
+        while chunk := list(islice(left, _DELETE_CHUNK)):
+            with self._reached(chunk[0]):
+                answer = self._s3.delete_objects(
+                    Bucket=self.bucket, Delete={"Objects": [{"Key": key} for key in chunk], "Quiet": True}
+                )
+            kept = [found for found in answer.get("Errors", ()) if found.get("Code") != "NoSuchKey"]
+            if kept:
+                raise StorageUnavailable(f"bucket {self.bucket} keeps {len(kept)} objects, the first: {kept[0]}")
 
     def url(self, key: str, seconds: int = 3600) -> str:
         """A presigned address that anybody may GET for that many seconds (at most seven days)."""
