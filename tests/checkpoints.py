@@ -1,22 +1,54 @@
-"""Whole Stable Diffusion checkpoints of a few hundred kilobytes with random weights, made offline."""
+"""Whole checkpoints of each model family, a few hundred kilobytes with random weights, made offline.
+
+Shaped as the families' published ones are, only narrow: their parts, their configs' peculiarities, their noise
+schedulers. They draw 64x64 pictures of nothing that depend on all they are given.
+"""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    PNDMScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+
+_WIDTH = 32
+"""Of a text encoder's vectors, and of CLIP's projected one."""
+_LATENT_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+_NO_QUANT_CONVS = {"use_quant_conv": False, "use_post_quant_conv": False}
 
 
 def build_checkpoint(folder: Path, **scheduler: Any) -> Path:
-    """Write a checkpoint that renders 64x64 pictures from 4x8x8 latents; the same bytes every time.
+    """Write a Stable Diffusion 1.x that renders 64x64 pictures from 4x8x8 latents; the same bytes every time.
 
     `scheduler` sets values in its PNDM config, such as `prediction_type`. Returns `folder`.
     """
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
+    with _random_weights():
+        tokenizer = _tokenizer()
         unet = UNet2DConditionModel(
             sample_size=8,
             block_out_channels=(16, 32),
@@ -27,54 +59,196 @@ def build_checkpoint(folder: Path, **scheduler: Any) -> Path:
             attention_head_dim=2,
             norm_num_groups=8,
         )
-        vae = AutoencoderKL(
-            sample_size=64,
-            block_out_channels=(8, 8, 16, 16),
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            layers_per_block=1,
-            latent_channels=4,
-            norm_num_groups=8,
-        )
-        tokenizer = _tokenizer()
-        text = CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=77,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        noise_scheduler = PNDMScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            skip_prk_steps=True,
-            set_alpha_to_one=False,
-            steps_offset=1,
-        )
-        StableDiffusionPipeline(
-            vae=vae,
-            text_encoder=CLIPTextModel(text),
+        pipe = StableDiffusionPipeline(
+            vae=_vae(latent_channels=4),
+            text_encoder=CLIPTextModel(_clip(tokenizer, num_hidden_layers=2)),
             tokenizer=tokenizer,
             unet=unet,
-            scheduler=noise_scheduler,
+            scheduler=PNDMScheduler(**_LATENT_DIFFUSION, skip_prk_steps=True, set_alpha_to_one=False),
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
-        ).save_pretrained(folder)
-    # PNDM has no clip_sample, yet SD's configs carry it, and DDIM would clip without it. Written here because the
-    # pipeline above would mend outdated values.
-    config = folder / "scheduler" / "scheduler_config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "clip_sample": False, **scheduler}))
-    return folder
+        )
+    # PNDM has no clip_sample, yet SD's configs carry it, and DDIM would clip without it.
+    return _save(pipe, folder, {"clip_sample": False, **scheduler})
 
 
-def _tokenizer() -> CLIPTokenizer:
+def build_sdxl(folder: Path, **scheduler: Any) -> Path:
+    """Write an SDXL base that renders 64x64 pictures from 4x8x8 latents; the same bytes every time.
+
+    `scheduler` sets values in its Euler config. Returns `folder`.
+    """
+    with _random_weights():
+        tokenizer, tokenizer_2 = _tokenizer(), _tokenizer(pad_token="!")
+        unet = UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(16, 32),
+            layers_per_block=1,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2),
+            cross_attention_dim=2 * _WIDTH,
+            attention_head_dim=2,
+            use_linear_projection=True,
+            norm_num_groups=8,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=_WIDTH + 6 * 8,  # the pooled text; two sizes and a corner
+        )
+        pipe = StableDiffusionXLPipeline(
+            vae=_vae(latent_channels=4, scaling_factor=0.13025, force_upcast=True),
+            text_encoder=CLIPTextModel(_clip(tokenizer)),
+            text_encoder_2=CLIPTextModelWithProjection(_clip(tokenizer_2, hidden_act="gelu")),
+            tokenizer=tokenizer,
+            tokenizer_2=tokenizer_2,
+            unet=unet,
+            scheduler=EulerDiscreteScheduler(**_LATENT_DIFFUSION, timestep_spacing="leading"),
+            add_watermarker=False,
+        )
+    # SDXL's own config carries other samplers' keys too.
+    foreign = {"clip_sample": False, "sample_max_value": 1.0, "set_alpha_to_one": False, "skip_prk_steps": True}
+    return _save(pipe, folder, {**foreign, **scheduler})
+
+
+def build_sd3(folder: Path, t5: bool = True, **scheduler: Any) -> Path:
+    """Write a Stable Diffusion 3 that renders 64x64 pictures from 16x8x8 latents; the same bytes every time.
+
+    Without `t5` its third text encoder and tokenizer are null, as people leave them out to save memory; diffusers then
+    loads it only if told so (`text_encoder_3=None, tokenizer_3=None`). `scheduler` sets values in its flow matching
+    Euler config. Returns `folder`.
+    """
+    with _random_weights():
+        tokenizer, tokenizer_2 = _tokenizer(), _tokenizer(pad_token="!")
+        transformer = SD3Transformer2DModel(
+            sample_size=8,
+            patch_size=2,
+            in_channels=16,
+            num_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=3 * _WIDTH,  # wider than both CLIPs side by side, as it is there
+            caption_projection_dim=32,
+            pooled_projection_dim=2 * _WIDTH,
+            pos_embed_max_size=24,
+        )
+        pipe = StableDiffusion3Pipeline(
+            transformer=transformer,
+            vae=_vae(latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609, **_NO_QUANT_CONVS),
+            text_encoder=CLIPTextModelWithProjection(_clip(tokenizer)),
+            text_encoder_2=CLIPTextModelWithProjection(_clip(tokenizer_2, hidden_act="gelu")),
+            text_encoder_3=_t5(3 * _WIDTH) if t5 else None,
+            tokenizer=tokenizer,
+            tokenizer_2=tokenizer_2,
+            tokenizer_3=_t5_tokenizer() if t5 else None,
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        )
+    return _save(pipe, folder, scheduler)
+
+
+def build_flux(folder: Path, guidance_embeds: bool = True, **scheduler: Any) -> Path:
+    """Write a Flux that renders 64x64 pictures from 16x8x8 latents; the same bytes every time.
+
+    Shaped as FLUX.1-dev; without `guidance_embeds` its transformer is FLUX.1-schnell's. Its native size is 1024x1024,
+    which diffusers has no config for. `scheduler` sets values in its flow matching Euler config. Returns `folder`.
+    """
+    with _random_weights():
+        tokenizer = _tokenizer()
+        transformer = FluxTransformer2DModel(
+            patch_size=1,
+            in_channels=64,
+            num_layers=1,
+            num_single_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=_WIDTH,
+            pooled_projection_dim=_WIDTH,
+            guidance_embeds=guidance_embeds,
+            axes_dims_rope=(4, 6, 6),
+        )
+        pipe = FluxPipeline(
+            transformer=transformer,
+            vae=_vae(latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159, **_NO_QUANT_CONVS),
+            text_encoder=CLIPTextModel(_clip(tokenizer)),
+            text_encoder_2=_t5(_WIDTH),
+            tokenizer=tokenizer,
+            tokenizer_2=_t5_tokenizer(),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        )
+    return _save(pipe, folder, scheduler)
+
+
+@contextmanager
+def _random_weights() -> Iterator[None]:
+    """The same random weights every time, whatever was drawn before; what is drawn after does not notice."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
+def _vae(**config: Any) -> AutoencoderKL:
+    """A VAE with the published ones' factor of 8."""
+    return AutoencoderKL(
+        sample_size=64,
+        block_out_channels=(8, 8, 16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        norm_num_groups=8,
+        **config,
+    )
+
+
+def _clip(tokenizer: CLIPTokenizer, num_hidden_layers: int = 3, **config: Any) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=_WIDTH,
+        intermediate_size=64,
+        projection_dim=_WIDTH,
+        num_hidden_layers=num_hidden_layers,
+        num_attention_heads=4,
+        max_position_embeddings=77,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **config,
+    )
+
+
+def _tokenizer(**tokens: str) -> CLIPTokenizer:
     """CLIP's byte-level tokenizer without its merges: one token a character."""
     alphabet = sorted(ByteLevel.alphabet())
     words = [*alphabet, *(character + "</w>" for character in alphabet), "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={word: index for index, word in enumerate(words)}, merges=[], model_max_length=77)
+    vocab = {word: index for index, word in enumerate(words)}
+    return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=77, **tokens)
+
+
+def _t5(width: int) -> T5EncoderModel:
+    """T5 v1.1's encoder."""
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=len(_t5_tokenizer()),
+            d_model=width,
+            d_kv=8,
+            d_ff=64,
+            num_layers=2,
+            num_heads=4,
+            feed_forward_proj="gated-gelu",
+            is_encoder_decoder=False,
+            tie_word_embeddings=False,
+        )
+    )
+
+
+def _t5_tokenizer() -> T5Tokenizer:
+    """T5's unigram tokenizer with the printable ASCII characters for pieces; what is not among them is unknown."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    pieces += [(chr(code), -3.0) for code in range(ord("!"), ord("~") + 1)]
+    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512)
+
+
+def _save(pipe: DiffusionPipeline, folder: Path, scheduler: dict[str, Any]) -> Path:
+    pipe.save_pretrained(folder)
+    # Written here because a pipeline mends outdated values, and a scheduler leaves out those it does not know.
+    config = folder / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **scheduler}))
+    return folder
