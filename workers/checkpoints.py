@@ -6,7 +6,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from farm.errors import ModelError
@@ -14,23 +13,17 @@ from farm.errors import ModelError
 
 @dataclass(frozen=True)
 class Family:
-    """A kind of checkpoint the farm can render: the module that does, and the parts it loads."""
+    """A kind of checkpoint the farm can render."""
 
-    module: str
+    name: str
+    """`_class_name` of its model_index.json."""
     parts: tuple[str, ...] = ()
+    """The parts it loads."""
+    optional: tuple[str, ...] = ()
+    """Parts that a checkpoint may leave out (null in its model_index.json)."""
 
 
-FAMILIES: Mapping[str, Family] = MappingProxyType(
-    {
-        "NullPipeline": Family("workers.pipelines.null"),
-        "StableDiffusionPipeline": Family(
-            "workers.pipelines.stable_diffusion", ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
-        ),
-    }
-)
-"""By `_class_name` of a checkpoint's model_index.json."""
-
-_WITHOUT_WEIGHTS = ("scheduler", "tokenizer")
+_WITHOUT_WEIGHTS = ("scheduler", "tokenizer", "tokenizer_2", "tokenizer_3")
 _LIBRARIES = ("diffusers", "transformers")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # Exact names leave out the variants beside them (fp16, non_ema): gigabytes nobody would load.
@@ -40,6 +33,7 @@ _WEIGHTS = (
     "diffusion_pytorch_model.safetensors",
     "diffusion_pytorch_model-*-of-*.safetensors",
 )
+_CONFIGS = ("*.json", "*.txt", "*.model")
 
 
 @dataclass(frozen=True)
@@ -50,12 +44,16 @@ class Checkpoint:
     path: Path
     """The local folder with model_index.json; of no meaning for `null:`."""
     family: str
-    """`_class_name` of its model_index.json, a key of `FAMILIES`."""
+    """`_class_name` of its model_index.json."""
     sha256: str
-    """Over the names and hashes of all safetensors its family loads."""
+    """Over the names and hashes of what its family loads: safetensors, configs, tokenizers."""
+    parts: tuple[str, ...] = ()
+    """The family's parts that it has."""
+    nbytes: int = 0
+    """Of all its weights on disk."""
 
 
-def open_checkpoint(source: str) -> Checkpoint:
+def open_checkpoint(source: str, families: Mapping[str, Family]) -> Checkpoint:
     """Check a local folder, or download a hub id (`org/name`) and check that.
 
     Reads every weight once, for the hash. Raises `ModelError` naming the part that is missing or wrong.
@@ -66,18 +64,28 @@ def open_checkpoint(source: str) -> Checkpoint:
     if not path.is_dir():
         if not _HUB_ID.fullmatch(source):
             raise ModelError(f"no folder {source!r}, and it is no hub id (org/name) either")
-        path = _download(source)
+        path = _download(source, families)
     index = _read_json(path / "model_index.json")
     name = index.get("_class_name")
-    family = FAMILIES.get(name) if isinstance(name, str) else None
+    family = families.get(name) if isinstance(name, str) else None
     if name is None or family is None or not family.parts:
-        known = ", ".join(known for known, family in FAMILIES.items() if family.parts)
+        known = ", ".join(known for known, family in families.items() if family.parts)
         raise ModelError(f"{path}: can't render a {name!r}; known are {known}")
-    weights = [file for part in family.parts for file in _check_part(path, part, index.get(part))]
-    return Checkpoint(source, path, name, _hash(path, weights))
+    left_out = [part for part in family.optional if index.get(part) in (None, [None, None])]
+    there = [part for part in family.parts if part not in left_out]
+    weights = [file for part in there for file in _check_part(path, part, index.get(part))]
+    configs = [file for part in there for kind in _CONFIGS for file in (path / part).glob(kind)]
+    return Checkpoint(
+        source,
+        path,
+        name,
+        sha256=_hash(path, [path / "model_index.json", *configs, *weights]),
+        parts=tuple(there),
+        nbytes=sum(file.stat().st_size for file in weights),
+    )
 
 
-def _download(source: str) -> Path:
+def _download(source: str, families: Mapping[str, Family]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
@@ -88,8 +96,8 @@ def _download(source: str) -> Path:
             raise ModelError(f"can't download {source!r} from the hub: {error}") from error
 
     index = _read_json(fetch(["model_index.json"]) / "model_index.json")
-    family = FAMILIES.get(str(index.get("_class_name")), Family(""))
-    files = ("*.json", "*.txt", *_WEIGHTS)
+    family = families.get(str(index.get("_class_name")), Family(""))
+    files = (*_CONFIGS, *_WEIGHTS)
     return fetch(["model_index.json", *(f"{part}/{file}" for part in family.parts for file in files)])
 
 
@@ -127,10 +135,10 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _hash(path: Path, weights: list[Path]) -> str:
+def _hash(path: Path, files: list[Path]) -> str:
     digest = hashlib.sha256()
-    for file in sorted(weights):
+    for file in sorted(set(files)):
         with file.open("rb") as stream:
-            weight = hashlib.file_digest(stream, "sha256").hexdigest()
-        digest.update(f"{file.relative_to(path).as_posix()} {weight}\n".encode())
+            content = hashlib.file_digest(stream, "sha256").hexdigest()
+        digest.update(f"{file.relative_to(path).as_posix()} {content}\n".encode())
     return digest.hexdigest()

@@ -1,8 +1,14 @@
-"""Where to render, and in which precision."""
+"""Where to render, in which precision, and what runs beside the engine's thread."""
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 
 from farm.errors import ModelError
+
+T = TypeVar("T")
 
 
 def choose_device(device: str | None = None) -> torch.device:
@@ -36,3 +42,33 @@ def choose_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
     if dtype not in known:
         raise ModelError(f"no precision {dtype!r}; known are {', '.join(known)}")
     return known[dtype]
+
+
+class Side:
+    """One thread for work beside the engine's: on a GPU with a stream of its own, on the CPU with one core."""
+
+    def __init__(self, name: str) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix=name, initializer=torch.set_num_threads, initargs=(1,))
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+
+    def run(self, device: torch.device, call: Callable[[], T]) -> T:
+        """Call it there and wait for what it returns, or raise what it raises; on a GPU until it is really done."""
+        return self.start(device, call).result()
+
+    def start(self, device: torch.device, call: Callable[[], T]) -> Future[T]:
+        """Call it there, after what was started before."""
+        return self._pool.submit(self._call, device, call)
+
+    def _call(self, device: torch.device, call: Callable[[], T]) -> T:
+        with torch.inference_mode():
+            if device.type != "cuda":
+                return call()
+            stream = self._streams.setdefault(device, torch.cuda.Stream(device))
+            with torch.cuda.stream(stream):
+                made = call()
+            stream.synchronize()
+            return made
+
+    def close(self) -> None:
+        """End the thread when it has done what was started."""
+        self._pool.shutdown(wait=False)

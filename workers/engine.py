@@ -4,9 +4,10 @@ import logging
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field
 
 import torch
@@ -17,17 +18,28 @@ from farm.errors import (
     EngineFailed,
     FarmError,
     ModelError,
+    OutOfMemory,
     RenderCancelled,
     RenderError,
     RenderHandedBack,
 )
 from farm.spec import RenderSpec
+from workers import sampling
+from workers.device import Side
+from workers.forward_sizes import NO_LIMIT, ForwardSizes
 from workers.pins import Pins
 from workers.pipelines import Pipeline
-from workers.request import Rendered, RenderRequest
+from workers.request import URGENT, HandedBack, Rendered, RenderRequest, Snapshot
 from workers.step_scheduler import ForwardKey, StepScheduler
 
 log = logging.getLogger(__name__)
+
+FIXED_ROWS = 8
+"""Rows of a deterministic forward: one number for all workers, so that all draw the same bytes."""
+_REBUILDS = 3
+"""How often in a row the loop may break before its worker is given up."""
+_HANDING_BACK = 0.25
+"""The part of a drain's time that is kept for writing down what is handed back."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +51,8 @@ class Progress:
     """In the steps its spec asked for."""
     seconds: float | None
     """Since it took its slot; None while it waits for one."""
+    seconds_per_step: float | None = None
+    """Measured over its last steps; None before the first."""
 
 
 @dataclass(eq=False)
@@ -47,19 +61,40 @@ class _Render:
 
     request: RenderRequest
     pipeline: Pipeline
+    key: ForwardKey
     future: Future[Rendered] = field(default_factory=Future)
+    looks: list[tuple[int, Future[Snapshot]]] = field(default_factory=list)
+    """Who wants its state, from which number of steps on."""
+    ready: torch.cuda.Event | None = None
+    """On a GPU: when its last step is really done."""
 
 
 class Engine:
     """One thread that owns the models and renders many requests at once.
 
-    Requests join and leave between two steps; each forward carries every running request of one `ForwardKey`,
-    each at its own timestep (continuous batching, Orca, OSDI 2022). All methods may be called from any thread.
+    Requests join and leave between two steps; each forward carries every running request of one `ForwardKey`, each at
+    its own timestep (continuous batching, Orca, OSDI 2022). Texts are encoded before a request stands in line and
+    pictures decoded after its last step, both beside the loop. All methods may be called from any thread.
+
+    `slots` bounds how many requests run at once; how many rows share a forward is measured by `sizes`, or unbounded
+    without it. A `deterministic` engine renders every request as if its spec asked for that.
     """
 
-    def __init__(self, pins: Pins, slots: int = 8, line: int = 64) -> None:
+    def __init__(
+        self,
+        pins: Pins,
+        slots: int = 16,
+        line: int = 64,
+        *,
+        sizes: ForwardSizes | None = None,
+        deterministic: bool = False,
+    ) -> None:
         self._pins = pins
-        self._scheduler = StepScheduler(slots, line)
+        self._slots, self._line = slots, line
+        self._sizes = sizes
+        self._deterministic = deterministic
+        self._limits: dict[ForwardKey, int] = {}
+        self._scheduler = self._new_scheduler()
         self._renders: dict[str, _Render] = {}
         # Guards everything above and below; the loop never holds it while a model runs. Whoever takes a render
         # out of `_renders` resolves its future, and nobody else does.
@@ -67,7 +102,14 @@ class Engine:
         self._accepting = False
         self._stopping = False
         self._failure: BaseException | None = None
+        self._broke_in_a_row = 0
         self._step_began: float | None = None
+        self.forwards = 0
+        self.denoising_seconds = 0.0
+        """How long the denoisers have run in all; on a GPU, how long it took to tell it what to do."""
+        self._threads = torch.get_num_threads()
+        self._encoder, self._decoder = Side("encoder"), Side("decoder")
+        self._undecoded: list[_Render] = []
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
 
     # --- what other threads call
@@ -97,29 +139,41 @@ class Engine:
     def submit(self, request: RenderRequest, timeout: float | None = None) -> Future[Rendered]:
         """Put a request in line; its future ends with the picture or with a `FarmError`.
 
-        Blocks while the line is full, `timeout` seconds at most. A request with the id of one that is still here
-        is a newer attempt and takes its place: the older one ends with `RenderCancelled`. The future's own `cancel`
-        does nothing; use the engine's.
+        Loads the model if need be, encodes the texts, and blocks while the line is full, `timeout` seconds at most; an
+        urgent request does not wait for that. A request with the id of one that is still here is a newer attempt and
+        takes its place: the older one ends with `RenderCancelled`. The future's own `cancel` does nothing; use the
+        engine's.
 
-        Raises `ModelError` for a model not held, `BadRequest` for a size it can't draw, `RenderHandedBack` when the
-        engine drains, has not started or has no room in time, and `EngineFailed` when its loop broke.
+        Raises `ModelError` for a model that can't be had, `BadRequest` for what it can't draw, `RenderHandedBack` when
+        the engine drains, has not started or has no room in time, and `EngineFailed` when its loop broke.
         """
-        spec = request.spec
-        pipeline = self._pins.get(spec.model)
-        render = _Render(request, pipeline)
-        render.future.set_running_or_notify_cancel()
-        key = ForwardKey(spec.model, pipeline.latent_shape(spec), str(pipeline.dtype))
-        with self._changed:
-            room = self._changed.wait_for(lambda: not (self._accepting and self._scheduler.full), timeout)
-            if self._failure is not None:
-                raise EngineFailed(f"the render loop broke: {self._failure!r}") from self._failure
-            if not (room and self._accepting):
-                raise RenderHandedBack("the engine takes no more requests" if room else "the line stayed full")
-            if older := self._renders.get(request.id):
-                self._end(older, RenderCancelled(f"{request.id}: a newer attempt took its place"))
-            self._scheduler.enqueue(request.id, key)
-            self._renders[request.id] = render
-            self._changed.notify_all()
+        self._check_accepting()
+        model = request.spec.model
+        pipeline = self._pins.use(model)
+        try:
+            request.deterministic = request.spec.deterministic or self._deterministic
+            with _as_farm_error(), torch.inference_mode():
+                shape = pipeline.plan(request)
+                self._encoder.run(pipeline.device, lambda: self._encode(pipeline, request))
+            key = ForwardKey(model, shape, str(pipeline.dtype), request.deterministic)
+            render = _Render(request, pipeline, key)
+            render.future.set_running_or_notify_cancel()
+            with self._changed:
+                urgent = request.priority >= URGENT
+                room = self._changed.wait_for(
+                    lambda: urgent or not (self._accepting and self._scheduler.full), timeout
+                )
+                self._check_accepting()
+                if not room:
+                    raise RenderHandedBack("the line stayed full")
+                if older := self._renders.get(request.id):
+                    self._end(older, RenderCancelled(f"{request.id}: a newer attempt took its place"))
+                self._scheduler.enqueue(request.id, key, request.rows, request.priority)
+                self._renders[request.id] = render
+                self._changed.notify_all()
+        except BaseException:
+            self._pins.release(model)
+            raise
         return render.future
 
     def cancel(self, request_id: str) -> bool:
@@ -127,6 +181,33 @@ class Engine:
         with self._changed:
             render = self._renders.get(request_id)
         return render is not None and self._end(render, RenderCancelled(f"{request_id} was cancelled"))
+
+    def look(self, request_id: str, steps_done: int = 0) -> Future[Snapshot]:
+        """A request's state after its next step, or after its first with that many steps done.
+
+        The future is cancelled if the request ends before. Costs the loop next to nothing.
+        """
+        future: Future[Snapshot] = Future()
+        with self._changed:
+            render = self._renders.get(request_id)
+            if render is None:
+                future.cancel()
+            else:
+                render.looks.append((steps_done, future))
+        return future
+
+    def picture(self, snapshot: Snapshot, *, vae: bool = False) -> Image.Image:
+        """What the latents of a snapshot show: roughly and small, or by the VAE. Beside the loop."""
+        with self._pins.using(snapshot.spec.model) as pipeline:
+            request = RenderRequest("preview", snapshot.spec, resume=snapshot)
+
+            def draw() -> torch.Tensor:
+                pipeline.plan(request)
+                request.step_index, request.latents = snapshot.step_index, snapshot.latents
+                latents = sampling.visible(request)
+                return (pipeline.decode(latents) if vae else pipeline.preview(latents))[0].float().cpu()
+
+            return _image(self._decoder.run(pipeline.device, draw))
 
     def progress(self) -> dict[str, Progress]:
         """How far every request here is, waiting or running, by id. Never waits for a step."""
@@ -138,6 +219,7 @@ class Engine:
                 request.steps_done,
                 request.spec.num_inference_steps,
                 None if request.started is None else now - request.started,
+                request.seconds_per_step,
             )
             for request in requests
         }
@@ -145,21 +227,26 @@ class Engine:
     def drain(self, seconds: float) -> None:
         """Take no more requests, and end those here within that time; returns when none is left.
 
-        Those still in line end with `RenderHandedBack` at once, so that another worker can start them; those that
-        hold a slot go on, and end with `RenderHandedBack` when the time is up.
+        What can finish in that time, at its measured pace, does. All others end with `HandedBack`, which carries
+        their state, so that another worker can start them or go on with them: those in line at once, those that run
+        after their next step.
         """
+        deadline = time.monotonic() + seconds
         with self._changed:
             self._accepting = False
             self._changed.notify_all()
             renders = list(self._renders.values())
-            waiting = [self._renders[request_id] for request_id in self._scheduler.waiting]
-        for render in waiting:
-            self._end(render, RenderHandedBack(f"{render.request.id}: its worker drains"))
-        futures = [render.future for render in renders]
-        wait(futures, timeout=seconds)
-        for render in renders:
-            self._end(render, RenderHandedBack(f"{render.request.id}: not done in time, and its worker drains"))
-        wait(futures)
+            for request_id in self._scheduler.waiting:
+                self._hand_back(self._renders[request_id])
+            late = [
+                render
+                for render in renders
+                if (left := render.request.seconds_left) is not None and left > seconds * (1 - _HANDING_BACK)
+            ]
+        self._hand_back_running(late, deadline)
+        wait([render.future for render in renders], timeout=max(0.0, seconds * (1 - _HANDING_BACK)))
+        self._hand_back_running(renders, deadline)
+        wait([render.future for render in renders])
 
     def stop(self, timeout: float = 10.0) -> None:
         """Hand back whatever is here and end the loop, waiting `timeout` seconds at most for the step under way."""
@@ -169,116 +256,306 @@ class Engine:
             self._changed.notify_all()
         if self._thread.is_alive():
             self._thread.join(timeout)
+        self._encoder.close()
+        self._decoder.close()
 
     def warm(self) -> None:
-        """Render two steps with every model, so that the first job is not slow; call it after `start`.
+        """Render two steps with every model held, and measure its forwards, so that the first job is not slow.
 
-        Raises `ModelError` for a model that can't render.
+        Call it after `start`. Raises `ModelError` for a model that can't render.
         """
-        for name in self._pins.names:
+        for name in self._pins.held:
             spec = RenderSpec(prompt="warm", num_inference_steps=2, seed=0, model=name)
             try:
                 self.submit(RenderRequest(f"warm {name}", spec)).result()
+            except BadImage as error:  # a picture of next to nothing in two steps is no fault of the model's
+                log.debug("warming model=%s: %s", name, error)
             except RenderError as error:
                 raise ModelError(f"model {name!r} can't render: {error}") from error
+
+    def _check_accepting(self) -> None:
+        if self._failure is not None:
+            raise EngineFailed(f"the render loop broke: {self._failure!r}") from self._failure
+        if not self._accepting:
+            raise RenderHandedBack("the engine takes no more requests")
+
+    def _encode(self, pipeline: Pipeline, request: RenderRequest) -> None:
+        stopped = request.resume
+        if stopped is not None and (stopped.model_sha256, stopped.spec) != (pipeline.sha256, request.spec):
+            log.warning("%s starts afresh: what was written down is of another model or spec", request.id)
+            request.resume = None
+        pipeline.encode(request)
+        if pipeline.device.type == "cuda":
+            for tensor in (request.latents, *request.history, *request.conditioning.values()):
+                tensor.record_stream(torch.cuda.default_stream(pipeline.device))
+
+    def _hand_back(self, render: _Render) -> None:
+        """End one that is in no forward now."""
+        with self._changed:
+            begun = render.request.step_index > 0
+            snapshot = render.request.snapshot(render.pipeline.sha256) if begun else None
+            self._end(render, HandedBack(f"{render.request.id}: its worker drains", snapshot))
+
+    def _hand_back_running(self, renders: Sequence[_Render], deadline: float) -> None:
+        looks = [(render, self.look(render.request.id)) for render in renders]
+        wait([look for _, look in looks], timeout=max(0.0, deadline - time.monotonic()))
+        for render, look in looks:
+            snapshot = look.result() if look.done() and not look.cancelled() else None
+            self._end(render, HandedBack(f"{render.request.id}: not done in time, and its worker drains", snapshot))
 
     # --- the loop
 
     def _loop(self) -> None:
-        try:
-            with torch.inference_mode():
-                while self._work_to_do():
-                    self._step_began = time.monotonic()
-                    self._step()
-                    self._step_began = None
-        except Exception as error:
-            log.exception("the render loop broke")
-            with self._changed:
-                self._failure, self._accepting, self._step_began = error, False, None
-                self._changed.notify_all()
-                renders = list(self._renders.values())
+        torch.set_num_threads(self._threads)  # those beside the loop take one each, and new threads would too
+        while not self._stopping and self._failure is None:
+            try:
+                with torch.inference_mode():
+                    while self._work_to_do():
+                        self._step_began = time.monotonic()
+                        self._step()
+                        self._step_began = None
+                        self._broke_in_a_row = 0
+            except Exception as error:  # noqa: BLE001 - whatever it is, nobody may wait for ever
+                self._break(error)
+
+    def _break(self, error: Exception) -> None:
+        """Fail whatever is here as retryable, and start anew; for good if the device is lost or it helps nothing."""
+        log.error("the render loop broke: %r", error, exc_info=error)
+        with self._changed:
+            self._step_began = None
+            self._broke_in_a_row += 1
+            if isinstance(error, torch.AcceleratorError) or self._broke_in_a_row > _REBUILDS:
+                self._failure, self._accepting = error, False
+            renders = list(self._renders.values())
             for render in renders:
                 self._end(render, _caused(EngineFailed(f"the render loop broke: {error!r}"), error))
+            self._scheduler = self._new_scheduler()
+            self._changed.notify_all()
+
+    def _new_scheduler(self) -> StepScheduler:
+        return StepScheduler(self._slots, self._line, urgent=URGENT, most_rows=lambda key: self._limits.get(key, 1))
 
     def _work_to_do(self) -> bool:
         """Wait for a request; False when the engine stops."""
         with self._changed:
-            self._changed.wait_for(lambda: self._renders or self._stopping)
-            return not self._stopping
+            self._changed.wait_for(
+                lambda: self._scheduler.running or self._scheduler.waiting or self._stopping or self._failure
+            )
+            return not self._stopping and self._failure is None
 
     def _step(self) -> None:
-        renders = self._schedule()
-        outputs = self._forward(renders)
-        self._postprocess(renders, outputs)
+        for renders in self._schedule():
+            self._advance(renders)
 
-    def _schedule(self) -> list[_Render]:
-        """Let the head of the line take the free slots, and choose who shares the next forward."""
+    def _schedule(self) -> list[list[_Render]]:
+        """Let the line take the free slots, and choose who shares the next forward, or more than one if it is full."""
         with self._changed:
-            joining = [self._renders[request_id] for request_id in self._scheduler.admit()]
+            new = {self._renders[waiting].key: self._renders[waiting] for waiting in self._scheduler.waiting}
+        for key, render in new.items():
+            if key not in self._limits:
+                self._limits[key] = self._measure(render)
+        with self._changed:
+            now = time.monotonic()
+            for request_id in self._scheduler.admit():
+                request = self._renders[request_id].request
+                request.started, request.stepped = request.started or now, now
             self._changed.notify_all()  # the line has room again
-        for render in joining:
-            with self._alone(render):
-                render.request.started = time.monotonic()
-                render.pipeline.encode(render.request)
-        with self._changed:
-            return [self._renders[request_id] for request_id in self._scheduler.next_forward()]
+            renders = [self._renders[request_id] for request_id in self._scheduler.next_forward()]
+        chunks: list[list[_Render]] = []
+        room = 0
+        for render in renders:
+            if render.request.rows > room:
+                chunks.append([])
+                room = max(render.request.rows, self._limits[render.key])
+            chunks[-1].append(render)
+            room -= render.request.rows
+        return chunks
 
-    def _forward(self, renders: list[_Render]) -> list[torch.Tensor]:
-        """The outputs of one forward for all of them; none if it raised, which ends all of them."""
-        if not renders:
-            return []
+    def _measure(self, render: _Render) -> int:
+        """How many rows a forward of this key may have."""
+        kind, template = _kind(render), copy(render.request)
+        template.rows = 1
+        template.conditioning = {name: part[-1:] for name, part in template.conditioning.items()}
+
+        def forward(rows: int) -> torch.Tensor:
+            outputs = render.pipeline.denoise([template] * rows)
+            if outputs.is_cuda:
+                torch.cuda.synchronize(outputs.device)
+            return outputs
+
         try:
-            return renders[0].pipeline.denoise([render.request for render in renders])
-        except torch.AcceleratorError:
-            raise
-        except Exception as error:
-            log.exception("a forward of %d requests failed", len(renders))
-            for render in renders:
-                self._end(render, _caused(EngineFailed(f"the forward failed: {error!r}"), error))
-            return []
-
-    def _postprocess(self, renders: list[_Render], outputs: list[torch.Tensor]) -> None:
-        """Step each request with its output, and finish those that are at their end."""
-        denoised = []
-        for render, output in zip(renders, outputs, strict=False):
-            request = render.request
-            with self._alone(render):
-                render.pipeline.step(request, output)
-                request.step_index += 1
-                # Asking a GPU for a number waits for it, so there only the last step is looked at.
-                if (request.denoised or request.latents.is_cpu) and not request.latents.isfinite().all():
-                    raise BadImage(f"NaN or infinity in the latents after step {request.steps_done}")
-                if request.denoised:
-                    denoised.append(render)
-        if denoised:
-            self._finish(denoised)
-
-    def _finish(self, renders: list[_Render]) -> None:
-        """Decode the pictures, all at once if that works, and end the requests."""
-        pipeline = renders[0].pipeline
-        pictures: list[torch.Tensor] | None = None
-        try:
-            pictures = list(pipeline.decode([render.request for render in renders]))
+            if render.key.deterministic:
+                return FIXED_ROWS if _same_everywhere(render.pipeline, template) else render.request.rows
+            if self._sizes is None:
+                return NO_LIMIT
+            curve = self._sizes.curve(kind)
+            return (curve or self._sizes.measure(kind, lambda rows: [forward(rows)], torch.OutOfMemoryError)).best
         except torch.AcceleratorError:
             raise
         except Exception:
-            log.warning("decoding %d pictures at once failed; now one by one", len(renders), exc_info=True)
-        for index, render in enumerate(renders):
-            with self._alone(render):
-                picture = pictures[index] if pictures else pipeline.decode([render.request])[0]
-                self._end(render, _rendered(render, picture))
+            log.warning("can't measure forwards of %s", kind, exc_info=True)
+            return render.request.rows
+
+    def _advance(self, renders: list[_Render]) -> None:
+        """One forward for all of them, and a step; in halves if it does not fit, one by one if it raises."""
+        pipeline, requests = renders[0].pipeline, [render.request for render in renders]
+        began = time.monotonic()
+        try:
+            outputs = pipeline.denoise(requests, self._filled(renders))
+        except torch.OutOfMemoryError as error:
+            self._split(renders, error)
+        except torch.AcceleratorError:  # the device is lost for everybody
+            raise
+        except Exception as error:
+            if len(renders) == 1:
+                log.exception("a forward of %s failed", requests[0].id)
+                self._end(renders[0], _caused(EngineFailed(f"the forward failed: {error!r}"), error))
+            else:
+                log.warning("a forward of %d requests failed (%r); now one by one", len(renders), error)
+                for render in renders:
+                    self._advance([render])
+        else:
+            self.forwards += 1
+            self.denoising_seconds += time.monotonic() - began
+            self._postprocess(renders, outputs)
+
+    def _filled(self, renders: list[_Render]) -> int | None:
+        """The rows a forward is filled up to: always the same if deterministic, measured ones if it is compiled."""
+        key = renders[0].key
+        if key.deterministic:
+            return self._limits[key]
+        if self._sizes is None or not getattr(renders[0].pipeline, "compiled", False):
+            return None
+        curve = self._sizes.curve(_kind(renders[0]))
+        rows = sum(render.request.rows for render in renders)
+        return curve.bucket(rows) if curve else None
+
+    def _split(self, renders: list[_Render], error: torch.OutOfMemoryError) -> None:
+        """After a forward that did not fit: remember it, and try with half as many."""
+        rows, reason = sum(render.request.rows for render in renders), str(error).splitlines()[0]
+        traceback.clear_frames(error.__traceback__)  # they hold the tensors that are in the way
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        log.warning("a forward of %d rows does not fit: %s", rows, reason)
+        key = renders[0].key
+        self._limits[key] = max(1, min(self._limits[key], rows // 2))
+        if self._sizes is not None:
+            self._sizes.too_large(_kind(renders[0]), rows)
+        if len(renders) > 1:
+            half = len(renders) // 2
+            self._advance(renders[:half])
+            self._advance(renders[half:])
+            return
+        request = renders[0].request
+        shape = "x".join(map(str, key.shape))
+        self._end(
+            renders[0],
+            OutOfMemory(
+                f"one request alone ({rows} rows of {shape} latents, {key.dtype}) does not fit beside what is pinned, "
+                f"at step {request.steps_done + 1}: {reason}"
+            ),
+        )
+
+    def _postprocess(self, renders: list[_Render], outputs: torch.Tensor) -> None:
+        """Step each request with its output, and let go of those that are at their end."""
+        together = [place for place, render in enumerate(renders) if render.request.scheduler is None]
+        alone = [place for place, render in enumerate(renders) if render.request.scheduler is not None]
+        for places in (together, *([place] for place in alone)):
+            if places:
+                own = outputs if len(places) == len(renders) else outputs[places]
+                self._move([renders[place] for place in places], own)
+
+    def _move(self, renders: list[_Render], outputs: torch.Tensor) -> None:
+        """A step of these samplers; if it raises for several at once, one by one."""
+        try:
+            latents = renders[0].pipeline.step([render.request for render in renders], outputs)
+        except torch.AcceleratorError:
+            raise
+        except Exception as error:  # noqa: BLE001 - a neighbour must not suffer from it
+            if len(renders) == 1:
+                self._end(renders[0], _as_failure(error))
+            else:
+                for place, render in enumerate(renders):
+                    self._move([render], outputs[place : place + 1])
+            return
+        finite, now = latents.isfinite().flatten(1).all(1), time.monotonic()
+        # Asking a GPU for a number waits for it: there a request's first bad step is noted, and read at its end.
+        flags = finite.tolist() if latents.is_cpu else [True] * len(renders)
+        for place, render in enumerate(renders):
+            request = render.request
+            request.stepped_at(now)
+            if not flags[place]:
+                self._end(render, BadImage(f"NaN or infinity in the latents after step {request.steps_done}"))
+                continue
+            if not latents.is_cpu:
+                before = request.first_bad if request.first_bad is not None else finite[place].long() * 0
+                request.first_bad = torch.where((before == 0) & ~finite[place], request.steps_done, before)
+            self._observe(render)
+
+    def _observe(self, render: _Render) -> None:
+        """After a step: keep the frame, show the state to who asked, and hand the request on if it is denoised."""
+        request = render.request
+        if request.spec.trajectory and request.steps_done > len(request.frames):
+            request.frames.append(sampling.visible(request))
+        if render.looks and not request.denoised:
+            with self._changed:
+                due = [look for look in render.looks if request.steps_done >= look[0]]
+                render.looks = [look for look in render.looks if look not in due]
+            snapshot = request.snapshot(render.pipeline.sha256)
+            for _, future in due:
+                future.set_result(snapshot)
+        if request.denoised:
+            if request.latents.is_cuda:
+                render.ready = torch.cuda.current_stream().record_event()
+            with self._changed:
+                self._scheduler.leave(request.id)
+                self._undecoded.append(render)
+            self._decoder.start(render.pipeline.device, self._finish)
+
+    # --- beside the loop
+
+    def _finish(self) -> None:
+        """Decode what has been denoised of one key, all at once if that works, and end the requests."""
+        with self._changed:
+            if not self._undecoded:
+                return  # an earlier call took it along
+            key = self._undecoded[0].key
+            renders = [render for render in self._undecoded if render.key == key]
+            renders = renders[:1] if key.deterministic else renders
+            self._undecoded = [render for render in self._undecoded if render not in renders]
+        try:
+            for render in renders:
+                if render.ready is not None:
+                    torch.cuda.current_stream().wait_event(render.ready)
+                    render.request.latents.record_stream(torch.cuda.current_stream())
+            pipeline = renders[0].pipeline
+            pictures: list[torch.Tensor] | None = None
+            try:
+                if len(renders) > 1:
+                    pictures = list(pipeline.decode(torch.cat([render.request.latents for render in renders])))
+            except torch.AcceleratorError:
+                raise
+            except Exception:
+                log.warning("decoding %d pictures at once failed; now one by one", len(renders), exc_info=True)
+            for place, render in enumerate(renders):
+                with self._alone(render):
+                    picture = pictures[place] if pictures else pipeline.decode(render.request.latents)[0]
+                    self._end(render, rendered(render.request, pipeline, picture))
+        except Exception as error:  # noqa: BLE001 - a lost device is for the loop to deal with
+            self._break(error)
+        finally:
+            if self._undecoded:
+                self._decoder.start(renders[0].pipeline.device, self._finish)
 
     @contextmanager
     def _alone(self, render: _Render) -> Iterator[None]:
         """Whatever is raised in here ends this request and no other."""
         try:
             yield
-        except torch.AcceleratorError:  # the device is lost for everybody
+        except torch.AcceleratorError:
             raise
-        except FarmError as error:
-            self._end(render, error)
         except Exception as error:  # noqa: BLE001 - a neighbour must not suffer from it
-            self._end(render, _caused(RenderError(f"{type(error).__name__}: {error}"), error))
+            self._end(render, _as_failure(error))
 
     def _end(self, render: _Render, outcome: Rendered | FarmError) -> bool:
         """Take a request out and resolve its future; False, and nothing done, if somebody has before."""
@@ -287,7 +564,11 @@ class Engine:
                 return False
             del self._renders[render.request.id]
             self._scheduler.leave(render.request.id)
+            looks, render.looks = render.looks, []
             self._changed.notify_all()
+        self._pins.release(render.key.model)
+        for _, future in looks:
+            future.cancel()
         if isinstance(outcome, Rendered):
             render.future.set_result(outcome)
         else:
@@ -295,25 +576,78 @@ class Engine:
         return True
 
 
-def _rendered(render: _Render, picture: torch.Tensor) -> Rendered:
-    request, pipeline = render.request, render.pipeline
+def rendered(request: RenderRequest, pipeline: Pipeline, picture: torch.Tensor) -> Rendered:
+    """The finished picture of a request from what the decoder made, float (3, height, width) in [0, 1].
+
+    Raises `BadImage` if there is nothing in it.
+    """
+    step = int(request.first_bad) if request.first_bad is not None else 0
+    if step:
+        raise BadImage(f"NaN or infinity in the latents after step {step}")
     if not picture.isfinite().all():
-        raise BadImage("NaN or infinity in the decoded picture")
-    pixels = picture.mul(255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
-    height, width, _ = pixels.shape
+        raise BadImage(f"NaN or infinity in the picture decoded after step {request.steps_done}")
+    image = _image(picture)
+    if image.getbbox() is None:
+        raise BadImage(f"the picture decoded after step {request.steps_done} is black all over")
+    frames = [image]
+    if request.frames:
+        frames = [_image(pipeline.decode(latents)[0]) for latents in request.frames[:-1]] + frames
     return Rendered(
-        image=Image.fromarray(pixels),
+        image=image,
         model=request.spec.model,
         model_sha256=pipeline.sha256,
-        width=width,
-        height=height,
+        width=image.width,
+        height=image.height,
         steps=request.spec.num_inference_steps,
-        scheduler="none" if request.scheduler is None else type(request.scheduler).__name__,
+        scheduler=request.sampling.name,
         device=str(pipeline.device),
         dtype=str(pipeline.dtype).removeprefix("torch."),
         render_seconds=time.monotonic() - (request.started or 0),
         warnings=tuple(request.warnings),
+        frames=tuple(frames) if request.frames else (),
     )
+
+
+def _image(picture: torch.Tensor) -> Image.Image:
+    return Image.fromarray(picture.mul(255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy())
+
+
+def _kind(render: _Render) -> str:
+    pipeline, key = render.pipeline, render.key
+    where = torch.cuda.get_device_name(pipeline.device) if pipeline.device.type == "cuda" else "cpu"
+    shape = "x".join(map(str, key.shape))
+    return f"{pipeline.sha256[:16]} {shape} {key.dtype} {where} x{torch.get_num_threads()}"
+
+
+def _same_everywhere(pipeline: Pipeline, template: RenderRequest) -> bool:
+    """Whether a row comes out the same, bit for bit, at each place of a forward of `FIXED_ROWS`, whoever is beside it."""
+    generator = torch.Generator().manual_seed(0)
+    other = copy(template)
+    seen = []
+    for place in range(FIXED_ROWS):
+        other.latents = torch.randn(template.latents.shape, generator=generator).to(template.latents.device)
+        rows = [other] * FIXED_ROWS
+        rows[place] = template
+        seen.append(pipeline.denoise(rows, FIXED_ROWS)[place])
+    return all(torch.equal(seen[0], row) for row in seen)
+
+
+@contextmanager
+def _as_farm_error() -> Iterator[None]:
+    try:
+        yield
+    except torch.AcceleratorError:
+        raise
+    except Exception as error:
+        raise _as_failure(error) from error
+
+
+def _as_failure(error: Exception) -> FarmError:
+    if isinstance(error, FarmError):
+        return error
+    if isinstance(error, torch.OutOfMemoryError):
+        return _caused(OutOfMemory(f"no memory for this request: {str(error).splitlines()[0]}"), error)
+    return _caused(RenderError(f"{type(error).__name__}: {error}"), error)
 
 
 def _caused(failure: FarmError, cause: Exception) -> FarmError:

@@ -4,6 +4,7 @@ Pure: no tensor, no clock, no thread. Whoever owns one serialises the calls.
 """
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 
@@ -15,27 +16,52 @@ class ForwardKey:
     shape: tuple[int, ...]
     """Of one request's latents, without the row dimension."""
     dtype: str
+    deterministic: bool = False
+    """Whether its forwards have one fixed shape, so that neighbours can't show in a single bit."""
+
+
+@dataclass(frozen=True)
+class _Entry:
+    key: ForwardKey
+    rows: int
+    priority: int
 
 
 class StepScheduler:
     """A line of waiting requests, `slots` running ones, and whose turn it is.
 
-    Requests take slots first come, first served. Keys with running requests take turns, one forward each: a key
-    waits for at most one forward of every other key, however many requests the others have.
+    The line is served by priority, then first come, first served, with one exception: a request may go ahead of one of
+    another key while its own key's forwards have room, but no request is passed more than `skips` times. A key never
+    has more rows running than one forward takes (`most_rows`), so whoever has a slot is in every forward of its key.
+    Keys take turns, one forward each. From `urgent` on a priority does not wait: a running request below it is put
+    aside, and goes on before anybody of its own priority starts.
     """
 
-    def __init__(self, slots: int, line: int) -> None:
+    def __init__(
+        self,
+        slots: int,
+        line: int,
+        *,
+        skips: int = 16,
+        urgent: int = 90,
+        most_rows: Callable[[ForwardKey], int] = lambda _: 2**31,
+    ) -> None:
         if slots < 1 or line < 1:
             raise ValueError(f"needs at least one slot and a line of one, not {slots} and {line}")
         self.slots = slots
         self.line = line
-        self._waiting: OrderedDict[str, ForwardKey] = OrderedDict()
-        self._running: dict[str, ForwardKey] = {}
+        self.skips = skips
+        self.urgent = urgent
+        self._most_rows = most_rows
+        self._waiting: OrderedDict[str, _Entry] = OrderedDict()  # in serving order
+        self._passed: dict[str, int] = {}
+        self._running: dict[str, _Entry] = {}
         self._turns: OrderedDict[ForwardKey, list[str]] = OrderedDict()
+        self._aside: set[str] = set()
 
     @property
     def waiting(self) -> tuple[str, ...]:
-        """Ids in the line, next first."""
+        """Ids in the line, next first; those put aside among them."""
         return tuple(self._waiting)
 
     @property
@@ -45,24 +71,25 @@ class StepScheduler:
 
     @property
     def full(self) -> bool:
-        """Whether the waiting line has no room."""
-        return len(self._waiting) >= self.line
+        """Whether the waiting line has no room; who was put aside takes none."""
+        return len(self._waiting) - len(self._aside) >= self.line
 
-    def enqueue(self, request_id: str, key: ForwardKey) -> None:
-        """Put a request at the end of the line. Raises `ValueError` if the line is full or has the id."""
-        if self.full:
+    def enqueue(self, request_id: str, key: ForwardKey, rows: int = 1, priority: int = 0) -> None:
+        """Put a request in line behind those of its priority.
+
+        Raises `ValueError` if it is here already, or if the line is full and it is not urgent.
+        """
+        if self.full and priority < self.urgent:
             raise ValueError(f"the line of {self.line} is full")
         if request_id in self._waiting or request_id in self._running:
             raise ValueError(f"{request_id} is here already")
-        self._waiting[request_id] = key
+        self._insert(request_id, _Entry(key, rows, priority), behind_equals=True)
 
     def admit(self) -> tuple[str, ...]:
-        """Give free slots to the head of the line; the ids that got one."""
+        """Give slots to whoever is next; the ids that got one, of them those that had been put aside too."""
         admitted = []
-        while self._waiting and len(self._running) < self.slots:
-            request_id, key = self._waiting.popitem(last=False)
-            self._running[request_id] = key
-            self._turns.setdefault(key, []).append(request_id)
+        while (request_id := self._next()) is not None:
+            self._take(request_id)
             admitted.append(request_id)
         return tuple(admitted)
 
@@ -76,10 +103,97 @@ class StepScheduler:
 
     def leave(self, request_id: str) -> None:
         """Forget a request, waiting or running; its slot is free at once. Unknown ids are ignored."""
-        if self._waiting.pop(request_id, None) is not None:
-            return
-        key = self._running.pop(request_id, None)
-        if key is not None:
-            self._turns[key].remove(request_id)
-            if not self._turns[key]:
-                del self._turns[key]
+        self._passed.pop(request_id, None)
+        self._aside.discard(request_id)
+        if self._waiting.pop(request_id, None) is None and request_id in self._running:
+            self._stop(request_id)
+
+    def _insert(self, request_id: str, entry: _Entry, *, behind_equals: bool) -> None:
+        after = [
+            other
+            for other, waiting in self._waiting.items()
+            if waiting.priority < entry.priority or (waiting.priority == entry.priority and not behind_equals)
+        ]
+        self._waiting[request_id] = entry
+        for other in after:
+            self._waiting.move_to_end(other)
+
+    def _next(self) -> str | None:
+        """Who takes a slot now, after making room if it is urgent; None if nobody can."""
+        passed: list[str] = []
+        for request_id, entry in self._waiting.items():
+            if passed and entry.priority < self._waiting[passed[0]].priority:
+                break
+            victim = None
+            if len(self._running) >= self.slots or not self._fits(entry):
+                victim = self._lender(entry)
+                if victim is None:
+                    if len(self._running) >= self.slots:
+                        return None
+                    # Its key's forwards are full: whoever has another key loses it nothing by going ahead.
+                    continue
+            elif self._opens_key(entry) and self._may_wait(request_id, entry):
+                passed.append(request_id)
+                continue
+            if victim is not None:
+                self._put_aside(victim)
+            for other in passed:
+                self._passed[other] = self._passed.get(other, 0) + 1
+            return request_id
+        return passed[0] if passed else None
+
+    def _fits(self, entry: _Entry) -> bool:
+        """Whether its key's forward has room; a forward takes one request, however many rows that has."""
+        running = self._turns.get(entry.key)
+        if not running:
+            return True
+        return sum(self._running[other].rows for other in running) + entry.rows <= self._most_rows(entry.key)
+
+    def _opens_key(self, entry: _Entry) -> bool:
+        """Whether it would open a new key, and so a forward of its own, while others run."""
+        return bool(self._turns) and entry.key not in self._turns
+
+    def _may_wait(self, request_id: str, entry: _Entry) -> bool:
+        """Whether others may go ahead of it: not of an urgent one, nor one put aside, nor more than `skips` times."""
+        patient = entry.priority < self.urgent and request_id not in self._aside
+        return patient and self._passed.get(request_id, 0) < self.skips
+
+    def _lender(self, entry: _Entry) -> str | None:
+        """Whose slot an urgent request takes: the lowest priority's, of its own key if that can be, the latest."""
+        if entry.priority < self.urgent:
+            return None
+        lenders = [
+            other
+            for other, running in self._running.items()
+            if running.priority < self.urgent and (self._fits(entry) or running.key == entry.key)
+        ]
+        if not lenders:
+            return None
+        latest = {other: place for place, other in enumerate(lenders)}
+        return min(
+            lenders,
+            key=lambda other: (
+                self._running[other].priority,
+                self._running[other].key != entry.key,
+                -latest[other],
+            ),
+        )
+
+    def _take(self, request_id: str) -> None:
+        entry = self._waiting.pop(request_id)
+        self._passed.pop(request_id, None)
+        self._aside.discard(request_id)
+        self._running[request_id] = entry
+        self._turns.setdefault(entry.key, []).append(request_id)
+
+    def _stop(self, request_id: str) -> _Entry:
+        entry = self._running.pop(request_id)
+        self._turns[entry.key].remove(request_id)
+        if not self._turns[entry.key]:
+            del self._turns[entry.key]
+        return entry
+
+    def _put_aside(self, request_id: str) -> None:
+        entry = self._stop(request_id)
+        self._aside.add(request_id)
+        self._insert(request_id, entry, behind_equals=False)

@@ -1,20 +1,23 @@
 """What a model family must offer the engine, and how a model's source becomes one."""
 
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from importlib import import_module
+from pkgutil import iter_modules
+from types import ModuleType
 from typing import Protocol
 
 import torch
 
-from farm.spec import RenderSpec
-from workers.checkpoints import FAMILIES, open_checkpoint
+from workers.checkpoints import Family, open_checkpoint
 from workers.request import RenderRequest
 
 
 class Pipeline(Protocol):
     """One loaded model as the engine drives it: encode, then denoise and step by turns, then decode.
 
-    The engine's one thread makes all calls of the four verbs, under `torch.inference_mode`. A pipeline keeps no
-    state of a request: what a request needs is in the `RenderRequest`.
+    A pipeline keeps no state of a request: what a request needs is in the `RenderRequest`. All calls are made under
+    `torch.inference_mode`; `denoise` and `step` by the engine's one thread, the others beside it.
     """
 
     @property
@@ -25,6 +28,16 @@ class Pipeline(Protocol):
     @property
     def sha256(self) -> str:
         """The hash of what it renders with; equal hashes, equal weights."""
+        ...
+
+    @property
+    def family(self) -> str:
+        """diffusers' class name of it, as in model_index.json."""
+        ...
+
+    @property
+    def samplers(self) -> str:
+        """Which recipe of a `farm.samplers.Sampler` it takes: `diffusion`, `flow`, or nothing if it has no samplers."""
         ...
 
     @property
@@ -47,50 +60,70 @@ class Pipeline(Protocol):
         """(width, height) in pixels, of a spec that names none."""
         ...
 
-    def latent_shape(self, spec: RenderSpec) -> tuple[int, ...]:
-        """The shape of one request's latents, without the row dimension, at the spec's size or the model's own.
+    def plan(self, request: RenderRequest) -> tuple[int, ...]:
+        """Set the request's rows and sampling; the shape of its latents, without the row dimension.
 
-        Called once a request, by the thread that submits it. Requests of one pipeline with equal shapes may share
-        forwards. Raises `BadRequest` if the model can't draw that size.
+        Called once a request, before all else, by the thread that submits it. Requests of one pipeline with equal
+        shapes may share forwards. Raises `BadRequest` if the model can't draw that size or be sampled so.
         """
         ...
 
     def encode(self, request: RenderRequest) -> None:
-        """Set the request's latents, timesteps, scheduler, generator, conditioning and warnings.
+        """Set the request's latents, generator, conditioning and warnings, and what `sampling.start` sets.
 
-        Called once a request, when it takes its slot. Whatever it raises fails this request alone.
+        Called once a request, before it stands in line. Whatever it raises fails this request alone.
         """
         ...
 
-    def denoise(self, requests: list[RenderRequest]) -> list[torch.Tensor]:
-        """One forward for all of them: guided model outputs, float32, each shaped like its request's latents.
+    def denoise(self, requests: Sequence[RenderRequest], rows: int | None = None) -> torch.Tensor:
+        """One forward for all of them: their guided outputs, float32, (requests, *shape).
 
-        Called once a forward, with requests of one shape, each at its own timestep. Whatever it raises fails
-        all of them.
+        Called once a forward, with requests of one shape, each at its own timestep. The forward is filled up to `rows`,
+        if that is given and more than theirs. Whatever it raises fails none for its neighbours: the engine tries again
+        with fewer.
         """
         ...
 
-    def step(self, request: RenderRequest, output: torch.Tensor) -> None:
-        """Replace the request's latents by those one timestep further; the engine counts `step_index` up.
+    def step(self, requests: Sequence[RenderRequest], outputs: torch.Tensor) -> torch.Tensor:
+        """Replace the requests' latents by those one timestep further, and return them, (requests, *shape).
 
-        Called once a request and forward. Whatever it raises fails this request alone.
+        The engine counts `step_index` up. Called once a forward for all requests without a `scheduler` of their own,
+        and once for each of the others.
         """
         ...
 
-    def decode(self, requests: list[RenderRequest]) -> torch.Tensor:
-        """Their pictures, float32 in [0, 1], (requests, 3, height, width) in pixels.
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Pictures of (n, *shape) latents: float32 in [0, 1], (n, 3, height, width) in pixels.
 
-        Called with those that finish at the same step; if it raises, once more for each alone.
+        Called with those that finish together; if it raises, once more for each alone.
         """
         ...
 
+    def preview(self, latents: torch.Tensor) -> torch.Tensor:
+        """What (n, *shape) latents roughly show, cheaply: like `decode`, but small, a pixel a latent pixel or so."""
+        ...
 
-def load(source: str, device: torch.device, dtype: torch.dtype) -> Pipeline:
+
+Report = Callable[[str], None]
+"""Told, while a model loads, in a few words what is being loaded."""
+
+
+@cache
+def families() -> Mapping[str, ModuleType]:
+    """The modules beside this one that render a family of checkpoints, by `_class_name` of its model_index.json.
+
+    A module is a family if it has a `FAMILY` and a `load`: a new one costs one file.
+    """
+    modules = (import_module(f"{__name__}.{found.name}") for found in iter_modules(__path__))
+    return {module.FAMILY.name: module for module in modules if hasattr(module, "FAMILY")}
+
+
+def load(source: str, device: torch.device, dtype: torch.dtype, report: Report = lambda _: None) -> Pipeline:
     """The pipeline of a source: a local folder, a hub id, or `null:` (see `workers.pipelines.null`).
 
-    Raises `ModelError` naming what is missing or wrong.
+    Raises `ModelError` naming what is missing or wrong, or `torch.OutOfMemoryError`.
     """
-    checkpoint = open_checkpoint(source)
-    family = import_module(FAMILIES[checkpoint.family].module)
-    pipeline: Pipeline = family.load(checkpoint, device, dtype)
+    known: dict[str, Family] = {name: module.FAMILY for name, module in families().items()}
+    checkpoint = open_checkpoint(source, known)
+    pipeline: Pipeline = families()[checkpoint.family].load(checkpoint, device, dtype, report)
     return pipeline

@@ -6,6 +6,7 @@ however many requests share it.
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from urllib.parse import parse_qsl
 
@@ -13,8 +14,12 @@ import torch
 
 from farm.errors import ModelError
 from farm.spec import RenderSpec
-from workers.checkpoints import Checkpoint
-from workers.request import RenderRequest
+from workers import sampling
+from workers.checkpoints import Checkpoint, Family
+from workers.pipelines import Report
+from workers.request import RenderRequest, Sampling
+
+FAMILY = Family("NullPipeline")
 
 
 @dataclass(frozen=True)
@@ -29,36 +34,54 @@ class NullPipeline:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
     nbytes: int = 0
+    family: str = "NullPipeline"
+    samplers: str = ""
 
     @property
     def native_size(self) -> tuple[int, int]:
         """(width, height) in pixels."""
         return self.width, self.height
 
-    def latent_shape(self, spec: RenderSpec) -> tuple[int, ...]:
+    def plan(self, request: RenderRequest) -> tuple[int, ...]:
         """A latent pixel for 8 by 8 pixels of the picture."""
+        steps = request.spec.num_inference_steps
+        request.sampling = Sampling(
+            name="none",
+            timesteps=tuple(float(step) for step in range(steps - 1, -1, -1)),
+            init_noise_sigma=1.0,
+            make=lambda: None,
+            scales=(1.0,) * (steps + 1),
+            lags=1,
+            weights=((1.0, 1.0 / steps),) * steps,
+            draws=(0,) * steps,
+        )
+        return self._shape(request.spec)
+
+    def _shape(self, spec: RenderSpec) -> tuple[int, ...]:
         return (3, (spec.height or self.height) // 8, (spec.width or self.width) // 8)
 
     def encode(self, request: RenderRequest) -> None:
         """Start from black."""
         request.generator = torch.Generator("cpu").manual_seed(request.spec.seed)
-        request.latents = torch.zeros(1, *self.latent_shape(request.spec), device=self.device)
-        request.timesteps = torch.arange(request.spec.num_inference_steps - 1, -1, -1)
         request.conditioning = {"colour": colour(request.spec.seed).to(self.device)}
+        sampling.start(request, torch.zeros(1, *self._shape(request.spec), device=self.device))
 
-    def denoise(self, requests: list[RenderRequest]) -> list[torch.Tensor]:
+    def denoise(self, requests: Sequence[RenderRequest], rows: int | None = None) -> torch.Tensor:
         """Take as long as a forward would; each output is the request's colour."""
         time.sleep(self.seconds_per_step)
-        return [request.conditioning["colour"].expand_as(request.latents) for request in requests]
+        return torch.cat([request.conditioning["colour"].expand_as(request.latents) for request in requests])
 
-    def step(self, request: RenderRequest, output: torch.Tensor) -> None:
+    def step(self, requests: Sequence[RenderRequest], outputs: torch.Tensor) -> torch.Tensor:
         """Mix in this step's part of the colour."""
-        request.latents = request.latents + output / len(request.timesteps)
+        return sampling.step(requests, outputs)
 
-    def decode(self, requests: list[RenderRequest]) -> torch.Tensor:
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Each latent pixel as 8 by 8 pixels."""
-        latents = torch.cat([request.latents for request in requests])
         return latents.repeat_interleave(8, dim=2).repeat_interleave(8, dim=3)
+
+    def preview(self, latents: torch.Tensor) -> torch.Tensor:
+        """The latents as they are."""
+        return latents
 
 
 def colour(seed: int) -> torch.Tensor:
@@ -66,7 +89,7 @@ def colour(seed: int) -> torch.Tensor:
     return torch.rand(1, 3, 1, 1, generator=torch.Generator("cpu").manual_seed(seed))
 
 
-def load(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> NullPipeline:
+def load(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, report: Report) -> NullPipeline:
     """The null pipeline of a source's parameters. Raises `ModelError` for one that it has not."""
     given = parse_qsl(checkpoint.source.removeprefix("null:").removeprefix("?"), keep_blank_values=True)
     known = {"seconds_per_step": float, "width": int, "height": int}
