@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from farm.client import Batch, Farm, Job
+    from farm.client import Farm
     from farm.errors import (
         FarmError,
         InvalidInput,
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
         NotFound,
         ServiceUnavailable,
     )
+    from farm.handles import Batch, Job
+    from farm.previews import Preview
     from farm.records import BatchStatus
     from farm.settings import Settings
     from farm.spec import RenderSpec
@@ -33,16 +35,17 @@ except PackageNotFoundError:  # a source tree that is not installed
     __version__ = "0"
 
 _HOMES = {
-    "Batch": "client",
+    "Batch": "handles",
     "BatchStatus": "records",
     "Farm": "client",
     "FarmError": "errors",
     "InvalidInput": "errors",
-    "Job": "client",
+    "Job": "handles",
     "JobNotSucceeded": "errors",
     "JobState": "states",
     "NotConfigured": "errors",
     "NotFound": "errors",
+    "Preview": "previews",
     "RenderSpec": "spec",
     "ServiceUnavailable": "errors",
     "Settings": "settings",
@@ -59,6 +62,7 @@ __all__ = [
     "JobState",
     "NotConfigured",
     "NotFound",
+    "Preview",
     "RenderSpec",
     "ServiceUnavailable",
     "Settings",

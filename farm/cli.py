@@ -4,31 +4,26 @@ Exit codes: 0 all is well; 1 something was not rendered, or the doctor found som
 with nothing submitted; 3 a service does not answer.
 """
 
-import json
 import logging
-import os
-import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
-from farm import __version__
-from farm.client import Batch, Farm
-from farm.errors import FarmError, InvalidInput, NotConfigured, NotFound, ServiceUnavailable
-from farm.log import configure
-from farm.records import BatchStatus, JobInfo
-from farm.settings import Settings
+from farm import __version__, operating
+from farm.client import Farm
+from farm.console import Json, batch_json, complain, err, find, job_json, open_farm, out, say_json
+from farm.errors import FarmError, InvalidInput, JobNotSucceeded, ServiceUnavailable
+from farm.handles import Batch
+from farm.previews import Preview
+from farm.records import JobInfo
 from farm.sources import rows
 from farm.states import JobState
 from farm.tables import batch_table, job_table, printable, worker_table
@@ -40,12 +35,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+app.add_typer(operating.app)
 
 _WATCH_SECONDS = 0.5
-
-Json = Annotated[bool, typer.Option("--json", help="Say it as JSON.")]
 
 
 def main() -> None:
@@ -54,14 +46,14 @@ def main() -> None:
         app(standalone_mode=True)
     except InvalidInput as error:
         for problem in error.problems:
-            _complain(str(problem))
-        _complain(f"{len(error.problems)} problem{'s' * (len(error.problems) > 1)}; nothing was submitted")
+            complain(str(problem))
+        complain(f"{len(error.problems)} problem{'s' * (len(error.problems) > 1)}; nothing was submitted")
         sys.exit(2)
     except ServiceUnavailable as error:
-        _complain(f"{error}; `farm doctor` looks at every part")
+        complain(f"{error}; `farm doctor` looks at every part")
         sys.exit(3)
     except FarmError as error:
-        _complain(str(error))
+        complain(str(error))
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -77,14 +69,6 @@ def _top(version: Annotated[bool, typer.Option("--version", help="Say the versio
 
 
 @app.command()
-def up(workers: Annotated[int, typer.Option(min=0, help="How many workers share this machine.")] = 1) -> None:
-    """Start the embedded farm here and keep it running: Redis, S3, SQLite, dispatcher, workers, Flower."""
-    from farm.local import LocalFarm
-
-    LocalFarm(_home(), workers=workers, console=out).run()
-
-
-@app.command()
 def submit(
     what: Annotated[list[str], typer.Argument(metavar="PROMPT|FILE...", help="Prompts, or .txt, .csv, .jsonl files.")],
     name: Annotated[str | None, typer.Option(help="The batch's name.")] = None,
@@ -93,10 +77,20 @@ def submit(
     negative_prompt: Annotated[str | None, typer.Option("--negative-prompt", "--negative")] = None,
     num_inference_steps: Annotated[int | None, typer.Option("--num-inference-steps", "--steps")] = None,
     guidance_scale: Annotated[float | None, typer.Option("--guidance-scale", "--guidance")] = None,
+    guidance_rescale: Annotated[float | None, typer.Option(help="0 to 1, against over-exposure.")] = None,
+    true_cfg_scale: Annotated[float | None, typer.Option(help="Flux: real guidance, from 1 for none.")] = None,
+    clip_skip: Annotated[int | None, typer.Option(help="How many of CLIP's last layers are left out.")] = None,
+    eta: Annotated[float | None, typer.Option(help="0 to 1: noise that DDIM adds back at each step.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels, a multiple of 8.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels, a multiple of 8.")] = None,
     seed: Annotated[int | None, typer.Option(help="0 to 4294967295; drawn for each job if left out.")] = None,
     scheduler: Annotated[str | None, typer.Option("--scheduler", "--sampler", help="Such as euler_a.")] = None,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="The same bytes, whatever is rendered beside it; slower.")
+    ] = False,
+    trajectory: Annotated[
+        bool, typer.Option("--trajectory", help="Keep the picture of every step; at most 200 steps.")
+    ] = False,
     wait: Annotated[bool, typer.Option("--wait", help="Wait until every job has ended.")] = False,
     folder: Annotated[Path | None, typer.Option("--out", help="Wait, and put the pictures here.")] = None,
     as_json: Json = False,
@@ -107,13 +101,19 @@ def submit(
         "negative_prompt": negative_prompt,
         "num_inference_steps": num_inference_steps,
         "guidance_scale": guidance_scale,
+        "guidance_rescale": guidance_rescale,
+        "true_cfg_scale": true_cfg_scale,
+        "clip_skip": clip_skip,
+        "eta": eta,
         "width": width,
         "height": height,
         "seed": seed,
         "scheduler": scheduler,
+        "deterministic": deterministic or None,
+        "trajectory": trajectory or None,
     }
     defaults: dict[str, Any] = {key: value for key, value in fields.items() if value is not None}
-    with _farm() as farm:
+    with open_farm() as farm:
         farm.check()  # rather than leave a batch in SQL that a person believes was refused
         with err.status("submitting …"):
             batch = farm.submit(rows(what), name=name or _name_from(what), priority=priority, **defaults)
@@ -123,7 +123,7 @@ def submit(
         if wait or folder is not None:
             _see_through(batch, folder, as_json=as_json)
         elif as_json:
-            _say_json(_batch_json(batch.status()))
+            say_json(batch_json(batch.status()))
 
 
 @app.command()
@@ -132,19 +132,19 @@ def status(
     as_json: Json = False,
 ) -> None:
     """Show the newest batches, or one batch or job."""
-    with _farm() as farm:
+    with open_farm() as farm:
         if which is None:
             batches = farm.batches()
             if as_json:
-                _say_json([_batch_json(batch) for batch in batches])
+                say_json([batch_json(batch) for batch in batches])
             else:
                 out.print(batch_table(batches) if batches else "no batches yet: `farm submit` hands one in")
             return
-        found = _find(farm, which)
+        found = find(farm, which)
         if isinstance(found, JobInfo):
-            _say_json(_job_json(found)) if as_json else out.print(job_table([found], whole=True))
+            say_json(job_json(found)) if as_json else out.print(job_table([found], whole=True))
         elif as_json:
-            _say_json({**_batch_json(found.status()), "jobs": [_job_json(job.info) for job in found]})
+            say_json({**batch_json(found.status()), "jobs": [job_json(job.info) for job in found]})
         else:
             out.print(batch_table([found.status()]))
             wrong = [job.info for job in found if job.error]
@@ -157,7 +157,7 @@ def watch(
     which: Annotated[str | None, typer.Argument(metavar="[BATCH]", help="One batch, to its end.")] = None,
 ) -> None:
     """Watch batches and workers, live, until Ctrl-C; or one batch until it ends."""
-    with _farm() as farm:
+    with open_farm() as farm:
         if which is not None:
             _see_through(farm.batch(which), None, as_json=False)
             return
@@ -168,6 +168,35 @@ def watch(
 
 
 @app.command()
+def preview(
+    job_id: Annotated[str, typer.Argument(metavar="JOB", help="Its id.")],
+    vae: Annotated[bool, typer.Option("--vae", help="Decoded by the VAE: sharp, and costs the worker time.")] = False,
+    path: Annotated[Path | None, typer.Option("--out", help="The PNG to write; by default JOB.preview.png.")] = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Write each new one over it until the job ends.")] = False,
+) -> None:
+    """Show how a job looks that is being rendered: a PNG of what is there after some of its steps."""
+    path = path or Path(f"{job_id}.preview.png")
+    with open_farm() as farm:
+        job = farm.job(job_id)
+        if follow:
+            for shown in job.previews(vae=vae):
+                _show(shown, path)
+        try:
+            _show(job.preview(vae=vae), path)
+        except (TimeoutError, JobNotSucceeded) as error:
+            complain(str(error))
+            raise typer.Exit(1) from None
+
+
+def _show(shown: Preview, path: Path) -> None:
+    # Whole files only: an image viewer may be looking.
+    partial = path.with_name(path.name + ".part")
+    shown.image.save(partial, "PNG")
+    partial.replace(path)
+    out.print(Text(f"step {shown.step} of {shown.steps} in {path}"), soft_wrap=True)
+
+
+@app.command()
 def get(
     which: Annotated[str, typer.Argument(metavar="BATCH|JOB", help="Its name or id.")],
     folder: Annotated[Path, typer.Option("--out", help="Where to put the pictures.")] = Path("out"),
@@ -175,8 +204,8 @@ def get(
     as_json: Json = False,
 ) -> None:
     """Fetch the pictures of a batch or a job."""
-    with _farm() as farm:
-        found = _find(farm, which)
+    with open_farm() as farm:
+        found = find(farm, which)
         if isinstance(found, JobInfo):
             folder.mkdir(parents=True, exist_ok=True)
             paths = [farm.job(found.id).download(folder)]
@@ -185,7 +214,7 @@ def get(
             if sheet:
                 paths.append(_sheet(found, folder))
         if as_json:
-            _say_json({"files": [str(path) for path in paths]})
+            say_json({"files": [str(path) for path in paths]})
         else:
             out.print(Text(f"{len(paths)} files in {folder}"), soft_wrap=True)
 
@@ -193,113 +222,10 @@ def get(
 @app.command()
 def cancel(which: Annotated[str, typer.Argument(metavar="BATCH|JOB", help="Its name or id.")]) -> None:
     """Cancel what has not ended of a batch or a job."""
-    with _farm() as farm:
-        found = _find(farm, which)
+    with open_farm() as farm:
+        found = find(farm, which)
         count = int(farm.job(found.id).cancel()) if isinstance(found, JobInfo) else found.cancel()
         out.print(f"{count} job{'s' * (count != 1)} cancelled" if count else "nothing to cancel: all have ended")
-
-
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
-def worker(context: typer.Context) -> None:
-    """Render on this machine: one worker, its models pinned (--help shows its options)."""
-    if find_spec("torch") is None or find_spec("diffusers") is None:
-        raise NotConfigured("a worker needs torch and diffusers: pip install 'diffusion-farm[worker]'")
-    # The farm's own packages never import what renders; and the worker gets a process without the command line's.
-    os.execv(sys.executable, [sys.executable, "-m", "workers", *context.args])  # noqa: S606
-
-
-@app.command()
-def dispatcher() -> None:
-    """Keep Redis supplied from the backlog, and bring back what was lost. Any number may run."""
-    from farm.broker import Broker
-    from farm.db import Database
-    from farm.dispatch import Dispatcher
-    from farm.jobs import JobStore
-
-    configure()
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-    settings = Settings.load()
-    db = Database(settings.database_url)
-    db.check_schema()
-    broker = Broker(settings)
-    try:
-        Dispatcher(JobStore(db, settings), broker, settings).run(stop)
-    finally:
-        broker.close()
-        db.close()
-
-
-@app.command()
-def models(as_json: Json = False) -> None:
-    """Show which models the workers hold, and what waits for each."""
-    with _farm() as farm:
-        held: dict[str, dict[str, Any]] = {}
-        for one in farm.workers():
-            for model in one.models if one.alive else ():
-                entry = held.setdefault(model["name"], {"sha256": model["sha256"], "workers": [], "waiting": 0})
-                entry["workers"].append(one.name)
-        for model_name, waiting in farm.waiting().items():
-            held.setdefault(model_name, {"sha256": None, "workers": []})["waiting"] = waiting
-    if as_json:
-        _say_json(held)
-        return
-    table = Table("model", "weights", "workers", "waiting", box=None, header_style="bold")
-    for model_name, entry in sorted(held.items()):
-        holders = Text(", ".join(entry["workers"])) if entry["workers"] else Text("none holds it", style="red")
-        table.add_row(Text(model_name), (entry["sha256"] or "")[:12], holders, str(entry["waiting"]))
-    out.print(table if held else "no worker is there, and nothing waits")
-
-
-@app.command()
-def migrate() -> None:
-    """Bring the database's schema up to this version's; harmless when it is."""
-    from farm.db import Database
-
-    Database(Settings.load().database_url).migrate()
-    out.print("the schema is this version's")
-
-
-@app.command()
-def doctor(as_json: Json = False) -> None:
-    """Check every part, and say in a line each what is wrong and what to do."""
-    from farm import doctor as checks
-
-    findings = checks.check(Settings.load())
-    if as_json:
-        _say_json([vars(finding) for finding in findings])
-    else:
-        for finding in findings:
-            out.print(checks.line(finding), soft_wrap=True)
-    raise typer.Exit(checks.exit_code(findings))
-
-
-# --- what the commands share ------------------------------------------------------------------------------------
-
-
-def _complain(text: str) -> None:
-    for line in text.splitlines():
-        err.print(Text(f"farm: {printable(line)}"), soft_wrap=True)
-
-
-def _say_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, default=str))
-
-
-def _home() -> Path:
-    return Path(os.environ.get("FARM_HOME", ".farm"))
-
-
-def _farm() -> Farm:
-    """The farm that commands talk to; raises `ServiceUnavailable` for an embedded one that does not run."""
-    from farm.local import running
-    from farm.local.home import SERVICE_VARIABLES
-
-    settings = Settings.load()
-    if not SERVICE_VARIABLES & os.environ.keys() and running(settings.home) is None:
-        raise ServiceUnavailable(f"the farm in {settings.home.absolute()} does not run: start it with `farm up`")
-    return Farm(settings)
 
 
 def _name_from(what: list[str]) -> str:
@@ -307,22 +233,12 @@ def _name_from(what: list[str]) -> str:
     return Path(first).stem if first.endswith((".txt", ".csv", ".jsonl")) else " ".join(first.split()[:5])[:60]
 
 
-def _find(farm: Farm, which: str) -> Batch | JobInfo:
-    try:
-        return farm.batch(which)
-    except NotFound:
-        try:
-            return farm.job(which).info
-        except NotFound:
-            raise NotFound(f"there is no batch or job {which!r}; `farm status` lists the batches") from None
-
-
 def _warn_unheld(farm: Farm, batch: Batch) -> None:
     """Say so when jobs are for a model that no worker holds: they would wait without a word."""
     held = {model["name"] for one in farm.workers() if one.alive for model in one.models}
     missing = sorted(model for model in farm.waiting() if model not in held)
     if missing and any(job.spec.model in missing for job in batch):
-        _complain(f"no worker holds {', '.join(missing)} now; its jobs wait until one does (farm worker --models …)")
+        complain(f"no worker holds {', '.join(missing)} now; its jobs wait until one does (farm worker --models …)")
 
 
 def _sheet(batch: Batch, folder: Path) -> Path:
@@ -340,7 +256,7 @@ def _see_through(batch: Batch, folder: Path | None, *, as_json: bool) -> None:
         files = batch.download(folder, progress=not as_json)
         files.append(_sheet(batch, folder))
     if as_json:
-        _say_json({**_batch_json(ended), "files": [str(path) for path in files]})
+        say_json({**batch_json(ended), "files": [str(path) for path in files]})
     else:
         out.print(batch_table([ended]))
         wrong = [job.info for job in batch if job.state is JobState.FAILED]
@@ -357,36 +273,5 @@ def _interrupted(batch: Batch) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        _complain(f"{batch.id} goes on; `farm watch {batch.id}` waits again, `farm cancel {batch.id}` ends it")
+        complain(f"{batch.id} goes on; `farm watch {batch.id}` waits again, `farm cancel {batch.id}` ends it")
         raise
-
-
-def _batch_json(batch: BatchStatus) -> dict[str, Any]:
-    return {
-        "batch": batch.id,
-        "name": batch.name,
-        "owner": batch.owner,
-        "priority": batch.priority,
-        "total": batch.total,
-        "done": batch.done,
-        "counts": {state.value: count for state, count in batch.counts.items()},
-        "created_at": batch.created_at,
-        "finished_at": batch.finished_at,
-    }
-
-
-def _job_json(job: JobInfo) -> dict[str, Any]:
-    return {
-        "job": job.id,
-        "index": job.index,
-        "state": job.state.value,
-        "attempt": job.attempt,
-        "tries": job.tries,
-        "worker": job.worker,
-        "steps_done": job.steps_done,
-        "error": job.error,
-        "spec": job.spec.model_dump(mode="json"),
-        "picture": vars(job.picture) if job.picture else None,
-        "started_at": job.started_at,
-        "finished_at": job.finished_at,
-    }

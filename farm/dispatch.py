@@ -8,12 +8,16 @@ from farm.broker import Broker
 from farm.errors import BrokerUnavailable, ServiceUnavailable
 from farm.jobs import JobStore
 from farm.settings import Settings
+from farm.storage import Storage
 
 log = logging.getLogger(__name__)
 
 BUSY_SECONDS, IDLE_SECONDS = 0.1, 0.5
 """How often a standing dispatcher looks: while it finds jobs to move, and while it finds none."""
 _OUTAGE_SECONDS = 1.0
+_SWEEP_SECONDS, _SWEEP_OUTAGE_SECONDS = 5.0, 60.0
+"""How often it looks for what can be swept out of the object store, and how soon again when that is away."""
+_SWEEP_CHUNK = 1000
 
 
 class Dispatcher:
@@ -22,9 +26,10 @@ class Dispatcher:
     Any number may run at once, standing or inline in producers: each pass moves jobs under one lock.
     """
 
-    def __init__(self, store: JobStore, broker: Broker, settings: Settings) -> None:
+    def __init__(self, store: JobStore, broker: Broker, storage: Storage, settings: Settings) -> None:
         self._store = store
         self._broker = broker
+        self._storage = storage
         self._window = settings.window
         self._beat_seconds = settings.beat_seconds
         self._grace_seconds = settings.lease_seconds / 2
@@ -64,8 +69,24 @@ class Dispatcher:
             lost += self._store.unqueue(gone)
         return lost
 
+    def sweep(self) -> int:
+        """Delete the checkpoints of jobs that have ended from the object store; returns how many.
+
+        Deleted first, forgotten second: what fails between is only done again. Raises `StorageUnavailable`.
+        """
+        swept = 0
+        while stale := self._store.stale_checkpoints(_SWEEP_CHUNK):
+            self._storage.delete_many(key for _, key in stale)
+            self._store.forget_checkpoints([job_id for job_id, _ in stale])
+            swept += len(stale)
+        return swept
+
     def run(self, stop: threading.Event) -> None:
-        """Fill, and recover twice a beat, until `stop` is set; an outage is logged once and waited out."""
+        """Fill, and recover twice a beat, until `stop` is set; an outage is logged once and waited out.
+
+        It sweeps beside that, in a thread of its own: an object store that hangs holds up no job.
+        """
+        threading.Thread(target=self._sweep_on, args=(stop,), name="sweep", daemon=True).start()
         log.info("dispatching, window %d", self._window)
         recover_seconds = self._beat_seconds / 2
         since_recovery, away = recover_seconds, ""
@@ -85,3 +106,13 @@ class Dispatcher:
             since_recovery += pause
             stop.wait(pause)
         log.info("dispatcher stopped")
+
+    def _sweep_on(self, stop: threading.Event) -> None:
+        pause = 0.0
+        while not stop.wait(pause):
+            try:
+                self.sweep()
+                pause = _SWEEP_SECONDS
+            except ServiceUnavailable as error:
+                log.warning("can't sweep checkpoints, trying again in %.0f s: %s", _SWEEP_OUTAGE_SECONDS, error)
+                pause = _SWEEP_OUTAGE_SECONDS

@@ -1,4 +1,4 @@
-"""`JobStore`: the only writer of job state, and what can be asked about jobs.
+"""`JobStore`: the only writer of job state.
 
 Every move of a job is one statement that names the state it leaves, and a worker's also the attempt it holds:
 whoever comes second matches no row and learns that it was too late.
@@ -7,7 +7,6 @@ whoever comes second matches no row and learns that it was too late.
 import logging
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from datetime import datetime
 from itertools import islice
 from typing import Any
 
@@ -16,8 +15,8 @@ from sqlalchemy.orm import Session
 
 from farm.broker import Doorbell
 from farm.db import BatchRow, Database, JobRow, WorkerRow, now, now_plus
-from farm.errors import NotFound
-from farm.records import BatchStatus, Beat, Claim, JobInfo, Pace, Picture, WorkerInfo, job_info
+from farm.queries import STALE, JobQueries, in_state, models_in
+from farm.records import Beat, Claim, Pace, Picture, WorkerInfo
 from farm.settings import Settings
 from farm.spec import RenderSpec
 from farm.states import ACTIVE, JobState
@@ -27,7 +26,6 @@ log = logging.getLogger(__name__)
 
 _INSERT_CHUNK = 1000
 _DISPATCH_LOCK = 0x66617264
-_STALE = (JobRow.checkpoint_key.is_not(None), JobRow.finished_at.is_not(None))
 
 
 def new_batch_id(name: str) -> str:
@@ -36,12 +34,11 @@ def new_batch_id(name: str) -> str:
     return "-".join((slug(name)[:30].strip("-") or "batch", "".join(secrets.choice(alphabet) for _ in range(8))))
 
 
-class JobStore:
+class JobStore(JobQueries):
     """Jobs in SQL: submitted, dispatched, claimed, renewed, ended."""
 
     def __init__(self, db: Database, settings: Settings) -> None:
-        self._db = db
-        self._lease_seconds = settings.lease_seconds
+        super().__init__(db, settings)
         self._max_tries = settings.max_tries
         self._max_lost_leases = settings.max_lost_leases
 
@@ -52,7 +49,7 @@ class JobStore:
         batch_id = new_batch_id(name)
         with self._db.write() as session:
             # Start where the backlog stands: neither behind a large batch that is waiting, nor ahead of it.
-            start = session.scalar(sa.select(sa.func.min(JobRow.rank)).where(_in(JobState.PENDING))) or 0.0
+            start = session.scalar(sa.select(sa.func.min(JobRow.rank)).where(in_state(JobState.PENDING))) or 0.0
             batch = BatchRow(id=batch_id, name=name, owner=owner, priority=priority, total=0)
             batch.created_at = now()
             session.add(batch)
@@ -85,7 +82,7 @@ class JobStore:
         What waits is cancelled at once; what runs is marked, and its worker stops it and reports.
         """
         which = JobRow.batch_id == batch_id if batch_id is not None else JobRow.id == job_id
-        running = _in(JobState.RUNNING)
+        running = in_state(JobState.RUNNING)
         with self._db.write() as session:
             # One statement: between two, a job could step from the state of one into that of the other.
             changed = session.execute(
@@ -125,9 +122,11 @@ class JobStore:
         bells: list[Doorbell] = []
         with self._db.write() as session:
             self._db.exclusive(session, _DISPATCH_LOCK)
-            for model in _models(session, JobState.PENDING):
+            for model in models_in(session, JobState.PENDING):
                 lying = session.scalar(
-                    sa.select(sa.func.count()).select_from(JobRow).where(_in(JobState.QUEUED), JobRow.model == model)
+                    sa.select(sa.func.count())
+                    .select_from(JobRow)
+                    .where(in_state(JobState.QUEUED), JobRow.model == model)
                 )
                 room = window - (lying or 0)
                 if room > 0:
@@ -137,11 +136,11 @@ class JobStore:
     def _enqueue_model(self, session: Session, model: str, room: int) -> list[Doorbell]:
         line = (JobRow.priority.desc(), JobRow.rank, JobRow.id)
         ids = session.scalars(
-            sa.select(JobRow.id).where(_in(JobState.PENDING), JobRow.model == model).order_by(*line).limit(room)
+            sa.select(JobRow.id).where(in_state(JobState.PENDING), JobRow.model == model).order_by(*line).limit(room)
         ).all()
         moved = session.scalars(
             sa.update(JobRow)
-            .where(JobRow.id.in_(ids), _in(JobState.PENDING))
+            .where(JobRow.id.in_(ids), in_state(JobState.PENDING))
             .values(state=JobState.QUEUED.value, queued_at=now())
             .returning(JobRow.id)
         ).all()
@@ -165,22 +164,12 @@ class JobStore:
             for row in rows
         ]
 
-    def queued_models(self) -> list[str]:
-        """The models that have queued jobs."""
-        with self._db.read() as session:
-            return list(_models(session, JobState.QUEUED))
-
-    def queued(self, model: str) -> list[str]:
-        """The ids of a model's queued jobs; at most a window of them."""
-        with self._db.read() as session:
-            return list(session.scalars(sa.select(JobRow.id).where(_in(JobState.QUEUED), JobRow.model == model)))
-
     def unqueue(self, job_ids: Sequence[str]) -> int:
         """Put queued jobs back into the backlog: their messages were not published, or are gone; returns how many."""
         with self._db.write() as session:
             moved = session.execute(
                 sa.update(JobRow)
-                .where(_in(JobState.QUEUED), JobRow.id.in_(job_ids))
+                .where(in_state(JobState.QUEUED), JobRow.id.in_(job_ids))
                 .values(state=JobState.PENDING.value, queued_at=None)
                 .returning(JobRow.id)
             ).all()
@@ -199,7 +188,7 @@ class JobStore:
         with self._db.write() as session:
             lost = session.execute(
                 sa.update(JobRow)
-                .where(_in(JobState.RUNNING), *which)
+                .where(in_state(JobState.RUNNING), *which)
                 .values(
                     lost_leases=JobRow.lost_leases + 1,
                     **_leave_running(
@@ -219,21 +208,10 @@ class JobStore:
             log.warning("lease lost job_id=%s attempt=%d now=%s", row.id, row.attempt, row.state)
         return len(lost)
 
-    def stale_checkpoints(self, limit: int = 100) -> list[tuple[str, str]]:
-        """Id and checkpoint key of jobs that ended and left one, those that ended first before the others."""
-        with self._db.read() as session:
-            return [
-                (job_id, key)
-                for job_id, key in session.execute(
-                    sa.select(JobRow.id, JobRow.checkpoint_key).where(*_STALE).order_by(JobRow.finished_at).limit(limit)
-                )
-                if key
-            ]
-
     def forget_checkpoints(self, job_ids: Sequence[str]) -> None:
         """Record that the checkpoints of these jobs, which have ended, are deleted."""
         with self._db.write() as session:
-            session.execute(sa.update(JobRow).where(*_STALE, JobRow.id.in_(job_ids)).values(checkpoint_key=None))
+            session.execute(sa.update(JobRow).where(*STALE, JobRow.id.in_(job_ids)).values(checkpoint_key=None))
 
     # --- the worker -----------------------------------------------------------------------------------------
 
@@ -242,7 +220,7 @@ class JobStore:
         with self._db.write() as session:
             row = session.execute(
                 sa.update(JobRow)
-                .where(JobRow.id == job_id, _in(JobState.QUEUED))
+                .where(JobRow.id == job_id, in_state(JobState.QUEUED))
                 .values(
                     state=JobState.RUNNING.value,
                     attempt=JobRow.attempt + 1,
@@ -288,7 +266,7 @@ class JobStore:
             rows = (
                 session.execute(
                     sa.update(JobRow)
-                    .where(_in(JobState.RUNNING), sa.tuple_(JobRow.id, JobRow.attempt).in_(list(paces)))
+                    .where(in_state(JobState.RUNNING), sa.tuple_(JobRow.id, JobRow.attempt).in_(list(paces)))
                     .values(
                         lease_until=now_plus(sa.literal(self._lease_seconds)),
                         steps_done=sa.case(
@@ -402,118 +380,9 @@ class JobStore:
         with self._db.write() as session:
             session.execute(sa.delete(WorkerRow).where(WorkerRow.name == worker))
 
-    # --- questions ------------------------------------------------------------------------------------------
-
-    def batch(self, name_or_id: str) -> BatchStatus:
-        """A batch by its id, or the newest of that name; raises `NotFound`."""
-        with self._db.read() as session:
-            row = (
-                session.get(BatchRow, name_or_id)
-                or session.scalars(
-                    sa.select(BatchRow).where(BatchRow.name == name_or_id).order_by(BatchRow.created_at.desc()).limit(1)
-                ).one_or_none()
-            )
-            if row is None:
-                raise NotFound(f"there is no batch {name_or_id!r}; `farm status` lists them")
-            return self._status(session, row)
-
-    def batches(self, limit: int = 20, *, active_only: bool = False) -> list[BatchStatus]:
-        """The newest batches, newest first."""
-        query = sa.select(BatchRow).order_by(BatchRow.created_at.desc(), BatchRow.id).limit(limit)
-        if active_only:
-            query = query.where(
-                sa.exists().where(JobRow.batch_id == BatchRow.id, JobRow.state.in_(ACTIVE)).correlate(BatchRow)
-            )
-        with self._db.read() as session:
-            return [self._status(session, row) for row in session.scalars(query).all()]
-
-    def _status(self, session: Session, row: BatchRow) -> BatchStatus:
-        found = session.execute(
-            sa.select(JobRow.state, sa.func.count(), sa.func.max(JobRow.finished_at))
-            .where(JobRow.batch_id == row.id)
-            .group_by(JobRow.state)
-        ).all()
-        counts = {JobState(state): n for state, n, _ in found}
-        ended = not any(counts.get(state) for state in ACTIVE)
-        return BatchStatus(
-            id=row.id,
-            name=row.name,
-            owner=row.owner,
-            priority=row.priority,
-            total=row.total,
-            created_at=row.created_at,
-            counts={state: counts.get(state, 0) for state in JobState},
-            finished_at=max((at for _, _, at in found if at), default=None) if ended else None,
-        )
-
-    def job(self, job_id: str) -> JobInfo:
-        """A job by its id; raises `NotFound`."""
-        with self._db.read() as session:
-            row = session.get(JobRow, job_id)
-            if row is None:
-                raise NotFound(f"there is no job {job_id!r}")
-            return job_info(row)
-
-    def jobs(
-        self, batch_id: str, *, after: int = 0, limit: int = 1000, states: Sequence[JobState] = ()
-    ) -> list[JobInfo]:
-        """A batch's jobs in their order, from the one after that index."""
-        query = sa.select(JobRow).where(JobRow.batch_id == batch_id, JobRow.index > after)
-        if states:
-            query = query.where(JobRow.state.in_(states))
-        with self._db.read() as session:
-            return [job_info(row) for row in session.scalars(query.order_by(JobRow.index).limit(limit))]
-
-    def finished(self, batch_id: str, since: datetime | None = None) -> list[JobInfo]:
-        """A batch's jobs that have ended, at or after that time, in the order they did."""
-        query = sa.select(JobRow).where(JobRow.batch_id == batch_id, JobRow.finished_at.is_not(None))
-        if since is not None:
-            query = query.where(JobRow.finished_at >= since)
-        with self._db.read() as session:
-            return [job_info(row) for row in session.scalars(query.order_by(JobRow.finished_at, JobRow.index))]
-
-    def running(self, batch_id: str, limit: int = 1000) -> list[JobInfo]:
-        """The jobs of a batch that render now."""
-        return self.jobs(batch_id, states=(JobState.RUNNING,), limit=limit)
-
-    def workers(self) -> list[WorkerInfo]:
-        """Every worker that has not said goodbye, by name."""
-        alive = WorkerRow.seen_at > now_plus(sa.literal(-self._lease_seconds))
-        with self._db.read() as session:
-            return [
-                WorkerInfo(
-                    name=row.name,
-                    device=row.device,
-                    dtype=row.dtype,
-                    slots=row.slots,
-                    version=row.version,
-                    models=tuple(row.models),
-                    started_at=row.started_at,
-                    alive=bool(lives),
-                )
-                for row, lives in session.execute(sa.select(WorkerRow, alive).order_by(WorkerRow.name))
-            ]
-
-    def waiting_by_model(self) -> dict[str, int]:
-        """How many jobs of each model wait, in the backlog or in Redis."""
-        states = (JobState.PENDING, JobState.QUEUED)
-        with self._db.read() as session:
-            waiting: dict[str, int] = {}
-            for state in states:
-                for model, count in session.execute(
-                    sa.select(JobRow.model, sa.func.count()).where(_in(state)).group_by(JobRow.model)
-                ):
-                    waiting[model] = waiting.get(model, 0) + count
-            return waiting
-
-
-def _in(state: JobState) -> sa.ColumnElement[bool]:
-    # A literal, not a parameter: neither database uses a partial index for a value it can't see when it plans.
-    return JobRow.state == sa.literal_column(f"'{state.value}'")
-
 
 def _holds(claim: Claim) -> tuple[sa.ColumnElement[bool], ...]:
-    return JobRow.id == claim.job_id, JobRow.attempt == claim.attempt, _in(JobState.RUNNING)
+    return JobRow.id == claim.job_id, JobRow.attempt == claim.attempt, in_state(JobState.RUNNING)
 
 
 def _leave_running(state: sa.ColumnElement[str], error: Any) -> dict[str, Any]:
@@ -528,19 +397,6 @@ def _leave_running(state: sa.ColumnElement[str], error: Any) -> dict[str, Any]:
         "steps_done": 0,
         "finished_at": sa.case((state == JobState.PENDING.value, None), else_=now()),
     }
-
-
-def _models(session: Session, state: JobState) -> Iterator[str]:
-    # From one model to the next over the partial index: as many look-ups as models, however many jobs there are.
-    last = ""
-    while True:
-        found = session.scalar(
-            sa.select(JobRow.model).where(_in(state), JobRow.model > last).order_by(JobRow.model).limit(1)
-        )
-        if found is None:
-            return
-        yield found
-        last = found
 
 
 def _shortened(text: str, most: int) -> str:

@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,9 +55,14 @@ def file_rows(path: Path) -> Iterator[Row]:
         yield Row(error.where, Problem(error.where, "", "is not UTF-8; save the file as UTF-8"))
 
 
-def specs(found: Iterable[Row | str | Mapping[str, Any] | RenderSpec], defaults: Mapping[str, Any]) -> list[RenderSpec]:
+def specs(
+    found: Iterable[Row | str | Mapping[str, Any] | RenderSpec],
+    defaults: Mapping[str, Any],
+    check: Callable[[RenderSpec, str], Problem | None] = lambda _spec, _where: None,
+) -> list[RenderSpec]:
     """A spec of each row, with the defaults where the row says nothing.
 
+    `check` is asked about every spec and where it stands, and says what is wrong with it beyond its bounds.
     Raises `InvalidInput` with the problems of all rows.
     """
     made: list[RenderSpec] = []
@@ -69,11 +74,14 @@ def specs(found: Iterable[Row | str | Mapping[str, Any] | RenderSpec], defaults:
             continue
         values: Any = {"prompt": row.values} if isinstance(row.values, str) else row.values
         try:
-            made.append(
-                RenderSpec.parse({**defaults, **values} if isinstance(values, Mapping) else values, where=row.where)
-            )
+            spec = RenderSpec.parse({**defaults, **values} if isinstance(values, Mapping) else values, where=row.where)
         except InvalidInput as error:
             problems += error.problems
+            continue
+        made.append(spec)
+        problem = check(spec, row.where)
+        if problem is not None:
+            problems.append(problem)
     if problems:
         raise InvalidInput(problems)
     return made

@@ -126,6 +126,18 @@ class Storage:
         with self._reached(key):
             return self._s3.get_object(Bucket=self.bucket, Key=key)["Body"].read()
 
+    def newer(self, key: str, etag: str | None = None) -> tuple[bytes, str] | None:
+        """An object's bytes and its ETag; None while it still has the ETag given. Raises `NotFound`."""
+        with self._reached(key):
+            try:
+                # A condition always, since an empty one is refused: no object has this ETag.
+                found = self._s3.get_object(Bucket=self.bucket, Key=key, IfNoneMatch=etag or '"-"')
+            except ClientError as error:
+                if error.response["Error"]["Code"] in ("304", "NotModified"):
+                    return None
+                raise
+            return found["Body"].read(), found["ETag"]
+
     def delete(self, key: str) -> None:
         """Delete an object; one that is not there is no error."""
         with self._reached(key):

@@ -68,15 +68,23 @@ def worker_table(workers: Iterable[WorkerInfo]) -> RenderableType:
     return table
 
 
+def _seconds(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.3g} s" if value < 100 else f"{value / 60:.0f} min"
+
+
 def job_table(jobs: Iterable[JobInfo], *, whole: bool = False) -> RenderableType:
-    """A line a job; its prompt is cut short unless it is asked for `whole`."""
-    table = Table("job", "state", "steps", "worker", "prompt", "what", box=None, header_style="bold")
+    """A line a job; its pace is left out and its prompt cut short unless it is asked for `whole`."""
+    pace = ("s/step", "left") if whole else ()
+    table = Table("job", "state", "steps", *pace, "worker", "prompt", "what", box=None, header_style="bold")
     for job in jobs:
         prompt = printable(job.spec.prompt)
         table.add_row(
             Text(job.id),
             Text(job.state, style=_STYLES[job.state]),
             f"{job.steps_done}/{job.spec.num_inference_steps}",
+            *((_seconds(job.seconds_per_step), _seconds(job.eta_seconds)) if whole else ()),
             Text(job.worker or ""),
             Text(prompt if whole or len(prompt) < 60 else prompt[:59] + "…"),
             Text(printable(job.error or (job.picture.key if job.picture else ""))),

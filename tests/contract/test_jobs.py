@@ -273,6 +273,131 @@ def test_a_cancelled_render_never_goes_back_to_the_backlog(
     assert state(store, claim) is JobState.CANCELLED
 
 
+def again(store: JobStore, claim: Claim) -> Claim:
+    """The next attempt of a job that went back to the backlog."""
+    (bell,) = store.enqueue(100)
+    assert bell.job_id == claim.job_id
+    following = store.claim(bell.job_id, "w2@host")
+    assert following is not None
+    return following
+
+
+@pytest.mark.parametrize("how", ["hand_back", "expire", "restart"])
+def test_an_attempt_after_a_lost_worker_goes_on_from_the_checkpoint(
+    store: JobStore, lapse: Callable[[], None], how: str
+) -> None:
+    (claim,) = claimed(store)
+    assert (claim.priority, claim.checkpoint_key) == (50, None)
+    assert store.checkpointed(claim, "b/1.a1.checkpoint.safetensors")
+    if how == "hand_back":
+        store.hand_back(claim)
+    elif how == "restart":
+        store.introduce(WORKER)
+    else:
+        lapse()
+        store.expire_leases()
+    following = again(store, claim)
+    assert (following.attempt, following.checkpoint_key) == (2, "b/1.a1.checkpoint.safetensors")
+    assert store.stale_checkpoints() == []
+
+
+def test_a_try_after_an_error_starts_afresh(store: JobStore) -> None:
+    (claim,) = claimed(store)
+    store.checkpointed(claim, "b/1.a1.checkpoint.safetensors")
+    store.fail(claim, "hiccup", retryable=True)
+    assert again(store, claim).checkpoint_key is None
+
+
+def test_only_the_current_attempt_leaves_a_checkpoint(store: JobStore) -> None:
+    (zombie,) = claimed(store)
+    store.hand_back(zombie)
+    claim = again(store, zombie)
+    assert not store.checkpointed(zombie, "zombie")
+    store.hand_back(claim)
+    assert not store.checkpointed(claim, "too late")
+    assert again(store, claim).checkpoint_key is None
+
+
+def test_a_job_that_succeeded_leaves_no_checkpoint_to_sweep(store: JobStore) -> None:
+    (claim,) = claimed(store)
+    store.checkpointed(claim, "b/1.a1.checkpoint.safetensors")
+    store.succeed(claim, PICTURE)
+    assert store.stale_checkpoints() == []
+
+
+@pytest.mark.parametrize("how", ["fail", "fail_cancelled", "stop", "cancel_waiting", "set_aside"])
+def test_a_job_that_ends_otherwise_leaves_its_checkpoint_to_the_sweep(
+    store: JobStore, lapse: Callable[[], None], how: str
+) -> None:
+    (claim,) = claimed(store)
+    store.checkpointed(claim, "b/1.a1.checkpoint.safetensors")
+    if how == "fail":
+        store.fail(claim, "bad spec", retryable=False)
+    elif how == "fail_cancelled":
+        store.cancel(job_id=claim.job_id)
+        store.fail(claim, "hiccup", retryable=True)
+    elif how == "stop":
+        store.cancel(job_id=claim.job_id)
+        store.stopped(claim)
+    elif how == "cancel_waiting":
+        store.hand_back(claim)
+        store.cancel(job_id=claim.job_id)
+    else:
+        for _ in range(3):
+            lapse()
+            store.expire_leases()
+            for bell in store.enqueue(1):
+                store.claim(bell.job_id, "w1@host")
+    assert state(store, claim).terminal
+    assert store.stale_checkpoints() == [(claim.job_id, "b/1.a1.checkpoint.safetensors")]
+    store.forget_checkpoints([claim.job_id])
+    assert store.stale_checkpoints() == []
+
+
+def test_a_checkpoint_that_is_still_needed_is_never_forgotten(store: JobStore) -> None:
+    (claim,) = claimed(store)
+    store.checkpointed(claim, "b/1.a1.checkpoint.safetensors")
+    store.forget_checkpoints([claim.job_id])
+    store.hand_back(claim)
+    store.forget_checkpoints([claim.job_id])
+    assert again(store, claim).checkpoint_key == "b/1.a1.checkpoint.safetensors"
+
+
+def test_a_beat_writes_each_jobs_pace_and_so_how_long_it_still_takes(store: JobStore) -> None:
+    first, second, third = claimed(store, 3)
+    store.beat("w1@host", {(first.job_id, 1): Pace(5, 0.5), (second.job_id, 1): Pace(3, None)})
+    one, other, untouched = (store.job(claim.job_id) for claim in (first, second, third))
+    assert (one.steps_done, one.seconds_per_step, one.eta_seconds) == (5, 0.5, (25 - 5) * 0.5)
+    assert (other.steps_done, other.seconds_per_step, other.eta_seconds) == (3, None, None)
+    assert (untouched.steps_done, untouched.seconds_per_step) == (0, None)
+    store.succeed(first, PICTURE)
+    done = store.job(first.job_id)
+    assert (done.seconds_per_step, done.eta_seconds) == (0.5, None)
+
+
+def test_a_beat_says_which_jobs_are_watched_and_how_until_the_wish_lapses(store: JobStore) -> None:
+    first, second, third = claimed(store, 3)
+    beat = {(claim.job_id, 1): Pace(1, 0.1) for claim in (first, second, third)}
+    assert store.beat("w1@host", beat).previews == {}
+    assert store.want_preview(first.job_id, vae=False)
+    assert store.want_preview(second.job_id, vae=True)
+    assert store.beat("w1@host", beat).previews == {first.job_id: False, second.job_id: True}
+    assert store.want_preview(first.job_id, vae=True)
+    assert store.want_preview(second.job_id, vae=True, seconds=-1)
+    assert store.beat("w1@host", beat).previews == {first.job_id: True}
+
+
+def test_a_wish_to_watch_waits_for_a_job_and_is_refused_by_one_that_ended(store: JobStore) -> None:
+    batch = store.submit("batch", "me", 50, some(1))
+    assert store.want_preview(f"{batch}-1", vae=True)
+    claim = store.claim(store.enqueue(1)[0].job_id, "w1@host")
+    assert claim is not None
+    assert store.beat("w1@host", {(claim.job_id, 1): Pace(0, None)}).previews == {claim.job_id: True}
+    store.succeed(claim, PICTURE)
+    assert not store.want_preview(claim.job_id, vae=True)
+    assert not store.want_preview("nobody-1", vae=True)
+
+
 def test_queued_jobs_go_back_to_the_backlog_when_their_messages_are_gone(store: JobStore) -> None:
     store.submit("batch", "me", 50, some(3))
     ids = [bell.job_id for bell in store.enqueue(3)]

@@ -5,13 +5,18 @@ from datetime import UTC, datetime
 
 import pytest
 import sqlalchemy as sa
+from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
 from farm.db import Base, Database, JobRow, _alembic, now, now_plus
 from farm.errors import DatabaseUnavailable, NotConfigured, SchemaMismatch
-from farm.jobs import _STALE, _in
+from farm.jobs import JobStore
+from farm.queries import STALE, in_state
+from farm.records import Pace
+from farm.settings import Settings
+from farm.spec import RenderSpec
 from farm.states import JobState
 
 
@@ -27,6 +32,29 @@ def test_the_migrated_schema_is_the_declared_one(database: Database) -> None:
 def test_migrating_twice_is_harmless(database: Database) -> None:
     database.migrate()
     database.check_schema()
+
+
+def test_jobs_of_an_older_schema_are_rendered_by_this_one(database: Database) -> None:
+    settings = Settings(database_url="", broker_url="", s3_bucket="")
+    store = JobStore(database, settings)
+    batch_id = store.submit("old", "me", 50, [RenderSpec(prompt="old")])
+    with database.engine.connect() as connection:
+        config = _alembic()
+        config.attributes["connection"] = connection
+        command.downgrade(config, "0001")
+        connection.commit()
+    # As it was written before there were more fields.
+    with database.write() as session:
+        session.execute(sa.text("""UPDATE jobs SET spec = '{"prompt": "old", "seed": 1}'"""))
+    with pytest.raises(SchemaMismatch):
+        database.check_schema()
+    database.migrate()
+    database.check_schema()
+    assert store.enqueue(1)
+    claim = store.claim(f"{batch_id}-1", "w1@host")
+    assert claim is not None
+    assert (claim.spec, claim.checkpoint_key) == (RenderSpec(prompt="old", seed=1), None)
+    assert store.beat("w1@host", {(claim.job_id, 1): Pace(1, 0.1)}).previews == {}
 
 
 def test_there_is_one_head() -> None:
@@ -50,13 +78,13 @@ def test_a_database_without_a_schema_or_of_another_version_is_refused(database: 
         (
             "ix_jobs_backlog",
             sa.select(JobRow.id)
-            .where(_in(JobState.PENDING), JobRow.model == "tiny")
+            .where(in_state(JobState.PENDING), JobRow.model == "tiny")
             .order_by(JobRow.priority.desc(), JobRow.rank, JobRow.id)
             .limit(10),
         ),
-        ("ix_jobs_backlog_rank", sa.select(sa.func.min(JobRow.rank)).where(_in(JobState.PENDING))),
-        ("ix_jobs_queued", sa.select(sa.func.count()).where(_in(JobState.QUEUED), JobRow.model == "tiny")),
-        ("ix_jobs_running", sa.select(JobRow.id).where(_in(JobState.RUNNING), JobRow.lease_until < now())),
+        ("ix_jobs_backlog_rank", sa.select(sa.func.min(JobRow.rank)).where(in_state(JobState.PENDING))),
+        ("ix_jobs_queued", sa.select(sa.func.count()).where(in_state(JobState.QUEUED), JobRow.model == "tiny")),
+        ("ix_jobs_running", sa.select(JobRow.id).where(in_state(JobState.RUNNING), JobRow.lease_until < now())),
         (
             "ix_jobs_batch_id_state",
             sa.select(JobRow.state, sa.func.count()).where(JobRow.batch_id == "b").group_by(JobRow.state),
@@ -69,7 +97,7 @@ def test_a_database_without_a_schema_or_of_another_version_is_refused(database: 
         ),
         (
             "ix_jobs_stale_checkpoints",
-            sa.select(JobRow.id).where(*_STALE).order_by(JobRow.finished_at).limit(10),
+            sa.select(JobRow.id).where(*STALE).order_by(JobRow.finished_at).limit(10),
         ),
     ],
 )

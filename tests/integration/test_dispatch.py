@@ -1,6 +1,8 @@
 """The dispatcher between real SQL and real Redis: the window, lost messages, an outage."""
 
 import json
+import socket
+import threading
 
 import pytest
 import redis
@@ -12,7 +14,10 @@ from farm.dispatch import Dispatcher
 from farm.errors import BrokerUnavailable
 from farm.jobs import JobStore
 from farm.settings import Settings
+from farm.spec import RenderSpec
 from farm.states import JobState
+from farm.storage import Storage, checkpoint_key
+from tests.integration.conftest import wait_until
 
 
 @pytest.fixture
@@ -43,7 +48,7 @@ def test_an_urgent_job_overtakes_what_lies_in_redis(settings: Settings) -> None:
 
 def test_what_redis_lost_is_brought_back_and_rung_for_again(settings: Settings, database: Database) -> None:
     broker, store = Broker(settings), JobStore(database, settings)
-    dispatcher = Dispatcher(store, broker, settings)
+    dispatcher = Dispatcher(store, broker, Storage(settings), settings)
     with Farm(settings) as farm:
         batch = farm.submit(["one", "two", "three"])
         assert broker.waiting("tiny") == {job.id for job in batch}
@@ -64,8 +69,64 @@ def test_without_redis_a_batch_is_safe_in_sql(settings: Settings, database: Data
         assert batch.status().counts[JobState.PENDING] == 2
     broker = Broker(nowhere)
     with pytest.raises(BrokerUnavailable, match=r"127\.0\.0\.1:1"):
-        Dispatcher(JobStore(database, settings), broker, settings).fill()
+        Dispatcher(JobStore(database, settings), broker, Storage(settings), settings).fill()
     broker.close()
     broker = Broker(settings)
-    assert Dispatcher(JobStore(database, settings), broker, settings).fill() == 2
+    assert Dispatcher(JobStore(database, settings), broker, Storage(settings), settings).fill() == 2
+    broker.close()
+
+
+def checkpointed(farm: Farm, store: JobStore, storage: Storage, count: int) -> list[str]:
+    """Keys of checkpoints of so many jobs, which have failed since."""
+    farm.submit([f"prompt {n}" for n in range(count)])
+    keys = []
+    for job_id in store.queued("tiny"):
+        claim = store.claim(job_id, "w1@host")
+        assert claim is not None
+        keys.append(checkpoint_key(claim.batch_id, claim.index, claim.attempt))
+        storage.put(keys[-1], b"state")
+        assert store.checkpointed(claim, keys[-1])
+        store.fail(claim, "bad spec", retryable=False)
+    return keys
+
+
+def test_checkpoints_of_jobs_that_ended_are_swept_and_nothing_else_is(settings: Settings, database: Database) -> None:
+    broker, storage, store = Broker(settings), Storage(settings), JobStore(database, settings)
+    dispatcher = Dispatcher(store, broker, storage, settings)
+    with Farm(settings) as farm:
+        keys = checkpointed(farm, store, storage, 3)
+        farm.submit(["it runs"])
+        (job_id,) = store.queued("tiny")
+        claim = store.claim(job_id, "w1@host")
+        assert claim is not None
+        needed = checkpoint_key(claim.batch_id, claim.index, claim.attempt)
+        storage.put(needed, b"state")
+        store.checkpointed(claim, needed)
+        storage.delete(keys[0])  # somebody was here before
+        assert dispatcher.sweep() == 3
+        assert dispatcher.sweep() == 0
+        assert list(storage.keys()) == [needed]
+    storage.close()
+    broker.close()
+
+
+@pytest.mark.parametrize("how", ["refuses", "hangs"])
+def test_an_object_store_that_is_away_holds_up_no_job(settings: Settings, database: Database, how: str) -> None:
+    silent = socket.create_server(("127.0.0.1", 0))  # connects, and never answers
+    port = silent.getsockname()[1] if how == "hangs" else 1
+    nowhere = settings.model_copy(update={"s3_endpoint_url": f"http://127.0.0.1:{port}"})
+    broker, away, storage = Broker(settings), Storage(nowhere), Storage(settings)
+    store, stop = JobStore(database, settings), threading.Event()
+    with Farm(settings) as farm:
+        checkpointed(farm, store, storage, 1)
+    standing = threading.Thread(target=Dispatcher(store, broker, away, settings).run, args=(stop,))
+    standing.start()
+    batch_id = store.submit("later", "me", 50, [RenderSpec(prompt="later")])
+    wait_until(lambda: store.queued("tiny") == [f"{batch_id}-1"], "the job is queued", seconds=10)
+    stop.set()
+    standing.join()
+    assert store.stale_checkpoints()
+    silent.close()
+    storage.close()
+    away.close()
     broker.close()

@@ -1,0 +1,274 @@
+"""Handles on what was handed in: `Batch` and `Job`, to watch and to fetch what comes of them."""
+
+import html
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Self
+
+from PIL import Image
+
+from farm import pictures
+from farm import progress as bars
+from farm.jobs import JobStore
+from farm.previews import Preview, watch
+from farm.records import BatchStatus, JobInfo, Picture
+from farm.settings import Settings
+from farm.sheet import contact_sheet
+from farm.spec import RenderSpec
+from farm.states import JobState
+from farm.storage import Storage
+from farm.waiting import polls
+
+_DOWNLOADS = 8
+_SHEET_PICTURES = 200
+
+
+class Batch:
+    """One bulk submission: a name, a priority, jobs in their order."""
+
+    def __init__(self, store: JobStore, storage: Storage, settings: Settings, status: BatchStatus) -> None:
+        self._store = store
+        self._storage = storage
+        self._settings = settings
+        self.id = status.id
+        self.name = status.name
+        self.total = status.total
+
+    def status(self) -> BatchStatus:
+        """How far it is, now."""
+        return self._store.batch(self.id)
+
+    def jobs(self) -> Iterator["Job"]:
+        """Its jobs as they are now, in their order."""
+        after = 0
+        while found := self._store.jobs(self.id, after=after):
+            for info in found:
+                yield self._job(info)
+            after = found[-1].index
+
+    __iter__ = jobs
+
+    def _job(self, info: JobInfo) -> "Job":
+        return Job(self._store, self._storage, self._settings, info)
+
+    def __len__(self) -> int:
+        return self.total
+
+    def wait(self, timeout: float | None = None, *, progress: bool = False) -> BatchStatus:
+        """Wait until every job has ended; with `progress`, behind a bar.
+
+        Raises `TimeoutError` after `timeout` seconds; the batch goes on.
+        """
+        with bars.bar(self.name, self.total, shown=progress) as shown:
+            for _ in self._polls(timeout):
+                status = self.status()
+                steps = self._partly_done() if progress and status.counts[JobState.RUNNING] else 0.0
+                shown.update(status.ended + steps, bars.note(status.counts))
+                if status.done:
+                    return status
+        raise AssertionError("unreachable: the polls never end")
+
+    def _polls(self, timeout: float | None) -> Iterator[None]:
+        return polls(timeout, f"{self.name} has not ended in time; it goes on")
+
+    def _partly_done(self) -> float:
+        running = self._store.running(self.id)
+        return sum(min(1.0, info.steps_done / info.spec.num_inference_steps) for info in running)
+
+    def as_completed(self, timeout: float | None = None) -> Iterator["Job"]:
+        """Its jobs as they end, each once: succeeded, failed and cancelled ones.
+
+        Raises `TimeoutError` after `timeout` seconds; the batch goes on.
+        """
+        seen: set[str] = set()
+        since = None
+        for _ in self._polls(timeout):
+            for info in self._store.finished(self.id, since):
+                if info.id not in seen:
+                    seen.add(info.id)
+                    yield self._job(info)
+                since = info.finished_at
+            if len(seen) == self.total:
+                return
+            if self.status().done:
+                # Another transaction's earlier time can become visible after a later one's: look at all once more.
+                since = None
+
+    def download(self, folder: str | os.PathLike[str], *, progress: bool = False) -> list[Path]:
+        """Fetch the pictures of all jobs that succeeded so far into a folder, in order; returns their paths.
+
+        The film strips and animations of jobs with a trajectory come to lie beside them. A picture that is there
+        already, with the right SHA-256, is not fetched again. Each is checked and then put in place whole.
+
+        Raises `StorageUnavailable`.
+        """
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        found = [job for job in self.jobs() if job.picture is not None]
+        paths: list[Path] = []
+        with (
+            bars.bar(f"{self.name}: fetching", len(found), shown=progress) as shown,
+            ThreadPoolExecutor(_DOWNLOADS) as pool,
+        ):
+            for path in pool.map(lambda job: job.download(target), found):
+                paths.append(path)
+                shown.update(len(paths))
+        return paths
+
+    def contact_sheet(self, columns: int | None = None) -> Image.Image:
+        """All its pictures on one page, each with its prompt; a job without one leaves an empty frame.
+
+        At most the first 200.
+        """
+        jobs = [job for _, job in zip(range(_SHEET_PICTURES), self.jobs(), strict=False)]
+        with ThreadPoolExecutor(_DOWNLOADS) as pool:
+            images = pool.map(lambda job: job.image() if job.picture else None, jobs)
+            return contact_sheet(list(zip(images, (job.spec.prompt for job in jobs), strict=True)), columns)
+
+    def cancel(self) -> int:
+        """Cancel what has not ended; returns how many jobs that were. A running one stops within a beat."""
+        return self._store.cancel(batch_id=self.id)
+
+    def __repr__(self) -> str:
+        return f"<Batch {self.id}: {self.total} jobs>"
+
+    def _repr_html_(self) -> str:
+        status = self.status()
+        cells = "".join(f"<td>{count} {state}</td>" for state, count in status.counts.items() if count)
+        return f"<table><tr><th>{html.escape(self.name)}</th><td>{status.ended}/{self.total}</td>{cells}</tr></table>"
+
+
+class Job:
+    """One spec to be rendered into one image; in a notebook it shows its picture."""
+
+    def __init__(self, store: JobStore, storage: Storage, settings: Settings, info: JobInfo) -> None:
+        self._store = store
+        self._storage = storage
+        self._settings = settings
+        self._info = info
+
+    @property
+    def id(self) -> str:
+        """Its id, which Celery and Flower call the task's too."""
+        return self._info.id
+
+    @property
+    def index(self) -> int:
+        """Its place in its batch, from 1."""
+        return self._info.index
+
+    @property
+    def spec(self) -> RenderSpec:
+        """What is to be rendered."""
+        return self._info.spec
+
+    @property
+    def state(self) -> JobState:
+        """Where it was when last looked at; `refresh` looks again."""
+        return self._info.state
+
+    @property
+    def error(self) -> str | None:
+        """Why it failed, or why its last try did."""
+        return self._info.error
+
+    @property
+    def eta_seconds(self) -> float | None:
+        """How long its remaining steps take, as of when last looked at; None if unknown, or if it does not run."""
+        return self._info.eta_seconds
+
+    @property
+    def info(self) -> JobInfo:
+        """All that SQL said of it when last looked at."""
+        return self._info
+
+    @property
+    def picture(self) -> Picture | None:
+        """Key, SHA-256, size and model of its picture; None unless it succeeded."""
+        return self._info.picture
+
+    def refresh(self) -> Self:
+        """Look at it again; returns itself."""
+        self._info = self._store.job(self.id)
+        return self
+
+    def wait(self, timeout: float | None = None) -> Self:
+        """Wait until it has ended; returns itself. Raises `TimeoutError` after `timeout` seconds."""
+        for _ in polls(timeout, f"{self.id} has not ended in time; it goes on"):
+            if self.refresh().state.terminal:
+                break
+        return self
+
+    def png(self) -> bytes:
+        """Its picture's bytes, checked against the SHA-256 in SQL.
+
+        Raises `JobNotSucceeded`, or `StorageUnavailable` if what is stored is not what was rendered.
+        """
+        return pictures.png(self._storage, self._looked_at())
+
+    def image(self) -> Image.Image:
+        """Its picture, waiting for it if need be; raises `JobNotSucceeded`."""
+        return pictures.decoded(self.wait().png())
+
+    def trajectory(self) -> list[Image.Image]:
+        """How it looked after each of its steps, first to last, as RGB images, waiting for it if need be.
+
+        Raises `NotFound` if its spec did not ask for that, and `JobNotSucceeded`.
+        """
+        return pictures.frames(self._film(1))
+
+    def film_strip(self) -> Image.Image:
+        """Its steps on one page, waiting for it if need be; raises as `trajectory` does."""
+        return pictures.decoded(self._film(0))
+
+    def _film(self, which: int) -> bytes:
+        if self.spec.trajectory:
+            self.wait()
+        return self._storage.get(pictures.film_keys(self._info)[which])
+
+    def previews(self, *, vae: bool = False, timeout: float | None = None) -> Iterator[Preview]:
+        """How it looks on its way: each new preview until it ends, rough from the latents or decoded by the VAE.
+
+        Its worker makes them while somebody watches. Raises `TimeoutError` after `timeout` seconds; the job goes on.
+        """
+        return watch(
+            self._store,
+            self._storage,
+            self.id,
+            vae=vae,
+            timeout=timeout,
+            recent_steps=self._settings.preview_steps,
+        )
+
+    def preview(self, *, vae: bool = False, timeout: float | None = 60) -> Preview:
+        """How it looks now, or its picture if it ends meanwhile.
+
+        Raises `TimeoutError` after `timeout` seconds, and `JobNotSucceeded` if it ended without a picture.
+        """
+        shown = next(self.previews(vae=vae, timeout=timeout), None)
+        steps = self.spec.num_inference_steps
+        return shown or Preview(self.image(), steps, steps)
+
+    def url(self, seconds: int = 3600) -> str:
+        """A presigned address of its picture that anybody can open for that long; raises `JobNotSucceeded`."""
+        return self._storage.url(pictures.succeeded(self._looked_at()).key, seconds)
+
+    def download(self, folder: str | os.PathLike[str]) -> Path:
+        """Fetch its picture, and its film if it has one, into a folder; returns the picture's path."""
+        return pictures.download(self._storage, self._looked_at(), Path(folder))
+
+    def cancel(self) -> bool:
+        """Cancel it; False if it had ended. If it is running, it stops within a beat."""
+        return bool(self._store.cancel(job_id=self.id))
+
+    def _looked_at(self) -> JobInfo:
+        """What SQL says of it, again unless it had ended."""
+        return self._info if self.state.terminal else self.refresh().info
+
+    def __repr__(self) -> str:
+        return f"<Job {self.id} {self.state}: {self.spec.prompt!r:.60}>"
+
+    def _repr_png_(self) -> bytes | None:
+        return self.png() if self.picture is not None else None

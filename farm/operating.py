@@ -1,0 +1,106 @@
+"""The commands that run a farm, beside those of `farm.cli` that use it."""
+
+import os
+import signal
+import sys
+import threading
+from importlib.util import find_spec
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from farm.console import Json, home, open_farm, out, say_json
+from farm.errors import NotConfigured
+from farm.log import configure
+from farm.settings import Settings
+
+app = typer.Typer()
+
+
+@app.command()
+def up(workers: Annotated[int, typer.Option(min=0, help="How many workers share this machine.")] = 1) -> None:
+    """Start the embedded farm here and keep it running: Redis, S3, SQLite, dispatcher, workers, Flower."""
+    from farm.local import LocalFarm
+
+    LocalFarm(home(), workers=workers, console=out).run()
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def worker(context: typer.Context) -> None:
+    """Render on this machine: one worker, its models pinned (--help shows its options)."""
+    if find_spec("torch") is None or find_spec("diffusers") is None:
+        raise NotConfigured("a worker needs torch and diffusers: pip install 'diffusion-farm[worker]'")
+    # The farm's own packages never import what renders; and the worker gets a process without the command line's.
+    os.execv(sys.executable, [sys.executable, "-m", "workers", *context.args])  # noqa: S606
+
+
+@app.command()
+def dispatcher() -> None:
+    """Keep Redis supplied from the backlog, and bring back what was lost. Any number may run."""
+    from farm.broker import Broker
+    from farm.db import Database
+    from farm.dispatch import Dispatcher
+    from farm.jobs import JobStore
+    from farm.storage import Storage
+
+    configure()
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    settings = Settings.load()
+    db = Database(settings.database_url)
+    db.check_schema()
+    broker = Broker(settings)
+    storage = Storage(settings)
+    try:
+        Dispatcher(JobStore(db, settings), broker, storage, settings).run(stop)
+    finally:
+        broker.close()
+        storage.close()
+        db.close()
+
+
+@app.command()
+def models(as_json: Json = False) -> None:
+    """Show which models the workers hold, and what waits for each."""
+    with open_farm() as farm:
+        held: dict[str, dict[str, Any]] = {}
+        for one in farm.workers():
+            for model in one.models if one.alive else ():
+                entry = held.setdefault(model["name"], {"sha256": model["sha256"], "workers": [], "waiting": 0})
+                entry["workers"].append(one.name)
+        for model_name, waiting in farm.waiting().items():
+            held.setdefault(model_name, {"sha256": None, "workers": []})["waiting"] = waiting
+    if as_json:
+        say_json(held)
+        return
+    table = Table("model", "weights", "workers", "waiting", box=None, header_style="bold")
+    for model_name, entry in sorted(held.items()):
+        holders = Text(", ".join(entry["workers"])) if entry["workers"] else Text("none holds it", style="red")
+        table.add_row(Text(model_name), (entry["sha256"] or "")[:12], holders, str(entry["waiting"]))
+    out.print(table if held else "no worker is there, and nothing waits")
+
+
+@app.command()
+def migrate() -> None:
+    """Bring the database's schema up to this version's; harmless when it is."""
+    from farm.db import Database
+
+    Database(Settings.load().database_url).migrate()
+    out.print("the schema is this version's")
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Check every part, and say in a line each what is wrong and what to do."""
+    from farm import doctor as checks
+
+    findings = checks.check(Settings.load())
+    if as_json:
+        say_json([vars(finding) for finding in findings])
+    else:
+        for finding in findings:
+            out.print(checks.line(finding), soft_wrap=True)
+    raise typer.Exit(checks.exit_code(findings))

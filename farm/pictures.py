@@ -1,0 +1,74 @@
+"""What a finished job left in the object store, fetched: its picture, and the pictures of its steps."""
+
+import hashlib
+import io
+from pathlib import Path
+
+from PIL import Image, ImageSequence
+
+from farm.errors import JobNotSucceeded, NotFound, StorageUnavailable
+from farm.records import JobInfo, Picture
+from farm.storage import Storage, trajectory_keys
+
+
+def succeeded(job: JobInfo) -> Picture:
+    """The picture of a job; raises `JobNotSucceeded` with the reason if it has none."""
+    if job.picture is None:
+        why = f": {job.error}" if job.error else ""
+        raise JobNotSucceeded(f"job {job.id} has no picture, it is {job.state}{why}")
+    return job.picture
+
+
+def png(storage: Storage, job: JobInfo) -> bytes:
+    """A job's picture as it is stored, checked against the SHA-256 in SQL.
+
+    Raises `JobNotSucceeded`, or `StorageUnavailable` if what is stored is not what was rendered.
+    """
+    picture = succeeded(job)
+    data = storage.get(picture.key)
+    if hashlib.sha256(data).hexdigest() != picture.sha256:
+        raise StorageUnavailable(f"job {job.id}: {picture.key} is not what was rendered (its SHA-256 differs)")
+    return data
+
+
+def decoded(data: bytes) -> Image.Image:
+    """An image from its file's bytes, read to its end."""
+    image = Image.open(io.BytesIO(data))
+    image.load()
+    return image
+
+
+def film_keys(job: JobInfo) -> tuple[str, str]:
+    """The keys of a job's film strip and animation; raises `NotFound` if its spec did not ask for them."""
+    if not job.spec.trajectory:
+        raise NotFound(f"job {job.id} kept no trajectory: its spec did not ask for one (trajectory=True)")
+    return trajectory_keys(succeeded(job).key)
+
+
+def frames(data: bytes) -> list[Image.Image]:
+    """The RGB frames of an animation, in their order."""
+    with Image.open(io.BytesIO(data)) as film:
+        return [frame.convert("RGB") for frame in ImageSequence.Iterator(film)]
+
+
+def download(storage: Storage, job: JobInfo, folder: Path) -> Path:
+    """Fetch a job's picture into a folder, and its film beside it; returns the picture's path.
+
+    What is there already is not fetched again: the picture by its SHA-256, the film by its name, which no other
+    attempt has. Each file is put in place whole. Raises `JobNotSucceeded`.
+    """
+    picture = succeeded(job)
+    path = folder / Path(picture.key).name
+    if not (path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == picture.sha256):
+        _put(path, png(storage, job))
+    for key in film_keys(job) if job.spec.trajectory else ():
+        beside = folder / Path(key).name
+        if not beside.is_file():
+            _put(beside, storage.get(key))
+    return path
+
+
+def _put(path: Path, data: bytes) -> None:
+    partial = path.with_name(path.name + ".part")
+    partial.write_bytes(data)
+    partial.replace(path)

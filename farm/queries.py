@@ -1,0 +1,167 @@
+"""`JobQueries`: what can be asked about batches, jobs and workers; nothing here changes any."""
+
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
+
+from farm.db import BatchRow, Database, JobRow, WorkerRow, now_plus
+from farm.errors import NotFound
+from farm.records import BatchStatus, JobInfo, WorkerInfo, job_info
+from farm.settings import Settings
+from farm.states import ACTIVE, JobState
+
+STALE = (JobRow.checkpoint_key.is_not(None), JobRow.finished_at.is_not(None))
+"""That a job has ended and left a checkpoint."""
+
+
+class JobQueries:
+    """Batches, jobs and workers as SQL has them now; every method is one snapshot."""
+
+    def __init__(self, db: Database, settings: Settings) -> None:
+        self._db = db
+        self._lease_seconds = settings.lease_seconds
+
+    def batch(self, name_or_id: str) -> BatchStatus:
+        """A batch by its id, or the newest of that name; raises `NotFound`."""
+        with self._db.read() as session:
+            row = (
+                session.get(BatchRow, name_or_id)
+                or session.scalars(
+                    sa.select(BatchRow).where(BatchRow.name == name_or_id).order_by(BatchRow.created_at.desc()).limit(1)
+                ).one_or_none()
+            )
+            if row is None:
+                raise NotFound(f"there is no batch {name_or_id!r}; `farm status` lists them")
+            return self._status(session, row)
+
+    def batches(self, limit: int = 20, *, active_only: bool = False) -> list[BatchStatus]:
+        """The newest batches, newest first."""
+        query = sa.select(BatchRow).order_by(BatchRow.created_at.desc(), BatchRow.id).limit(limit)
+        if active_only:
+            query = query.where(
+                sa.exists().where(JobRow.batch_id == BatchRow.id, JobRow.state.in_(ACTIVE)).correlate(BatchRow)
+            )
+        with self._db.read() as session:
+            return [self._status(session, row) for row in session.scalars(query).all()]
+
+    def _status(self, session: Session, row: BatchRow) -> BatchStatus:
+        found = session.execute(
+            sa.select(JobRow.state, sa.func.count(), sa.func.max(JobRow.finished_at))
+            .where(JobRow.batch_id == row.id)
+            .group_by(JobRow.state)
+        ).all()
+        counts = {JobState(state): n for state, n, _ in found}
+        ended = not any(counts.get(state) for state in ACTIVE)
+        return BatchStatus(
+            id=row.id,
+            name=row.name,
+            owner=row.owner,
+            priority=row.priority,
+            total=row.total,
+            created_at=row.created_at,
+            counts={state: counts.get(state, 0) for state in JobState},
+            finished_at=max((at for _, _, at in found if at), default=None) if ended else None,
+        )
+
+    def job(self, job_id: str) -> JobInfo:
+        """A job by its id; raises `NotFound`."""
+        with self._db.read() as session:
+            row = session.get(JobRow, job_id)
+            if row is None:
+                raise NotFound(f"there is no job {job_id!r}")
+            return job_info(row)
+
+    def jobs(
+        self, batch_id: str, *, after: int = 0, limit: int = 1000, states: Sequence[JobState] = ()
+    ) -> list[JobInfo]:
+        """A batch's jobs in their order, from the one after that index."""
+        query = sa.select(JobRow).where(JobRow.batch_id == batch_id, JobRow.index > after)
+        if states:
+            query = query.where(JobRow.state.in_(states))
+        with self._db.read() as session:
+            return [job_info(row) for row in session.scalars(query.order_by(JobRow.index).limit(limit))]
+
+    def finished(self, batch_id: str, since: datetime | None = None) -> list[JobInfo]:
+        """A batch's jobs that have ended, at or after that time, in the order they did."""
+        query = sa.select(JobRow).where(JobRow.batch_id == batch_id, JobRow.finished_at.is_not(None))
+        if since is not None:
+            query = query.where(JobRow.finished_at >= since)
+        with self._db.read() as session:
+            return [job_info(row) for row in session.scalars(query.order_by(JobRow.finished_at, JobRow.index))]
+
+    def running(self, batch_id: str, limit: int = 1000) -> list[JobInfo]:
+        """The jobs of a batch that render now."""
+        return self.jobs(batch_id, states=(JobState.RUNNING,), limit=limit)
+
+    def workers(self) -> list[WorkerInfo]:
+        """Every worker that has not said goodbye, by name."""
+        alive = WorkerRow.seen_at > now_plus(sa.literal(-self._lease_seconds))
+        with self._db.read() as session:
+            return [
+                WorkerInfo(
+                    name=row.name,
+                    device=row.device,
+                    dtype=row.dtype,
+                    slots=row.slots,
+                    version=row.version,
+                    models=tuple(row.models),
+                    started_at=row.started_at,
+                    alive=bool(lives),
+                )
+                for row, lives in session.execute(sa.select(WorkerRow, alive).order_by(WorkerRow.name))
+            ]
+
+    def waiting_by_model(self) -> dict[str, int]:
+        """How many jobs of each model wait, in the backlog or in Redis."""
+        states = (JobState.PENDING, JobState.QUEUED)
+        with self._db.read() as session:
+            waiting: dict[str, int] = {}
+            for state in states:
+                for model, count in session.execute(
+                    sa.select(JobRow.model, sa.func.count()).where(in_state(state)).group_by(JobRow.model)
+                ):
+                    waiting[model] = waiting.get(model, 0) + count
+            return waiting
+
+    def queued_models(self) -> list[str]:
+        """The models that have queued jobs."""
+        with self._db.read() as session:
+            return list(models_in(session, JobState.QUEUED))
+
+    def queued(self, model: str) -> list[str]:
+        """The ids of a model's queued jobs; at most a window of them."""
+        with self._db.read() as session:
+            return list(session.scalars(sa.select(JobRow.id).where(in_state(JobState.QUEUED), JobRow.model == model)))
+
+    def stale_checkpoints(self, limit: int = 100) -> list[tuple[str, str]]:
+        """Id and checkpoint key of jobs that ended and left one, those that ended first before the others."""
+        with self._db.read() as session:
+            return [
+                (job_id, key)
+                for job_id, key in session.execute(
+                    sa.select(JobRow.id, JobRow.checkpoint_key).where(*STALE).order_by(JobRow.finished_at).limit(limit)
+                )
+                if key
+            ]
+
+
+def in_state(state: JobState) -> sa.ColumnElement[bool]:
+    """That a job is in a state, in a form that the state's partial index serves."""
+    # A literal, not a parameter: neither database uses a partial index for a value it can't see when it plans.
+    return JobRow.state == sa.literal_column(f"'{state.value}'")
+
+
+def models_in(session: Session, state: JobState) -> Iterator[str]:
+    """The models that have jobs in a state."""
+    # From one model to the next over the partial index: as many look-ups as models, however many jobs there are.
+    last = ""
+    while True:
+        found = session.scalar(
+            sa.select(JobRow.model).where(in_state(state), JobRow.model > last).order_by(JobRow.model).limit(1)
+        )
+        if found is None:
+            return
+        yield found
+        last = found
