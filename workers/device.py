@@ -63,7 +63,7 @@ class Side:
         with torch.inference_mode():
             if device.type != "cuda":
                 return call()
-            stream = self._streams.setdefault(device, torch.cuda.Stream(device))
+            stream = self._streams.setdefault(device, torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
             with torch.cuda.stream(stream):
                 made = call()
             stream.synchronize()

@@ -4,10 +4,8 @@ import logging
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, wait
-from contextlib import contextmanager
-from copy import copy
 from dataclasses import dataclass, field
 
 import torch
@@ -25,8 +23,9 @@ from farm.errors import (
 )
 from farm.spec import RenderSpec
 from workers import sampling
+from workers.decoder import Decoder, as_failure, as_image, caused
 from workers.device import Side
-from workers.forward_sizes import NO_LIMIT, ForwardSizes
+from workers.forward_sizes import ForwardSizes
 from workers.pins import Pins
 from workers.pipelines import Pipeline
 from workers.request import URGENT, HandedBack, Rendered, RenderRequest, Snapshot
@@ -34,8 +33,6 @@ from workers.step_scheduler import ForwardKey, StepScheduler
 
 log = logging.getLogger(__name__)
 
-FIXED_ROWS = 8
-"""Rows of a deterministic forward: one number for all workers, so that all draw the same bytes."""
 _REBUILDS = 3
 """How often in a row the loop may break before its worker is given up."""
 _HANDING_BACK = 0.25
@@ -65,8 +62,6 @@ class _Render:
     future: Future[Rendered] = field(default_factory=Future)
     looks: list[tuple[int, Future[Snapshot]]] = field(default_factory=list)
     """Who wants its state, from which number of steps on."""
-    ready: torch.cuda.Event | None = None
-    """On a GPU: when its last step is really done."""
 
 
 class Engine:
@@ -91,7 +86,7 @@ class Engine:
     ) -> None:
         self._pins = pins
         self._slots, self._line = slots, line
-        self._sizes = sizes
+        self._sizes = sizes or ForwardSizes(measured=False)
         self._deterministic = deterministic
         self._limits: dict[ForwardKey, int] = {}
         self._scheduler = self._new_scheduler()
@@ -108,8 +103,8 @@ class Engine:
         self.denoising_seconds = 0.0
         """How long the denoisers have run in all; on a GPU, how long it took to tell it what to do."""
         self._threads = torch.get_num_threads()
-        self._encoder, self._decoder = Side("encoder"), Side("decoder")
-        self._undecoded: list[_Render] = []
+        self._encoder = Side("encoder")
+        self._decoder = Decoder(self._decoded, self._break)
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
 
     # --- what other threads call
@@ -152,9 +147,7 @@ class Engine:
         pipeline = self._pins.use(model)
         try:
             request.deterministic = request.spec.deterministic or self._deterministic
-            with _as_farm_error(), torch.inference_mode():
-                shape = pipeline.plan(request)
-                self._encoder.run(pipeline.device, lambda: self._encode(pipeline, request))
+            shape = self._prepare(pipeline, request)
             key = ForwardKey(model, shape, str(pipeline.dtype), request.deterministic)
             render = _Render(request, pipeline, key)
             render.future.set_running_or_notify_cancel()
@@ -207,7 +200,7 @@ class Engine:
                 latents = sampling.visible(request)
                 return (pipeline.decode(latents) if vae else pipeline.preview(latents))[0].float().cpu()
 
-            return _image(self._decoder.run(pipeline.device, draw))
+            return as_image(self._decoder.side.run(pipeline.device, draw))
 
     def progress(self) -> dict[str, Progress]:
         """How far every request here is, waiting or running, by id. Never waits for a step."""
@@ -257,7 +250,7 @@ class Engine:
         if self._thread.is_alive():
             self._thread.join(timeout)
         self._encoder.close()
-        self._decoder.close()
+        self._decoder.side.close()
 
     def warm(self) -> None:
         """Render two steps with every model held, and measure its forwards, so that the first job is not slow.
@@ -278,6 +271,19 @@ class Engine:
             raise EngineFailed(f"the render loop broke: {self._failure!r}") from self._failure
         if not self._accepting:
             raise RenderHandedBack("the engine takes no more requests")
+
+    def _prepare(self, pipeline: Pipeline, request: RenderRequest) -> tuple[int, ...]:
+        """Plan and encode a request; the shape of its latents."""
+        try:
+            with torch.inference_mode():
+                shape = pipeline.plan(request)
+                self._encoder.run(pipeline.device, lambda: self._encode(pipeline, request))
+        except torch.AcceleratorError as error:
+            self._break(error)
+            raise EngineFailed(f"the device is lost: {error}") from error
+        except Exception as error:
+            raise as_failure(error) from error
+        return shape
 
     def _encode(self, pipeline: Pipeline, request: RenderRequest) -> None:
         stopped = request.resume
@@ -328,7 +334,7 @@ class Engine:
                 self._failure, self._accepting = error, False
             renders = list(self._renders.values())
             for render in renders:
-                self._end(render, _caused(EngineFailed(f"the render loop broke: {error!r}"), error))
+                self._end(render, caused(EngineFailed(f"the render loop broke: {error!r}"), error))
             self._scheduler = self._new_scheduler()
             self._changed.notify_all()
 
@@ -353,7 +359,7 @@ class Engine:
             new = {self._renders[waiting].key: self._renders[waiting] for waiting in self._scheduler.waiting}
         for key, render in new.items():
             if key not in self._limits:
-                self._limits[key] = self._measure(render)
+                self._limits[key] = self._sizes.limit(render.pipeline, key, render.request)
         with self._changed:
             now = time.monotonic()
             for request_id in self._scheduler.admit():
@@ -371,37 +377,12 @@ class Engine:
             room -= render.request.rows
         return chunks
 
-    def _measure(self, render: _Render) -> int:
-        """How many rows a forward of this key may have."""
-        kind, template = _kind(render), copy(render.request)
-        template.rows = 1
-        template.conditioning = {name: part[-1:] for name, part in template.conditioning.items()}
-
-        def forward(rows: int) -> torch.Tensor:
-            outputs = render.pipeline.denoise([template] * rows)
-            if outputs.is_cuda:
-                torch.cuda.synchronize(outputs.device)
-            return outputs
-
-        try:
-            if render.key.deterministic:
-                return FIXED_ROWS if _same_everywhere(render.pipeline, template) else render.request.rows
-            if self._sizes is None:
-                return NO_LIMIT
-            curve = self._sizes.curve(kind)
-            return (curve or self._sizes.measure(kind, lambda rows: [forward(rows)], torch.OutOfMemoryError)).best
-        except torch.AcceleratorError:
-            raise
-        except Exception:
-            log.warning("can't measure forwards of %s", kind, exc_info=True)
-            return render.request.rows
-
     def _advance(self, renders: list[_Render]) -> None:
         """One forward for all of them, and a step; in halves if it does not fit, one by one if it raises."""
         pipeline, requests = renders[0].pipeline, [render.request for render in renders]
         began = time.monotonic()
         try:
-            outputs = pipeline.denoise(requests, self._filled(renders))
+            outputs = pipeline.denoise(requests, self._sizes.filled(pipeline, renders[0].key, requests))
         except torch.OutOfMemoryError as error:
             self._split(renders, error)
         except torch.AcceleratorError:  # the device is lost for everybody
@@ -409,7 +390,7 @@ class Engine:
         except Exception as error:
             if len(renders) == 1:
                 log.exception("a forward of %s failed", requests[0].id)
-                self._end(renders[0], _caused(EngineFailed(f"the forward failed: {error!r}"), error))
+                self._end(renders[0], caused(EngineFailed(f"the forward failed: {error!r}"), error))
             else:
                 log.warning("a forward of %d requests failed (%r); now one by one", len(renders), error)
                 for render in renders:
@@ -418,17 +399,6 @@ class Engine:
             self.forwards += 1
             self.denoising_seconds += time.monotonic() - began
             self._postprocess(renders, outputs)
-
-    def _filled(self, renders: list[_Render]) -> int | None:
-        """The rows a forward is filled up to: always the same if deterministic, measured ones if it is compiled."""
-        key = renders[0].key
-        if key.deterministic:
-            return self._limits[key]
-        if self._sizes is None or not getattr(renders[0].pipeline, "compiled", False):
-            return None
-        curve = self._sizes.curve(_kind(renders[0]))
-        rows = sum(render.request.rows for render in renders)
-        return curve.bucket(rows) if curve else None
 
     def _split(self, renders: list[_Render], error: torch.OutOfMemoryError) -> None:
         """After a forward that did not fit: remember it, and try with half as many."""
@@ -439,8 +409,7 @@ class Engine:
         log.warning("a forward of %d rows does not fit: %s", rows, reason)
         key = renders[0].key
         self._limits[key] = max(1, min(self._limits[key], rows // 2))
-        if self._sizes is not None:
-            self._sizes.too_large(_kind(renders[0]), rows)
+        self._sizes.too_large(renders[0].pipeline, key, rows)
         if len(renders) > 1:
             half = len(renders) // 2
             self._advance(renders[:half])
@@ -473,7 +442,7 @@ class Engine:
             raise
         except Exception as error:  # noqa: BLE001 - a neighbour must not suffer from it
             if len(renders) == 1:
-                self._end(renders[0], _as_failure(error))
+                self._end(renders[0], as_failure(error))
             else:
                 for place, render in enumerate(renders):
                     self._move([render], outputs[place : place + 1])
@@ -505,57 +474,17 @@ class Engine:
             for _, future in due:
                 future.set_result(snapshot)
         if request.denoised:
-            if request.latents.is_cuda:
-                render.ready = torch.cuda.current_stream().record_event()
             with self._changed:
                 self._scheduler.leave(request.id)
-                self._undecoded.append(render)
-            self._decoder.start(render.pipeline.device, self._finish)
+            self._decoder.add(render.pipeline, request)
 
-    # --- beside the loop
+    # --- the end of a request
 
-    def _finish(self) -> None:
-        """Decode what has been denoised of one key, all at once if that works, and end the requests."""
+    def _decoded(self, request: RenderRequest, outcome: Rendered | FarmError) -> None:
         with self._changed:
-            if not self._undecoded:
-                return  # an earlier call took it along
-            key = self._undecoded[0].key
-            renders = [render for render in self._undecoded if render.key == key]
-            renders = renders[:1] if key.deterministic else renders
-            self._undecoded = [render for render in self._undecoded if render not in renders]
-        try:
-            for render in renders:
-                if render.ready is not None:
-                    torch.cuda.current_stream().wait_event(render.ready)
-                    render.request.latents.record_stream(torch.cuda.current_stream())
-            pipeline = renders[0].pipeline
-            pictures: list[torch.Tensor] | None = None
-            try:
-                if len(renders) > 1:
-                    pictures = list(pipeline.decode(torch.cat([render.request.latents for render in renders])))
-            except torch.AcceleratorError:
-                raise
-            except Exception:
-                log.warning("decoding %d pictures at once failed; now one by one", len(renders), exc_info=True)
-            for place, render in enumerate(renders):
-                with self._alone(render):
-                    picture = pictures[place] if pictures else pipeline.decode(render.request.latents)[0]
-                    self._end(render, rendered(render.request, pipeline, picture))
-        except Exception as error:  # noqa: BLE001 - a lost device is for the loop to deal with
-            self._break(error)
-        finally:
-            if self._undecoded:
-                self._decoder.start(renders[0].pipeline.device, self._finish)
-
-    @contextmanager
-    def _alone(self, render: _Render) -> Iterator[None]:
-        """Whatever is raised in here ends this request and no other."""
-        try:
-            yield
-        except torch.AcceleratorError:
-            raise
-        except Exception as error:  # noqa: BLE001 - a neighbour must not suffer from it
-            self._end(render, _as_failure(error))
+            render = self._renders.get(request.id)
+            if render is not None and render.request is request:
+                self._end(render, outcome)
 
     def _end(self, render: _Render, outcome: Rendered | FarmError) -> bool:
         """Take a request out and resolve its future; False, and nothing done, if somebody has before."""
@@ -574,84 +503,3 @@ class Engine:
         else:
             render.future.set_exception(outcome)
         return True
-
-
-def rendered(request: RenderRequest, pipeline: Pipeline, picture: torch.Tensor) -> Rendered:
-    """The finished picture of a request from what the decoder made, float (3, height, width) in [0, 1].
-
-    Raises `BadImage` if there is nothing in it.
-    """
-    step = int(request.first_bad) if request.first_bad is not None else 0
-    if step:
-        raise BadImage(f"NaN or infinity in the latents after step {step}")
-    if not picture.isfinite().all():
-        raise BadImage(f"NaN or infinity in the picture decoded after step {request.steps_done}")
-    image = _image(picture)
-    if image.getbbox() is None:
-        raise BadImage(f"the picture decoded after step {request.steps_done} is black all over")
-    frames = [image]
-    if request.frames:
-        frames = [_image(pipeline.decode(latents)[0]) for latents in request.frames[:-1]] + frames
-    return Rendered(
-        image=image,
-        model=request.spec.model,
-        model_sha256=pipeline.sha256,
-        width=image.width,
-        height=image.height,
-        steps=request.spec.num_inference_steps,
-        scheduler=request.sampling.name,
-        device=str(pipeline.device),
-        dtype=str(pipeline.dtype).removeprefix("torch."),
-        render_seconds=time.monotonic() - (request.started or 0),
-        warnings=tuple(request.warnings),
-        frames=tuple(frames) if request.frames else (),
-    )
-
-
-def _image(picture: torch.Tensor) -> Image.Image:
-    return Image.fromarray(picture.mul(255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy())
-
-
-def _kind(render: _Render) -> str:
-    pipeline, key = render.pipeline, render.key
-    where = torch.cuda.get_device_name(pipeline.device) if pipeline.device.type == "cuda" else "cpu"
-    shape = "x".join(map(str, key.shape))
-    return f"{pipeline.sha256[:16]} {shape} {key.dtype} {where} x{torch.get_num_threads()}"
-
-
-def _same_everywhere(pipeline: Pipeline, template: RenderRequest) -> bool:
-    """Whether a row comes out the same, bit for bit, at each place of a forward of `FIXED_ROWS`, whoever is beside it."""
-    generator = torch.Generator().manual_seed(0)
-    other = copy(template)
-    seen = []
-    for place in range(FIXED_ROWS):
-        other.latents = torch.randn(template.latents.shape, generator=generator).to(template.latents.device)
-        rows = [other] * FIXED_ROWS
-        rows[place] = template
-        seen.append(pipeline.denoise(rows, FIXED_ROWS)[place])
-    return all(torch.equal(seen[0], row) for row in seen)
-
-
-@contextmanager
-def _as_farm_error() -> Iterator[None]:
-    try:
-        yield
-    except torch.AcceleratorError:
-        raise
-    except Exception as error:
-        raise _as_failure(error) from error
-
-
-def _as_failure(error: Exception) -> FarmError:
-    if isinstance(error, FarmError):
-        return error
-    if isinstance(error, torch.OutOfMemoryError):
-        return _caused(OutOfMemory(f"no memory for this request: {str(error).splitlines()[0]}"), error)
-    return _caused(RenderError(f"{type(error).__name__}: {error}"), error)
-
-
-def _caused(failure: FarmError, cause: Exception) -> FarmError:
-    # Its frames would keep their tensors alive as long as somebody holds the error: bad news after an OutOfMemoryError.
-    traceback.clear_frames(cause.__traceback__)
-    failure.__cause__ = cause
-    return failure

@@ -5,10 +5,17 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
+
+import torch
+
+from workers.pipelines import Pipeline
+from workers.request import RenderRequest
+from workers.step_scheduler import ForwardKey
 
 log = logging.getLogger(__name__)
 
@@ -19,6 +26,8 @@ _REPEATS = 3
 _SLOW_SECONDS = 1.0
 """From this long on one repeat is enough."""
 NO_LIMIT = 2**31
+FIXED_ROWS = 8
+"""Rows of a deterministic forward: one number for all workers, so that all draw the same bytes."""
 
 
 @dataclass
@@ -50,29 +59,67 @@ class Curve:
 class ForwardSizes:
     """Curves by what they were measured for, in memory and in a JSON file that workers of one machine may share.
 
-    A file that can't be read or written costs measuring again, nothing else. Safe to use from many threads.
+    A file that can't be read or written costs measuring again, nothing else. Without `measured` forwards take all the
+    rows there are. Safe to use from many threads, measuring from the one that owns the model.
     """
 
-    def __init__(self, path: Path | None = None, most_rows: int = 32) -> None:
+    def __init__(self, path: Path | None = None, most_rows: int = 32, *, measured: bool = True) -> None:
         self._path = path
         self._most_rows = most_rows
+        self._measured = measured
         self._curves: dict[str, Curve] = {}
+        self._fixed: dict[ForwardKey, bool] = {}
         self._lock = threading.Lock()
 
-    def curve(self, kind: str) -> Curve | None:
-        """What is known of a kind of forward; None if nothing is."""
+    def limit(self, pipeline: Pipeline, key: ForwardKey, request: RenderRequest) -> int:
+        """The most rows a forward of this key should have, measured now if it is not known; `request` is any of it."""
+        template = copy(request)
+        template.rows = 1
+        template.conditioning = {name: part[-1:] for name, part in template.conditioning.items()}
+        try:
+            if key.deterministic:
+                self._fixed[key] = _same_everywhere(pipeline, template)
+                return FIXED_ROWS if self._fixed[key] else 1
+            if not self._measured:
+                return NO_LIMIT
+            kind = _kind(pipeline, key)
+            return (self._curve(kind) or self._measure(kind, pipeline, template)).best
+        except torch.AcceleratorError:
+            raise
+        except Exception:
+            log.warning("can't measure forwards of %s: one request a forward", key, exc_info=True)
+            return request.rows
+
+    def filled(self, pipeline: Pipeline, key: ForwardKey, requests: Sequence[RenderRequest]) -> int | None:
+        """How many rows a forward of these is filled up to: always the same if deterministic, measured if compiled."""
+        if key.deterministic:
+            return FIXED_ROWS if self._fixed.get(key) else None
+        if not pipeline.compiled:
+            return None
+        curve = self._curve(_kind(pipeline, key))
+        return curve.bucket(sum(request.rows for request in requests)) if curve else None
+
+    def too_large(self, pipeline: Pipeline, key: ForwardKey, rows: int) -> None:
+        """Correct a curve: so many rows did not fit after all."""
+        with self._lock:
+            curve = self._curves.setdefault(_kind(pipeline, key), Curve())
+            curve.most = max(1, min(curve.most, rows - 1))
+            self._write()
+
+    def _curve(self, kind: str) -> Curve | None:
         with self._lock:
             if kind not in self._curves and (kept := self._read().get(kind)):
                 self._curves[kind] = kept
             return self._curves.get(kind)
 
-    def measure(self, kind: str, forward: Callable[[int], None], out_of_memory: type[Exception]) -> Curve:
-        """Time forwards of 1, 2, 4, … rows until more bring nothing; `forward` runs one, and returns when it is done."""
+    def _measure(self, kind: str, pipeline: Pipeline, template: RenderRequest) -> Curve:
+        """Time forwards of 1, 2, 4, … rows until more bring nothing."""
         curve, began, rows = Curve(), time.monotonic(), 1
         while rows <= self._most_rows and time.monotonic() - began < _MEASURE_SECONDS:
             try:
-                curve.seconds[rows] = _timed(forward, rows)
-            except out_of_memory:
+                curve.seconds[rows] = _timed(pipeline, [template] * rows)
+            except torch.OutOfMemoryError:
+                torch.cuda.empty_cache()
                 curve.most = max(1, rows // 2)
                 break
             if curve.best <= rows // 4:  # two doublings without a gain
@@ -84,13 +131,6 @@ class ForwardSizes:
         shown = " ".join(f"{rows}:{1000 * seconds / rows:.1f}" for rows, seconds in curve.seconds.items())
         log.info("measured forward=%s best=%d rows, ms a row: %s", kind, curve.best, shown)
         return curve
-
-    def too_large(self, kind: str, rows: int) -> None:
-        """Correct a curve: so many rows did not fit after all."""
-        with self._lock:
-            curve = self._curves.setdefault(kind, Curve())
-            curve.most = max(1, min(curve.most, rows - 1))
-            self._write()
 
     def _read(self) -> dict[str, Curve]:
         if self._path is None:
@@ -123,12 +163,30 @@ class ForwardSizes:
             log.warning("can't keep the measured forward sizes in %s: %s", self._path, error)
 
 
-def _timed(forward: Callable[[int], None], rows: int) -> float:
+def _timed(pipeline: Pipeline, requests: list[RenderRequest]) -> float:
     """Seconds of one forward, after one that warms up."""
-    forward(rows)
     took: list[float] = []
-    while len(took) < _REPEATS and sum(took) < _SLOW_SECONDS:
+    while len(took) <= _REPEATS and sum(took[1:]) < _SLOW_SECONDS:
         began = time.monotonic()
-        forward(rows)
+        if pipeline.denoise(requests).is_cuda:
+            torch.cuda.synchronize(pipeline.device)
         took.append(time.monotonic() - began)
-    return median(took)
+    return median(took[1:])
+
+
+def _kind(pipeline: Pipeline, key: ForwardKey) -> str:
+    where = torch.cuda.get_device_name(pipeline.device) if pipeline.device.type == "cuda" else "cpu"
+    shape = "x".join(map(str, key.shape))
+    return f"{pipeline.sha256[:16]} {shape} {key.dtype} {where} {torch.get_num_threads()} threads"
+
+
+def _same_everywhere(pipeline: Pipeline, template: RenderRequest) -> bool:
+    """Whether a row comes out the same, bit for bit, at each place of a forward, whoever is beside it."""
+    generator, other = torch.Generator().manual_seed(0), copy(template)
+    seen = []
+    for place in range(FIXED_ROWS):
+        other.latents = torch.randn(template.latents.shape, generator=generator).to(template.latents.device)
+        rows = [other] * FIXED_ROWS
+        rows[place] = template
+        seen.append(pipeline.denoise(rows, FIXED_ROWS)[place])
+    return all(torch.equal(seen[0], row) for row in seen)

@@ -51,6 +51,11 @@ class Pipeline(Protocol):
         ...
 
     @property
+    def compiled(self) -> bool:
+        """Whether each number of rows has a graph of its own, so that forwards are better filled up to known ones."""
+        ...
+
+    @property
     def nbytes(self) -> int:
         """Bytes of device memory its parameters take."""
         ...

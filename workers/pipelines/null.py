@@ -36,6 +36,7 @@ class NullPipeline:
     nbytes: int = 0
     family: str = "NullPipeline"
     samplers: str = ""
+    compiled: bool = False
 
     @property
     def native_size(self) -> tuple[int, int]:
