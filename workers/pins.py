@@ -1,77 +1,257 @@
 """Which models are loaded, within a memory budget."""
 
+import gc
 import logging
+import math
+import threading
 import time
-from collections.abc import Mapping
+import traceback
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Self
 
 import torch
 
-from farm.errors import ModelError
-from workers.pipelines import Pipeline, load
+from farm.errors import FarmError, ModelError
+from workers.pipelines import Pipeline
 
 log = logging.getLogger(__name__)
 
 
-class Pins:
-    """The models a worker holds, by the names jobs call them."""
+@dataclass(eq=False)
+class _Turn:
+    """A model's place in the line of those to be loaded."""
 
-    def __init__(self, pipelines: Mapping[str, Pipeline]) -> None:
-        self._pipelines = dict(pipelines)
+    users: int = 0
+    """Who waits for it, and uses it from the moment it is loaded: the next turn can't evict it before."""
+    loaded: Future[Pipeline] = field(default_factory=Future)
+
+
+class Pins:
+    """The models a worker serves: loaded in the order given while the memory budget lasts, least recently used out.
+
+    All methods may be called from any thread; users of a held model never wait for a load. Models to be loaded take
+    turns, first come, first served, and one that must leave for them takes no new users until they have had theirs.
+    """
+
+    def __init__(
+        self,
+        sources: Mapping[str, str],
+        load: Callable[[str, str], Pipeline],
+        memory_bytes: int | None = None,
+        size: Callable[[str], int] | None = None,
+        retry_seconds: float = 60.0,
+    ) -> None:
+        """Serve {name: source}, each made by `load(name, source)`; nothing is loaded yet.
+
+        `memory_bytes` bounds the parameters of all held models together; None leaves it to the device. `size(source)`
+        guesses the bytes of a model that was never loaded, so that room is made before its load and not after. A
+        model that can't be loaded is refused for `retry_seconds`, then tried again.
+        """
+        self._sources = dict(sources)
+        self._load = load
+        self._budget = math.inf if memory_bytes is None else memory_bytes
+        self._size = size
+        self._retry_seconds = retry_seconds
+        self.loads = 0
+        self.evictions = 0
+        # Guards everything here, and is free while a model loads. Only the head of the line loads and evicts.
+        self._changed = threading.Condition()
+        self._held: OrderedDict[str, Pipeline] = OrderedDict()  # least recently used first
+        self._users: Counter[str] = Counter()
+        self._leaving: frozenset[str] = frozenset()  # still in use, but closed to new users
+        self._line: dict[str, _Turn] = {}
+        self._sizes: dict[str, int] = {}  # of every model that was ever loaded
+        self._failures: dict[str, tuple[str, float]] = {}  # why, and when
 
     @classmethod
-    def load(
-        cls,
-        sources: Mapping[str, str],
-        device: torch.device,
-        dtype: torch.dtype,
-        memory_bytes: int | None = None,
-    ) -> Self:
-        """Load every model of {name: source}, in that order, and keep it.
+    def of(cls, pipelines: Mapping[str, Pipeline]) -> Self:
+        """Pins of pipelines that are loaded already."""
+        pins = cls(dict.fromkeys(pipelines, ""), lambda name, _: pipelines[name])
+        pins.load_all()
+        return pins
 
-        `memory_bytes` bounds the parameters of all of them together; None leaves it to the device. Raises
-        `ModelError` naming the model that can't be loaded or does not fit.
+    def load_all(self) -> None:
+        """Load every model that fits beside those before it; the others are left until somebody uses them.
+
+        Call it before the first `use`. Raises `ModelError`, naming each with its reason, if none can be loaded.
         """
-        pipelines: dict[str, Pipeline] = {}
-        for name, source in sources.items():
-            started = time.monotonic()
-            try:
-                pipelines[name] = load(source, device, dtype)
-            except torch.OutOfMemoryError as error:
-                raise _no_room(name, pipelines, str(error)) from error
-            except ModelError as error:
-                raise ModelError(f"model {name!r}: {error}") from error
-            used = sum(pipeline.nbytes for pipeline in pipelines.values())
-            if memory_bytes is not None and used > memory_bytes:
-                raise _no_room(name, pipelines, f"{used:,} bytes are more than the {memory_bytes:,} allowed")
-            log.info(
-                "pinned model=%s bytes=%d seconds=%.1f sha256=%s",
-                name,
-                pipelines[name].nbytes,
-                time.monotonic() - started,
-                pipelines[name].sha256[:12],
-            )
-        return cls(pipelines)
+        for name in self._sources:
+            with suppress(ModelError):
+                if not self._bring(name, evict=False):
+                    log.info("no room for model=%s beside %s: left until it is used", name, ",".join(self.held))
+                    _free_memory()
+        if not self._held:
+            raise ModelError("\n".join(f"model {name!r}: {why}" for name, why in self.failures.items()))
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The models held, in the order they were loaded."""
-        return tuple(self._pipelines)
+        """Every model served, held or not, in the order given."""
+        return tuple(self._sources)
+
+    @property
+    def held(self) -> tuple[str, ...]:
+        """The models loaded now, most recently used first."""
+        with self._changed:
+            return tuple(reversed(self._held))
+
+    @property
+    def failures(self) -> Mapping[str, str]:
+        """Why a model could not be loaded, by model; until it is loaded after all."""
+        with self._changed:
+            return {name: why for name, (why, _) in self._failures.items()}
 
     @property
     def memory_used(self) -> dict[str, int]:
-        """Bytes of parameters, by model."""
-        return {name: pipeline.nbytes for name, pipeline in self._pipelines.items()}
+        """Bytes of parameters, by held model."""
+        with self._changed:
+            return {name: self._sizes[name] for name in self._sources if name in self._held}
 
-    def get(self, name: str) -> Pipeline:
-        """The pipeline of that model. Raises `ModelError` if it is not held."""
+    def use(self, name: str) -> Pipeline:
+        """The pipeline of a model, held until `release`; keep no reference to it beyond that.
+
+        A model that is not held is loaded: others are evicted for it, least recently used first, and those in use are
+        waited for. Whoever uses a model must not wait for another one. Raises `ModelError` for a model that is not
+        served here, can't be loaded, or is too large for the budget even alone.
+        """
+        with self._changed:
+            if name not in self._sources:
+                raise ModelError(f"model {name!r} is not served here; served: {', '.join(self._sources) or 'none'}")
+            if name in self._held and name not in self._leaving:
+                return self._enter(name, users=1)
+            why, when = self._failures.get(name, ("", -math.inf))
+            if time.monotonic() - when < self._retry_seconds:
+                raise ModelError(f"model {name!r}: {why}")
+            is_first = name not in self._line
+            turn = self._line.setdefault(name, _Turn())
+            turn.users += 1
+        if is_first:
+            self._take(turn, name)
+        return turn.loaded.result()
+
+    def release(self, name: str) -> None:
+        """One user of a model less. Raises `ValueError` if it has none."""
+        with self._changed:
+            if not self._users[name]:
+                raise ValueError(f"nobody uses model {name!r}")
+            self._users[name] -= 1
+            self._changed.notify_all()
+
+    @contextmanager
+    def using(self, name: str) -> Iterator[Pipeline]:
+        """`use` a model, and `release` it at the end."""
+        pipeline = self.use(name)
         try:
-            return self._pipelines[name]
-        except KeyError:
-            held = ", ".join(self._pipelines) or "none"
-            raise ModelError(f"model {name!r} is not held here; held: {held}") from None
+            yield pipeline
+        finally:
+            self.release(name)
+
+    def _enter(self, name: str, users: int) -> Pipeline:
+        self._users[name] += users
+        self._held.move_to_end(name)
+        return self._held[name]
+
+    # --- the head of the line
+
+    def _take(self, turn: _Turn, name: str) -> None:
+        """Wait for a model's turn, load it, and let in all who wait for it."""
+        try:
+            with self._changed:
+                self._changed.wait_for(lambda: next(iter(self._line)) == name)
+            if name not in self._held:  # it can be: it was to leave, and then there was room without
+                self._bring(name, evict=True)
+        except BaseException as error:  # noqa: BLE001 - raised by the future, in every thread that waits
+            turn.loaded.set_exception(error)
+        with self._changed:
+            del self._line[name]
+            if not turn.loaded.done():
+                turn.loaded.set_result(self._enter(name, turn.users))
+            self._changed.notify_all()
+
+    def _bring(self, name: str, *, evict: bool) -> bool:
+        """Load a model; False if there is no room for it and none may be made."""
+        with self._remembering_failure(name):
+            if not self._make_room(name, evict):
+                return False
+            began = time.monotonic()
+            try:
+                pipeline = self._open(name)
+            except torch.OutOfMemoryError as error:
+                if not evict and self._held:
+                    return False
+                traceback.clear_frames(error.__traceback__)  # they keep alive what was loaded so far
+                if not self._evict_unused():
+                    raise
+                pipeline = self._open(name)
+            seconds = time.monotonic() - began
+            if not self._make_room(name, evict):  # its size was not known, or guessed too small
+                return False
+            with self._changed:
+                self._held[name] = pipeline
+                self._failures.pop(name, None)
+            log.info("pinned model=%s bytes=%d seconds=%.1f", name, pipeline.nbytes, seconds)
+            return True
+
+    def _open(self, name: str) -> Pipeline:
+        pipeline = self._load(name, self._sources[name])
+        self._sizes[name] = pipeline.nbytes
+        self.loads += 1
+        self._refuse_too_large(name)
+        return pipeline
+
+    def _refuse_too_large(self, name: str) -> None:
+        if (nbytes := self._sizes.get(name, 0)) > self._budget:
+            raise ModelError(f"its {nbytes:,} bytes are more than the {self._budget:,} allowed, even alone")
+
+    def _make_room(self, name: str, evict: bool) -> bool:
+        """Whether a model fits beside those held; with `evict` it does, after waiting for as long as it takes."""
+        self._refuse_too_large(name)
+        needed: float = self._sizes.get(name, 0)
+        if name not in self._sizes and self._size:
+            needed = min(self._size(self._sources[name]), self._budget)  # a guess is no reason to refuse it
+        with self._changed:
+            while (excess := sum(self.memory_used.values()) + needed - self._budget) > 0 and evict:
+                if not self._evict_unused():
+                    freed_before = accumulate((self._sizes[other] for other in self._held), initial=0)
+                    chosen = (other for other, freed in zip(self._held, freed_before, strict=False) if freed < excess)
+                    self._leaving = frozenset(chosen)
+                    self._changed.wait()
+            self._leaving = frozenset()
+            return excess <= 0
+
+    def _evict_unused(self) -> bool:
+        """Evict the least recently used of the models that nobody uses; False if there is none."""
+        with self._changed:
+            name = next((name for name in self._held if not self._users[name]), None)
+            if name is None:
+                return False
+            del self._held[name]
+            self.evictions += 1
+        _free_memory()
+        log.info("unpinned model=%s bytes=%d", name, self._sizes[name])
+        return True
+
+    @contextmanager
+    def _remembering_failure(self, name: str) -> Iterator[None]:
+        """Whatever is raised in here becomes a `ModelError`, and why the model is refused for a while."""
+        try:
+            yield
+        except Exception as error:
+            traceback.clear_frames(error.__traceback__)
+            why = str(error) if isinstance(error, FarmError) else f"{type(error).__name__}: {error}"
+            with self._changed:
+                self._failures[name] = why, time.monotonic()
+            _free_memory()
+            log.warning("can't pin model=%s: %s", name, why, exc_info=not isinstance(error, FarmError))
+            raise ModelError(f"model {name!r}: {why}") from error
 
 
-def _no_room(name: str, held: Mapping[str, Pipeline], reason: str) -> ModelError:
-    beside = ", ".join(f"{other} ({held[other].nbytes:,} bytes)" for other in held if other != name) or "nothing"
-    return ModelError(f"model {name!r} does not fit beside {beside}: {reason}; pin fewer or smaller models")
+def _free_memory() -> None:
+    """Give back to the device what a pipeline left: its parts refer to each other, so that counting does not do."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
