@@ -16,7 +16,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from farm.errors import InvalidInput, Problem
-from farm.samplers import find_sampler, sampler_names
+from farm.samplers import UNSUPPORTED, find_sampler, sampler_names
 
 MIN_SIZE, MAX_SIZE = 64, 4096
 """Bounds of width and height in pixels."""
@@ -47,6 +47,8 @@ def _multiple_of_8(value: int | None) -> int | None:
 
 def _known_sampler(value: str | None) -> str | None:
     if value is not None and find_sampler(value) is None:
+        if value in UNSUPPORTED:
+            raise ValueError(f"{value} is not supported: it {UNSUPPORTED[value]}")
         raise ValueError(f"no sampler {value!r}; known are {', '.join(sampler_names())}")
     return value
 
