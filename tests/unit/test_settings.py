@@ -75,3 +75,32 @@ def test_a_wrong_value_is_named(home: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_secrets_are_not_shown(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     leave(home, broker_url="redis://:hunter2@h/0", s3_secret_access_key="hunter3")
     assert "hunter" not in repr(Settings.load())
+
+
+def test_sizes_have_units_and_none_switches_off(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    leave(home)
+    assert (Settings.load().memory_budget, Settings.load().checkpoint_seconds) == (None, 30.0)
+    monkeypatch.setenv("FARM_MEMORY_BUDGET", "20GiB")
+    monkeypatch.setenv("FARM_CHECKPOINT_SECONDS", "none")
+    monkeypatch.setenv("FARM_CHECKPOINT_STEPS", "10")
+    settings = Settings.load()
+    assert (settings.memory_budget, settings.checkpoint_seconds, settings.checkpoint_steps) == (20 * 2**30, None, 10)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("MEMORY_BUDGET", "20 bananas"),
+        ("MEMORY_BUDGET", "0"),
+        ("CHECKPOINT_SECONDS", "0"),
+        ("CHECKPOINT_STEPS", "0"),
+        ("PREVIEW_STEPS", "0"),
+        ("EMBEDDINGS", "-1"),
+        ("COMPILE", "perhaps"),
+    ],
+)
+def test_a_setting_out_of_bounds_is_named(home: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    leave(home)
+    monkeypatch.setenv(f"FARM_{name}", value)
+    with pytest.raises(NotConfigured, match=f"FARM_{name}: .*{value}"):
+        Settings.load()

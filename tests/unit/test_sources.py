@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from farm import sources
-from farm.errors import InvalidInput
+from farm.errors import InvalidInput, Problem
 from farm.spec import RenderSpec
 
 
@@ -44,6 +44,16 @@ def test_csv_columns_are_fields_and_empty_cells_leave_them_out(file) -> None:
     first, second = read(path, num_inference_steps=12)
     assert (first.prompt, first.seed, first.num_inference_steps) == ("a cat, big", 7, 12)
     assert (second.prompt, second.num_inference_steps) == ("two\nlines", 30)
+
+
+def test_csv_says_true_and_false_in_words_and_numbers(file) -> None:
+    table = "prompt,trajectory,deterministic,clip_skip,eta\na,true,1,2,0.5\nb,false,0,,\nc,,,,\n"
+    assert complaints(file("bad.csv", table + "d,,yup,,\n"))[0].startswith("bad.csv:5: deterministic: ")
+    path = file("p.csv", table)
+    made = [(spec.trajectory, spec.deterministic, spec.clip_skip, spec.eta) for spec in read(path)]
+    assert made == [(True, True, 2, 0.5), (False, False, None, 0.0), (False, False, None, 0.0)]
+    # A cell outweighs what the command line says for all.
+    assert [spec.trajectory for spec in read(path, trajectory=True)] == [True, False, True]
 
 
 def test_jsonl_lines_are_objects_or_prompts(file) -> None:
@@ -100,3 +110,15 @@ def test_whole_specs_keep_their_values_over_defaults() -> None:
 def test_problems_of_an_iterable_name_the_spec_by_number() -> None:
     with pytest.raises(InvalidInput, match="spec 2: seed"):
         sources.specs(["fine", {"prompt": "a", "seed": -1}], {})
+
+
+def test_what_a_check_says_of_a_spec_stands_among_the_other_problems() -> None:
+    def check(spec: RenderSpec, where: str) -> Problem | None:
+        return Problem(where, "scheduler", "no good") if spec.scheduler == "ddim" else None
+
+    given = [{"prompt": "a", "scheduler": "ddim"}, {"prompt": "b", "seed": -1}, {"prompt": "c", "scheduler": "euler"}]
+    with pytest.raises(InvalidInput) as caught:
+        sources.specs(given, {}, check)
+    first, second = map(str, caught.value.problems)
+    assert first == "spec 1: scheduler: no good"
+    assert second.startswith("spec 2: seed: ")

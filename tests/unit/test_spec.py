@@ -4,7 +4,6 @@ import pytest
 from pydantic import ValidationError
 
 from farm.errors import InvalidInput
-from farm.samplers import SAMPLERS, find_sampler
 from farm.spec import MAX_SEED, RenderSpec
 
 
@@ -28,6 +27,13 @@ def complaints(**values: object) -> list[str]:
         ("seed", -1, "greater than or equal to 0"),
         ("seed", 2**32, "less than or equal to 4294967295"),
         ("scheduler", "eular", "no sampler 'eular'; known are ddim"),
+        ("guidance_rescale", 1.1, "less than or equal to 1, not 1.1"),
+        ("true_cfg_scale", 0.5, "greater than or equal to 1"),
+        ("clip_skip", 0, "greater than or equal to 1"),
+        ("clip_skip", 24, "less than or equal to 23"),
+        ("eta", -0.1, "greater than or equal to 0"),
+        ("eta", 1.1, "less than or equal to 1"),
+        ("deterministic", "perhaps", "boolean"),
         ("model", "../etc", "not a model's name"),
         ("model", "a:b", "not a model's name"),
         ("prompt", "nul \x00", "NUL"),
@@ -39,6 +45,24 @@ def test_a_value_out_of_bounds_is_named_with_its_place_and_bound(field: str, val
     (complaint,) = complaints(**{field: value})
     assert complaint.startswith(f"prompts.csv:3: {field}: ")
     assert said in complaint
+
+
+def test_a_trajectory_is_of_at_most_two_hundred_steps() -> None:
+    assert RenderSpec(prompt="a", trajectory=True, num_inference_steps=200).trajectory
+    assert RenderSpec(prompt="a", num_inference_steps=201).num_inference_steps == 201
+    (complaint,) = complaints(trajectory=True, num_inference_steps=201)
+    assert complaint == "prompts.csv:3: trajectory: keeps a picture a step, 200 at most; num_inference_steps is 201"
+    (other,) = complaints(trajectory=True, num_inference_steps=1001)
+    assert "num_inference_steps" in other
+
+
+def test_a_spec_from_before_there_were_more_fields_has_their_defaults() -> None:
+    stored = {"prompt": "a", "negative_prompt": "", "num_inference_steps": 25, "guidance_scale": 5.0, "width": None}
+    stored |= {"height": None, "seed": 3, "scheduler": None, "model": "tiny"}
+    spec = RenderSpec.model_validate(stored)
+    assert spec == RenderSpec(prompt="a", seed=3)
+    assert (spec.guidance_rescale, spec.true_cfg_scale, spec.clip_skip, spec.eta) == (0.0, 1.0, None, 0.0)
+    assert (spec.deterministic, spec.trajectory) == (False, False)
 
 
 def test_all_that_is_wrong_with_a_spec_is_said_at_once() -> None:
@@ -78,12 +102,3 @@ def test_the_hash_tells_specs_apart_and_survives_json() -> None:
     assert again == spec
     assert again.sha256() == spec.sha256()
     assert RenderSpec(prompt="ä", seed=2, scheduler="euler_a").sha256() != spec.sha256()
-
-
-def test_samplers_are_found_by_both_of_their_names() -> None:
-    for name, sampler in SAMPLERS.items():
-        assert find_sampler(name) == sampler
-        by_class = find_sampler(sampler.class_name)
-        assert by_class is not None
-        assert not by_class.config
-    assert find_sampler("nope") is None
