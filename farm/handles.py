@@ -217,7 +217,7 @@ class Job:
 
         Raises `NotFound` if its spec did not ask for that, and `JobNotSucceeded`.
         """
-        return pictures.frames(self._film(1))
+        return pictures.frames(self._film(1), self.spec.num_inference_steps)
 
     def film_strip(self) -> Image.Image:
         """Its steps on one page, waiting for it if need be; raises as `trajectory` does."""

@@ -45,10 +45,16 @@ def film_keys(job: JobInfo) -> tuple[str, str]:
     return trajectory_keys(succeeded(job).key)
 
 
-def frames(data: bytes) -> list[Image.Image]:
-    """The RGB frames of an animation, in their order."""
+def frames(data: bytes, steps: int) -> list[Image.Image]:
+    """The RGB frames of an animation that has one of equal length for each step, in their order."""
     with Image.open(io.BytesIO(data)) as film:
-        return [frame.convert("RGB") for frame in ImageSequence.Iterator(film)]
+        # Converted first: a WebP frame does not know how long it lasts before it is read.
+        found = [(frame.convert("RGB"), frame.info.get("duration", 0)) for frame in ImageSequence.Iterator(film)]
+    if len(found) < steps:
+        # WebP writes equal neighbours as one frame that lasts longer, and a lone one without a length.
+        length = sum(lasts for _, lasts in found) / steps or 1 / steps
+        found = [each for each in found for _ in range(max(1, round((each[1] or 1) / length)))]
+    return [frame for frame, _ in found]
 
 
 def download(storage: Storage, job: JobInfo, folder: Path) -> Path:

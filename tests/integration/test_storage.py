@@ -1,0 +1,54 @@
+"""The object store over a real S3 server: what is deleted in bulk, and what is fetched only when it is new."""
+
+from collections.abc import Iterator, Mapping
+
+import pytest
+
+from farm.errors import NotFound, StorageUnavailable
+from farm.settings import Settings
+from farm.storage import Storage, checkpoint_key, image_key, preview_key, trajectory_keys
+
+
+@pytest.fixture
+def storage(s3: Mapping[str, str | None]) -> Iterator[Storage]:
+    storage = Storage(Settings(database_url="", broker_url="", **s3))
+    yield storage
+    storage.close()
+
+
+def test_many_objects_are_deleted_at_once_and_missing_ones_are_no_error(storage: Storage) -> None:
+    for number in range(3):
+        storage.put(f"b/{number}", b"x")
+    storage.delete_many(["b/0", "b/2", *(f"gone/{number}" for number in range(1500))])
+    assert list(storage.keys()) == ["b/1"]
+    storage.delete_many([])
+
+
+def test_a_bulk_delete_without_a_bucket_is_an_error(storage: Storage) -> None:
+    storage.bucket = "there-is-no-such-bucket"
+    with pytest.raises((StorageUnavailable, NotFound)):
+        storage.delete_many(["a"])
+
+
+def test_an_object_is_fetched_again_only_when_it_has_changed(storage: Storage) -> None:
+    with pytest.raises(NotFound):
+        storage.newer("p.png")
+    storage.put("p.png", b"one")
+    found = storage.newer("p.png")
+    assert found is not None
+    data, etag = found
+    assert data == b"one"
+    assert storage.newer("p.png", etag) is None
+    storage.put("p.png", b"two")
+    changed = storage.newer("p.png", etag)
+    assert changed is not None
+    assert changed[0] == b"two"
+
+
+def test_keys_of_one_attempt_stand_together_and_apart_from_other_attempts() -> None:
+    assert checkpoint_key("b", 7, 2) == "b/00007.a2.checkpoint.safetensors"
+    assert preview_key("b", 7, 2) == "b/00007.a2.preview.png"
+    assert trajectory_keys(image_key("b", 7, 2, "A Cat.png")) == (
+        "b/00007-a-cat-png.a2.trajectory.png",
+        "b/00007-a-cat-png.a2.trajectory.webp",
+    )
