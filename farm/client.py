@@ -11,7 +11,7 @@ from farm.db import Database
 from farm.dispatch import Dispatcher
 from farm.errors import BrokerUnavailable, InvalidInput, Problem
 from farm.handles import Batch, Job
-from farm.held import sampler_kinds, sampler_problem
+from farm.held import held_kinds, sampler_problem
 from farm.jobs import JobStore
 from farm.records import BatchStatus, WorkerInfo
 from farm.settings import Settings
@@ -65,7 +65,7 @@ class Farm:
         is not. Raises `InvalidInput` with everything that is wrong, and `DatabaseUnavailable`.
         """
         rows = [what] if isinstance(what, str | RenderSpec) else what
-        kinds = sampler_kinds(self._store.workers())
+        kinds = held_kinds(self._store.workers())
         made = specs(rows, defaults, lambda spec, where: sampler_problem(spec, where, kinds))
         problems = []
         if not made:

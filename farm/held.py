@@ -1,39 +1,54 @@
 """What the workers hold, and which samplers that leaves to a spec."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from farm.errors import Problem
 from farm.records import WorkerInfo
-from farm.samplers import find_sampler, sampler_names
+from farm.samplers import Recipe, find_sampler, sampler_names
 from farm.spec import RenderSpec
 
-_SHOWN = {"diffusion": "a model that predicts noise", "flow": "a flow-matching model"}
+
+@dataclass(frozen=True)
+class Kind:
+    """What decides which samplers a model takes."""
+
+    samplers: str
+    """`diffusion` or `flow`: the field of a `Sampler` that it takes."""
+    family: str
+    """diffusers' class name of its pipeline."""
+
+    def takes(self, scheduler: str) -> bool:
+        """Whether the model can be sampled so; True for what this version can't tell."""
+        sampler = find_sampler(scheduler)
+        if sampler is None or self.samplers not in ("diffusion", "flow"):
+            return True
+        recipe: Recipe | None = getattr(sampler, self.samplers)
+        return recipe is not None and recipe.fits(self.family)
 
 
-def sampler_kinds(workers: Iterable[WorkerInfo]) -> dict[str, str]:
-    """Which kind of samplers, `diffusion` or `flow`, each model takes that a living worker holds.
+def held_kinds(workers: Iterable[WorkerInfo]) -> dict[str, Kind]:
+    """The kind of each model that a living worker holds.
 
-    A model of which no worker says it, or that two hold as different kinds, is left out.
+    A model of which a worker does not say it, or that two hold as different kinds, is left out.
     """
-    kinds: dict[str, set[str]] = {}
+    kinds: dict[str, set[Kind | None]] = {}
     for worker in workers:
         for model in worker.models if worker.alive else ():
-            kinds.setdefault(model["name"], set()).add(model.get("samplers") or "")
-    return {name: found.pop() for name, found in kinds.items() if len(found) == 1 and "" not in found}
+            kind = Kind(model["samplers"], model.get("family") or "") if model.get("samplers") else None
+            kinds.setdefault(model["name"], set()).add(kind)
+    return {name: kind for name, found in kinds.items() if len(found) == 1 and (kind := found.pop())}
 
 
-def sampler_problem(spec: RenderSpec, where: str, kinds: Mapping[str, str]) -> Problem | None:
-    """What is wrong if the model of a spec is held as a kind that its sampler is not for; else None."""
+def sampler_problem(spec: RenderSpec, where: str, kinds: Mapping[str, Kind]) -> Problem | None:
+    """What is wrong with a spec if its model can't be sampled as it asks; None if nothing is, or no worker holds it."""
     kind = kinds.get(spec.model)
-    if kind is None or spec.scheduler is None or _available(spec.scheduler, kind):
+    if kind is None or spec.scheduler is None or kind.takes(spec.scheduler):
         return None
-    names = ", ".join(name for name in sampler_names() if _available(name, kind))
+    names = ", ".join(name for name in sampler_names() if kind.takes(name))
     return Problem(
         where,
         "scheduler",
-        f"{spec.scheduler} can't be used with {spec.model}, {_SHOWN.get(kind, kind)}; these can: {names}",
+        f"{spec.scheduler} can't sample {spec.model} ({kind.samplers}, {kind.family or 'unknown family'}); "
+        f"these can: {names}",
     )
-
-
-def _available(name: str, kind: str) -> bool:
-    return getattr(find_sampler(name), kind, True) is not None
