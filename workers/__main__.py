@@ -51,7 +51,7 @@ def main() -> None:
             f"--hostname={name}",
             f"--queues={','.join(queue_name(model) for model in worker.pins.names)}",
             # More threads than slots: while some render, others encode and upload, and one waits to join.
-            f"--concurrency={settings.slots + max(2, settings.slots // 2)}",
+            f"--concurrency={worker.engine.slots + max(2, worker.engine.slots // 2)}",
             "--without-mingle",
             "--without-gossip",
             "--task-events",

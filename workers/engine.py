@@ -126,6 +126,11 @@ class Engine:
         return self._thread.is_alive() and self._accepting
 
     @property
+    def slots(self) -> int:
+        """How many requests run at once at most: no more than the largest forward measured so far has rows."""
+        return min(self._slots, max(self._limits.values(), default=self._slots))
+
+    @property
     def busy_seconds(self) -> float:
         """How long the step under way has taken so far, 0 when idle. One that never ends is a hung device."""
         began = self._step_began
@@ -153,9 +158,7 @@ class Engine:
             render.future.set_running_or_notify_cancel()
             with self._changed:
                 urgent = request.priority >= URGENT
-                room = self._changed.wait_for(
-                    lambda: urgent or not (self._accepting and self._scheduler.full), timeout
-                )
+                room = self._changed.wait_for(lambda: urgent or not (self._accepting and self._scheduler.full), timeout)
                 self._check_accepting()
                 if not room:
                     raise RenderHandedBack("the line stayed full")

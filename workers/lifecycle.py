@@ -6,7 +6,6 @@ import signal
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from celery import Celery, signals
@@ -15,13 +14,16 @@ from farm import __version__
 from farm.db import Database
 from farm.errors import FarmError, ModelError, ServiceUnavailable
 from farm.jobs import JobStore
-from farm.records import Claim, Pace, WorkerInfo
+from farm.records import Pace, WorkerInfo
 from farm.settings import Settings
 from farm.storage import Storage
 from workers import tiny
 from workers.device import choose_device, choose_dtype
 from workers.engine import Engine
+from workers.forward_sizes import ForwardSizes
+from workers.observing import Held, Observer
 from workers.pins import Pins
+from workers.pipelines import Pipeline, load
 
 log = logging.getLogger(__name__)
 
@@ -67,15 +69,10 @@ def fetched(source: str, storage: Storage, cache: Path) -> str:
     return str(folder)
 
 
-@dataclass(eq=False)
-class Held:
-    """A job this worker has claimed and not ended yet."""
-
-    claim: Claim
-    cancelled: threading.Event = field(default_factory=threading.Event)
-    """Set when somebody wants it stopped."""
-    lost: threading.Event = field(default_factory=threading.Event)
-    """Set when the lease is no longer ours, or could not be renewed in time."""
+def weights_bytes(source: str) -> int:
+    """What a model's weights take on disk, if they lie here; 0 if nobody knows yet."""
+    folder = Path(tiny.WEIGHTS if source == "tiny" else source).expanduser()
+    return sum(file.stat().st_size for file in folder.glob("*/*.safetensors"))
 
 
 class Worker:
@@ -94,32 +91,57 @@ class Worker:
         self._heart = threading.Thread(target=self._beat_on, name="heartbeat", daemon=True)
 
     def build(self) -> None:
-        """Load and warm every model. Raises `ModelError`, or `ServiceUnavailable` for one in S3."""
+        """Load and warm the models. Raises `ModelError` if none can be had, or one can't render."""
         self.db.check_schema()
         device = choose_device(self.settings.device)
         dtype = choose_dtype(self.settings.dtype, device)
-        sources = {
-            name: fetched(source, self.storage, self.settings.model_cache)
-            for name, source in model_sources(self.settings.models).items()
-        }
-        self.pins = Pins.load(sources, device, dtype)
-        self.engine = Engine(self.pins, slots=self.settings.slots, line=4 * self.settings.slots)
+        settings = self.settings
+
+        def open_model(name: str, source: str) -> Pipeline:
+            return load(
+                fetched(source, self.storage, settings.model_cache),
+                device,
+                dtype,
+                lambda part: log.info("loading model=%s %s", name, part),
+                compiled=settings.compile,
+                embeddings=settings.embeddings,
+            )
+
+        self.pins = Pins(model_sources(settings.models), open_model, settings.memory_budget, size=weights_bytes)
+        self.pins.load_all()
+        self.engine = Engine(
+            self.pins,
+            slots=settings.slots,
+            line=4 * settings.slots,
+            sizes=ForwardSizes(settings.forward_sizes, most_rows=2 * settings.slots),
+            deterministic=settings.deterministic,
+        )
         self.engine.start()
         began = time.monotonic()
         self.engine.warm()
-        log.info("warmed models=%s device=%s in %.1f s", ",".join(self.pins.names), device, time.monotonic() - began)
+        held = ",".join(self.pins.held)
+        log.info("warmed models=%s device=%s in %.1f s", held, device, time.monotonic() - began)
+        self.observer = Observer(self.engine, self.storage, self.store, settings)
         self.info = WorkerInfo(
             name=self.name,
             device=str(device),
             dtype=str(dtype).removeprefix("torch."),
-            slots=self.settings.slots,
+            slots=self.engine.slots,
             version=__version__,
             models=tuple(self._describe(name) for name in self.pins.names),
         )
 
     def _describe(self, name: str) -> Mapping[str, object]:
-        pipeline = self.pins.get(name)
-        return {"name": name, "sha256": pipeline.sha256, "bytes": pipeline.nbytes}
+        if name not in self.pins.held:
+            return {"name": name}
+        with self.pins.using(name) as pipeline:
+            return {
+                "name": name,
+                "sha256": pipeline.sha256,
+                "bytes": pipeline.nbytes,
+                "family": pipeline.family,
+                "samplers": pipeline.samplers,
+            }
 
     def live(self) -> None:
         """Make the worker known and begin to renew leases."""
@@ -176,13 +198,15 @@ class Worker:
         paces = {}
         for held in mine:
             seen = progress.get(held.claim.job_id)
-            paces[held.claim.job_id, held.claim.attempt] = Pace(seen.steps_done if seen else 0, None)
+            pace = Pace(seen.steps_done, seen.seconds_per_step) if seen else Pace(0, None)
+            paces[held.claim.job_id, held.claim.attempt] = pace
         beat = self.store.beat(self.name, paces)
         for held in mine:
             if held.claim.job_id in beat.cancelled:
                 self._stop_render(held, held.cancelled)
             elif held.claim.job_id in beat.lost:
                 self._stop_render(held, held.lost)
+        self.observer.beat(mine, beat.previews)
         return asked
 
     def _stop_render(self, held: Held, why: threading.Event) -> None:
@@ -196,7 +220,7 @@ class Worker:
     # --- the end --------------------------------------------------------------------------------------------
 
     def drain(self) -> None:
-        """Claim no more, finish what can be finished in `drain_seconds`, hand the rest back."""
+        """Claim no more, finish what can be finished in `drain_seconds`, write down and hand back the rest."""
         if not self.draining.is_set():
             self.draining.set()
             log.info("draining, %.0f s at most", self.settings.drain_seconds)
@@ -208,6 +232,7 @@ class Worker:
         if self._heart.is_alive():
             self._heart.join(self.settings.beat_seconds + 5)
         self.engine.stop()
+        self.observer.close()
         try:
             self.store.leave(self.name)
         except ServiceUnavailable as error:

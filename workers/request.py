@@ -145,6 +145,9 @@ class RenderRequest:
 
     def snapshot(self, model_sha256: str) -> Snapshot:
         """Its state between two steps; by the thread that steps it."""
+        remembered = vars(self.scheduler) if self.scheduler is not None else {}
+        # Schedulers change their lists in place; tensors they replace.
+        memory = {key: list(value) if isinstance(value, list) else value for key, value in remembered.items()}
         return Snapshot(
             spec=self.spec,
             model_sha256=model_sha256,
@@ -153,7 +156,7 @@ class RenderRequest:
             latents=self.latents,
             history=self.history,
             generator=self.generator.get_state(),
-            scheduler=dict(vars(self.scheduler)) if self.scheduler is not None else {},
+            scheduler=memory,
         )
 
 

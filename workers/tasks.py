@@ -17,11 +17,12 @@ from farm.errors import (
     RenderHandedBack,
     ServiceUnavailable,
 )
-from farm.records import Picture
-from farm.storage import image_key
-from workers import png
-from workers.lifecycle import Held, Worker
-from workers.request import Rendered, RenderRequest
+from farm.records import Claim, Picture
+from farm.storage import image_key, trajectory_keys
+from workers import film, png, state
+from workers.lifecycle import Worker
+from workers.observing import Held
+from workers.request import HandedBack, Rendered, RenderRequest, Snapshot
 
 log = logging.getLogger(__name__)
 
@@ -65,30 +66,55 @@ def render_job(worker: Worker, job_id: str) -> str:
 def _render(worker: Worker, held: Held) -> str:
     claim, store = held.claim, worker.store
     try:
-        rendered = worker.engine.submit(RenderRequest(claim.job_id, claim.spec)).result()
-        return _deliver(worker, held, rendered)
+        request = RenderRequest(claim.job_id, claim.spec, claim.priority, resume=_resumed(worker, claim))
+        future = worker.engine.submit(request)
+        worker.observer.begin(held)
+        return _deliver(worker, held, future.result())
     except RenderCancelled:
         if held.cancelled.is_set():
+            _forget(worker, held)
             _insist(lambda: store.stopped(claim))
             return "cancelled"
+        worker.observer.end(held)
         return "lease lost: rendered elsewhere"
-    except RenderHandedBack:
-        _insist(lambda: store.hand_back(claim))
+    except RenderHandedBack as error:
+        snapshot = error.snapshot if isinstance(error, HandedBack) else None
+        if snapshot is not None and not claim.spec.trajectory:
+            worker.observer.checkpoint(held, snapshot)
+        worker.observer.end(held)
+        # If SQL is away now, the lease runs out and does the same.
+        _insist(lambda: store.hand_back(claim), seconds=worker.settings.drain_seconds / 4)
         return "handed back: the worker stops"
     except FarmError as error:
         reason, retryable = str(error), error.retryable
         log.warning("render failed job_id=%s attempt=%d: %s", claim.job_id, claim.attempt, error)
+        _forget(worker, held)
         _insist(lambda: store.fail(claim, reason, retryable=retryable))
         raise
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         log.exception("render broke job_id=%s attempt=%d", claim.job_id, claim.attempt)
+        _forget(worker, held)
         _insist(lambda: store.fail(claim, reason, retryable=True))
         raise
 
 
+def _resumed(worker: Worker, claim: Claim) -> Snapshot | None:
+    """Where an earlier attempt stopped; None if none left its state, or that can't be used."""
+    key = claim.checkpoint_key
+    if key is None or claim.spec.trajectory:
+        return None
+    try:
+        snapshot = state.unpack(worker.storage.get(key))
+    except (FarmError, ValueError) as error:
+        log.warning("job_id=%s starts afresh: %s can't be read: %s", claim.job_id, key, error)
+        return None
+    log.info("resuming job_id=%s attempt=%d at step=%d", claim.job_id, claim.attempt, snapshot.steps_done)
+    return snapshot
+
+
 def _deliver(worker: Worker, held: Held, rendered: Rendered) -> str:
-    claim = held.claim
+    claim, storage = held.claim, worker.storage
     data = png.encode(
         claim.spec,
         rendered,
@@ -111,17 +137,36 @@ def _deliver(worker: Worker, held: Held, rendered: Rendered) -> str:
         render_seconds=rendered.render_seconds,
         warnings=rendered.warnings,
     )
-    _insist(lambda: worker.storage.put(key, data, "image/png"))
-    if not _insist(lambda: worker.store.succeed(claim, picture)):
-        # Somebody else renders this job now, under another attempt and so another key.
-        _insist(lambda: worker.storage.delete(key))
+    objects = [(key, data, "image/png")]
+    if rendered.frames:
+        strip_key, animation_key = trajectory_keys(key)
+        objects += [
+            (strip_key, film.strip(rendered.frames), "image/png"),
+            (animation_key, film.animation(rendered.frames), "image/webp"),
+        ]
+    for name, content, content_type in objects:
+        _insist(lambda: storage.put(name, content, content_type))  # noqa: B023 - called here and now
+    succeeded = _insist(lambda: worker.store.succeed(claim, picture))
+    if not succeeded:
+        # Somebody else renders this job now, under another attempt and so other keys.
+        worker.observer.end(held)
+        _insist(lambda: storage.delete_many([name for name, _, _ in objects]))
         return "too late: rendered elsewhere"
-    return f"s3://{worker.storage.bucket}/{key}"
+    _forget(worker, held)
+    return f"s3://{storage.bucket}/{key}"
 
 
-def _insist(call: Callable[[], T]) -> T:
-    """Call again while a service is away, for `OUTAGE_SECONDS`: what is rendered is not thrown away lightly."""
-    deadline = time.monotonic() + OUTAGE_SECONDS
+def _forget(worker: Worker, held: Held) -> None:
+    """Delete what was written of a job while it ran."""
+    try:
+        worker.observer.forget(held)
+    except FarmError as error:
+        log.warning("left behind for job_id=%s: %s (%s)", held.claim.job_id, ", ".join(sorted(held.objects)), error)
+
+
+def _insist(call: Callable[[], T], seconds: float = OUTAGE_SECONDS) -> T:
+    """Call again while a service is away, for so long: what is rendered is not thrown away lightly."""
+    deadline = time.monotonic() + seconds
     pause = 0.5
     while True:
         try:

@@ -1,0 +1,151 @@
+"""What leaves a render while it runs: its state, so that another worker can go on from it, and how it looks."""
+
+import io
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from PIL.PngImagePlugin import PngInfo
+
+from farm.errors import FarmError
+from farm.jobs import JobStore
+from farm.records import Claim
+from farm.settings import Settings
+from farm.storage import Storage, checkpoint_key, preview_key
+from workers import state
+from workers.engine import Engine
+from workers.request import Snapshot
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class Held:
+    """A job this worker has claimed and not ended yet."""
+
+    claim: Claim
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    """Set when somebody wants it stopped."""
+    lost: threading.Event = field(default_factory=threading.Event)
+    """Set when the lease is no longer ours, or could not be renewed in time."""
+    writing: threading.Lock = field(default_factory=threading.Lock)
+    """Held while an object of it is written; after `ended` is set none is."""
+    ended: bool = False
+    objects: set[str] = field(default_factory=set)
+    """Keys of what lies in the object store for it and goes with it."""
+    checkpointed: float = field(default_factory=time.monotonic)
+    """When its state was last written down, or asked for."""
+    preview_vae: bool | None = None
+    """How somebody wants to see it now; None while nobody does."""
+
+
+class Observer:
+    """Looks at running renders between their steps, and writes what it sees into the object store.
+
+    Beside the render loop, and harmless: what can't be written is logged, and the render goes on.
+    """
+
+    def __init__(self, engine: Engine, storage: Storage, store: JobStore, settings: Settings) -> None:
+        self._engine, self._storage, self._store = engine, storage, store
+        self._checkpoint_seconds = settings.checkpoint_seconds
+        self._checkpoint_steps = settings.checkpoint_steps
+        self._preview_steps = settings.preview_steps
+        self._pool = ThreadPoolExecutor(2, thread_name_prefix="observer")
+
+    def begin(self, held: Held) -> None:
+        """Look at a claimed job every so many steps, if that is how checkpoints are set."""
+        if self._checkpoint_steps is not None and not held.claim.spec.trajectory:
+            self._look(held, self._checkpoint_steps, self._checkpoint_on)
+
+    def beat(self, held: Sequence[Held], previews: Mapping[str, bool]) -> None:
+        """Checkpoint those whose time has come, and begin to show those somebody watches; called with every beat."""
+        now = time.monotonic()
+        for one in held:
+            wanted = previews.get(one.claim.job_id)
+            if wanted is not None and one.preview_vae is None:
+                self._look(one, 0, self._preview)
+            one.preview_vae = wanted
+            due = self._checkpoint_seconds is not None and now - one.checkpointed >= self._checkpoint_seconds
+            # The film of a trajectory needs every step: such a render begins anew.
+            if due and not one.claim.spec.trajectory:
+                one.checkpointed = now
+                self._look(one, 0, self.checkpoint)
+
+    def end(self, held: Held) -> None:
+        """Write nothing more of a job, whatever is under way."""
+        with held.writing:
+            held.ended = True
+
+    def forget(self, held: Held) -> None:
+        """Delete what this and earlier attempts wrote of a job that has ended; raises `StorageUnavailable`."""
+        self.end(held)
+        claim = held.claim
+        for attempt in range(1, claim.attempt):  # one that died can't have told what it wrote last
+            held.objects.add(checkpoint_key(claim.batch_id, claim.index, attempt))
+            held.objects.add(preview_key(claim.batch_id, claim.index, attempt))
+        if held.objects:
+            self._storage.delete_many(sorted(held.objects))
+
+    def close(self) -> None:
+        """Look no more."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def checkpoint(self, held: Held, snapshot: Snapshot) -> None:
+        """Write a job's state down, for a later attempt on any worker. Logs what goes wrong."""
+        claim = held.claim
+        key = checkpoint_key(claim.batch_id, claim.index, claim.attempt)
+        if self._put(held, key, state.pack(snapshot), "application/octet-stream"):
+            try:
+                is_ours = self._store.checkpointed(claim, key)
+                outdated = claim.checkpoint_key if is_ours else key
+                if outdated is not None:
+                    self._storage.delete(outdated)
+            except FarmError as error:
+                log.warning("can't record the checkpoint of job_id=%s: %s", claim.job_id, error)
+            else:
+                log.info("checkpointed job_id=%s attempt=%d step=%d", claim.job_id, claim.attempt, snapshot.steps_done)
+
+    def _checkpoint_on(self, held: Held, snapshot: Snapshot) -> None:
+        self.checkpoint(held, snapshot)
+        self._look(held, snapshot.steps_done + (self._checkpoint_steps or 1), self._checkpoint_on)
+
+    def _preview(self, held: Held, snapshot: Snapshot) -> None:
+        claim, vae = held.claim, held.preview_vae
+        if vae is None:
+            return
+        image, text = self._engine.picture(snapshot, vae=vae), PngInfo()
+        text.add_text("step", str(snapshot.steps_done))
+        text.add_text("steps", str(snapshot.spec.num_inference_steps))
+        out = io.BytesIO()
+        image.save(out, "PNG", pnginfo=text, compress_level=1)
+        self._put(held, preview_key(claim.batch_id, claim.index, claim.attempt), out.getvalue(), "image/png")
+        self._look(held, snapshot.steps_done + self._preview_steps, self._preview)
+
+    def _look(self, held: Held, steps_done: int, then: Callable[[Held, Snapshot], None]) -> None:
+        def seen(look: Future[Snapshot]) -> None:
+            # Called by the render loop, between two steps: the work is for a thread of ours.
+            if not look.cancelled() and not held.ended:
+                self._pool.submit(self._safely, then, held, look.result())
+
+        self._engine.look(held.claim.job_id, steps_done).add_done_callback(seen)
+
+    def _safely(self, then: Callable[[Held, Snapshot], None], held: Held, snapshot: Snapshot) -> None:
+        try:
+            then(held, snapshot)
+        except Exception:
+            log.exception("can't show or keep the state of job_id=%s", held.claim.job_id)
+
+    def _put(self, held: Held, key: str, data: bytes, content_type: str) -> bool:
+        with held.writing:
+            if held.ended:
+                return False
+            held.objects.add(key)
+            try:
+                self._storage.put(key, data, content_type)
+            except FarmError as error:
+                log.warning("can't write %s: %s", key, error)
+                return False
+        return True
