@@ -3,8 +3,9 @@ import logging
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from farm.errors import ModelError
 from workers.device import choose_device, choose_dtype
 from workers.pins import Pins
 from workers.pipelines.null import NullPipeline
+
+T = TypeVar("T")
 
 SECONDS = 20
 """More than any step here takes."""
@@ -100,11 +103,18 @@ def raising(*errors: Exception | None) -> Callable[[], None]:
     return call
 
 
-@pytest.fixture
-def threads() -> Iterator[ThreadPoolExecutor]:
-    pool = ThreadPoolExecutor(16)
-    yield pool
-    pool.shutdown(wait=False, cancel_futures=True)
+def start(call: Callable[..., T], *args: object) -> Future[T]:
+    """Call it in a thread that holds up nobody, should it never end."""
+
+    def run() -> None:
+        try:
+            future.set_result(call(*args))
+        except BaseException as error:  # noqa: BLE001 - it is for whoever asks for the result
+            future.set_exception(error)
+
+    future: Future[T] = Future()
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 
 # --- at the start
@@ -345,12 +355,12 @@ def test_the_log_says_what_was_pinned_evicted_and_failed(caplog: pytest.LogCaptu
 # --- many threads
 
 
-def test_a_model_in_use_is_waited_for_and_not_evicted(threads: ThreadPoolExecutor) -> None:
+def test_a_model_in_use_is_waited_for_and_not_evicted() -> None:
     shelf = Shelf(a=600, b=600)
     pins = shelf.pins(1000, guessed=True)
     pins.use("a")
     pins.use("a")
-    waiting = threads.submit(pins.use, "b")
+    waiting = start(pins.use, "b")
     until_it_waits(pins)
     pins.release("a")
     until_it_waits(pins)  # one user of it is left
@@ -360,27 +370,27 @@ def test_a_model_in_use_is_waited_for_and_not_evicted(threads: ThreadPoolExecuto
     assert pins.held == ("b",)
 
 
-def test_users_of_a_held_model_do_not_wait_for_a_load(threads: ThreadPoolExecutor) -> None:
+def test_users_of_a_held_model_do_not_wait_for_a_load() -> None:
     shelf = Shelf(a=1, b=1)
     begun, go_on = threading.Event(), threading.Event()
     shelf.on_load["b"] = lambda: (begun.set(), go_on.wait(SECONDS))
     pins = shelf.pins()
     touch(pins, "a")
-    loading = threads.submit(pins.use, "b")
+    loading = start(pins.use, "b")
     assert begun.wait(SECONDS)
-    threads.submit(touch, pins, "a").result(SECONDS)
+    start(touch, pins, "a").result(SECONDS)
     assert pins.held == ("a",)
     assert not loading.done()
     go_on.set()
     loading.result(SECONDS)
 
 
-def test_all_who_wait_for_a_model_share_one_load(threads: ThreadPoolExecutor) -> None:
+def test_all_who_wait_for_a_model_share_one_load() -> None:
     shelf = Shelf(a=1)
     go_on = threading.Event()
     shelf.on_load["a"] = lambda: go_on.wait(SECONDS)
     pins = shelf.pins()
-    uses = [threads.submit(pins.use, "a") for _ in range(8)]
+    uses = [start(pins.use, "a") for _ in range(8)]
     until_in_line(pins, 8)
     go_on.set()
     assert len({id(use.result(SECONDS)) for use in uses}) == 1
@@ -388,9 +398,7 @@ def test_all_who_wait_for_a_model_share_one_load(threads: ThreadPoolExecutor) ->
     assert pins._users["a"] == 8
 
 
-def test_all_who_wait_for_a_model_hear_that_it_failed_and_the_next_in_line_is_loaded(
-    threads: ThreadPoolExecutor,
-) -> None:
+def test_all_who_wait_for_a_model_hear_that_it_failed_and_the_next_in_line_is_loaded() -> None:
     def fail() -> None:
         go_on.wait(SECONDS)
         raise OSError("the share is away")
@@ -399,9 +407,9 @@ def test_all_who_wait_for_a_model_hear_that_it_failed_and_the_next_in_line_is_lo
     shelf = Shelf(a=1, b=1)
     shelf.on_load["a"] = fail
     pins = shelf.pins()
-    uses = [threads.submit(pins.use, "a") for _ in range(4)]
+    uses = [start(pins.use, "a") for _ in range(4)]
     until_in_line(pins, 4)
-    next_in_line = threads.submit(pins.use, "b")
+    next_in_line = start(pins.use, "b")
     until_in_line(pins, 1)
     go_on.set()
     for use in uses:
@@ -411,14 +419,14 @@ def test_all_who_wait_for_a_model_hear_that_it_failed_and_the_next_in_line_is_lo
     assert shelf.loading == ["a", "b"]
 
 
-def test_who_waits_for_room_is_not_starved_by_new_users_of_what_must_leave(threads: ThreadPoolExecutor) -> None:
+def test_who_waits_for_room_is_not_starved_by_new_users_of_what_must_leave() -> None:
     shelf = Shelf(a=600, b=600)
     pins = shelf.pins(1000, guessed=True)
     pins.use("a")
-    waiting = threads.submit(pins.use, "b")
+    waiting = start(pins.use, "b")
     until_it_waits(pins)
     until_in_line(pins, 1)
-    late = [threads.submit(pins.use, "a") for _ in range(4)]
+    late = [start(pins.use, "a") for _ in range(4)]
     until_in_line(pins, 4)
     pins.release("a")
     waiting.result(SECONDS)
@@ -429,31 +437,29 @@ def test_who_waits_for_room_is_not_starved_by_new_users_of_what_must_leave(threa
     assert shelf.loading == ["a", "b", "a"]
 
 
-def test_a_model_that_need_not_leave_takes_new_users_while_somebody_waits(threads: ThreadPoolExecutor) -> None:
+def test_a_model_that_need_not_leave_takes_new_users_while_somebody_waits() -> None:
     shelf = Shelf(a=400, b=400, c=400)
     pins = shelf.pins(1000, guessed=True)
     pins.use("a")
     pins.use("b")
-    waiting = threads.submit(pins.use, "c")
+    waiting = start(pins.use, "c")
     until_it_waits(pins)
-    threads.submit(touch, pins, "b").result(SECONDS)
+    start(touch, pins, "b").result(SECONDS)
     assert not waiting.done()
     pins.release("a")
     waiting.result(SECONDS)
     assert pins.held == ("c", "b")
 
 
-def test_who_waited_behind_a_model_that_got_its_room_elsewhere_finds_his_still_loaded(
-    threads: ThreadPoolExecutor,
-) -> None:
+def test_who_waited_behind_a_model_that_got_its_room_elsewhere_finds_his_still_loaded() -> None:
     shelf = Shelf(a=400, b=400, c=400)
     pins = shelf.pins(1000, guessed=True)
     pins.use("a")
     pins.use("b")
-    waiting = threads.submit(pins.use, "c")
+    waiting = start(pins.use, "c")
     until_it_waits(pins)
     until_in_line(pins, 1)
-    late = threads.submit(pins.use, "a")
+    late = start(pins.use, "a")
     until_in_line(pins, 1)
     pins.release("b")  # and not a, the one chosen
     waiting.result(SECONDS)
@@ -462,7 +468,7 @@ def test_who_waited_behind_a_model_that_got_its_room_elsewhere_finds_his_still_l
     assert pins._users == Counter(a=2, b=0, c=1)
 
 
-def test_models_that_can_not_be_held_together_take_turns_until_all_are_served(threads: ThreadPoolExecutor) -> None:
+def test_models_that_can_not_be_held_together_take_turns_until_all_are_served() -> None:
     shelf = Shelf(a=600, b=600, c=600)
     pins = shelf.pins(1000, guessed=True)
     together = threading.Barrier(12)
@@ -475,7 +481,7 @@ def test_models_that_can_not_be_held_together_take_turns_until_all_are_served(th
                 assert pins.held == (name,)
         return 50
 
-    ends: list[Future[int]] = [threads.submit(use, name) for name in "abc" * 4]
+    ends: list[Future[int]] = [start(use, name) for name in "abc" * 4]
     assert sum(end.result(SECONDS) for end in ends) == 600
     assert pins.loads == len(shelf.loading) == pins.evictions + 1
     assert sum(pins._users.values()) == 0
