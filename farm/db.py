@@ -203,7 +203,7 @@ class WorkerRow(Base):
     slots: Mapped[int]
     version: Mapped[str] = mapped_column(sa.String(40))
     models: Mapped[list[dict[str, Any]]]
-    """Of each pinned model: name, sha256, bytes."""
+    """Of each model it serves: name, and once it is loaded sha256, bytes, family, samplers."""
 
 
 class Database:

@@ -30,14 +30,14 @@ class Kind:
 def held_kinds(workers: Iterable[WorkerInfo]) -> dict[str, Kind]:
     """The kind of each model that a living worker holds.
 
-    A model of which a worker does not say it, or that two hold as different kinds, is left out.
+    A worker that has not loaded a model does not know; a model that two hold as different kinds is left out.
     """
-    kinds: dict[str, set[Kind | None]] = {}
+    kinds: dict[str, set[Kind]] = {}
     for worker in workers:
         for model in worker.models if worker.alive else ():
-            kind = Kind(model["samplers"], model.get("family") or "") if model.get("samplers") else None
-            kinds.setdefault(model["name"], set()).add(kind)
-    return {name: kind for name, found in kinds.items() if len(found) == 1 and (kind := found.pop())}
+            if model.get("samplers"):
+                kinds.setdefault(model["name"], set()).add(Kind(model["samplers"], model.get("family") or ""))
+    return {name: found.pop() for name, found in kinds.items() if len(found) == 1}
 
 
 def sampler_problem(spec: RenderSpec, where: str, kinds: Mapping[str, Kind]) -> Problem | None:

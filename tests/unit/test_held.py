@@ -36,6 +36,10 @@ def test_a_sampler_that_only_another_family_of_its_kind_takes_is_refused() -> No
     assert "heun can't sample flux" in said("flux", "heun", worker(SD3, FLUX))
 
 
+def test_a_worker_that_has_not_loaded_a_model_leaves_the_others_word() -> None:
+    assert "ddim can't sample sd3" in said("sd3", "ddim", worker(SD3), worker({"name": "sd3"}))
+
+
 def test_diffusers_class_names_are_checked_as_well() -> None:
     assert "FlowMatchEulerDiscreteScheduler can't" in said("sd15", "FlowMatchEulerDiscreteScheduler", worker(SD15))
     assert said("flux", "FlowMatchEulerDiscreteScheduler", worker(FLUX)) == ""
