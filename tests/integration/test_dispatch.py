@@ -122,7 +122,7 @@ def test_an_object_store_that_is_away_holds_up_no_job(settings: Settings, databa
     standing = threading.Thread(target=Dispatcher(store, broker, away, settings).run, args=(stop,))
     standing.start()
     batch_id = store.submit("later", "me", 50, [RenderSpec(prompt="later")])
-    wait_until(lambda: store.queued("tiny") == [f"{batch_id}-1"], "the job is queued", seconds=10)
+    wait_until(lambda: store.queued("tiny") == [f"{batch_id}-1"], "the job is queued", seconds=40)  # S3 hangs for sixty
     stop.set()
     standing.join()
     assert store.stale_checkpoints()
