@@ -103,7 +103,7 @@ class Worker:
                 device,
                 dtype,
                 lambda part: log.info("loading model=%s %s", name, part),
-                compiled=settings.compile,
+                compile=settings.compile,
                 embeddings=settings.embeddings,
             )
 

@@ -28,6 +28,7 @@ def environment(settings: Settings, **more: object) -> dict[str, str]:
         "FARM_HOME": str(settings.home),
         "FARM_LEASE_SECONDS": str(settings.lease_seconds),
         "FARM_BEAT_SECONDS": str(settings.beat_seconds),
+        "FARM_FORWARD_SIZES": str(settings.forward_sizes),
         "OMP_NUM_THREADS": "1",
         **{name: str(value) for name, value in more.items()},
     }
@@ -112,9 +113,11 @@ class Crew:
 
 
 @pytest.fixture
-def crew(settings: Settings, tmp_path: Path) -> Iterator[Crew]:
+def crew(settings: Settings, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crew]:
     """Starts dispatchers and workers, and leaves none behind."""
-    crew = Crew(settings.model_copy(update={"lease_seconds": 2.0, "beat_seconds": 0.4}), tmp_path)
+    measured_once = tmp_path_factory.getbasetemp() / "forwards.json"
+    quick = {"lease_seconds": 2.0, "beat_seconds": 0.4, "forward_sizes": measured_once}
+    crew = Crew(settings.model_copy(update=quick), tmp_path)
     yield crew
     crew.end()
 
