@@ -31,6 +31,12 @@ def database_url(sqlite_url: str) -> str:
 
 
 @pytest.fixture
+def settings(settings: Settings) -> Settings:
+    """With leases that outlast a slow command."""
+    return settings.model_copy(update={"lease_seconds": 600.0})
+
+
+@pytest.fixture
 def database(sqlite_url: str) -> Iterator[Database]:
     database = Database(sqlite_url)
     yield database
@@ -235,8 +241,11 @@ def test_a_job_says_how_long_it_still_takes(job: Job, worker: Stand) -> None:
     assert job.refresh().eta_seconds == 3.0
 
 
-def test_the_command_line_shows_pace_and_preview(job: Job, worker: Stand, settings: Settings, tmp_path: Path) -> None:
-    def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+@pytest.fixture
+def command(settings: Settings, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs `farm …` in a folder of its own."""
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "farm", *arguments],
             env=environment(settings, COLUMNS="200"),
@@ -247,6 +256,25 @@ def test_the_command_line_shows_pace_and_preview(job: Job, worker: Stand, settin
             check=False,
         )
 
+    return run
+
+
+def test_the_command_line_submits_all_that_a_spec_may_say(farm: Farm, worker: Stand, command) -> None:
+    worker.store.introduce(WorkerInfo("w1@host", "cpu", "float32", 8, "0", ({"name": "tiny"},)))  # not loaded yet
+    options = ["--guidance-rescale", "0.7", "--clip-skip", "2", "--eta", "0.5", "--true-cfg-scale", "4"]
+    done = command("submit", "a cat", "--name", "all", *options, "--deterministic", "--trajectory")
+    assert (done.returncode, done.stderr) == (0, "")
+    (said,) = (job.spec for job in farm.batch("all"))
+    assert (said.guidance_rescale, said.clip_skip, said.eta, said.true_cfg_scale) == (0.7, 2, 0.5, 4.0)
+    assert (said.deterministic, said.trajectory) == (True, True)
+    assert json.loads(command("models", "--json").stdout)["tiny"] == {
+        "sha256": None,
+        "workers": ["w1@host"],
+        "waiting": 1,
+    }
+
+
+def test_the_command_line_shows_pace_and_preview(job: Job, worker: Stand, command, tmp_path: Path) -> None:
     claim = worker.claim(job)
     worker.beat(claim, Pace(3, 1.5))
     worker.show(claim, 3)
