@@ -5,7 +5,7 @@ from functools import cache
 from importlib import import_module
 from pkgutil import iter_modules
 from types import ModuleType
-from typing import Protocol
+from typing import Protocol, TypedDict, Unpack
 
 import torch
 
@@ -32,7 +32,7 @@ class Pipeline(Protocol):
 
     @property
     def family(self) -> str:
-        """diffusers' class name of it, as in model_index.json."""
+        """The class name diffusers has for it, as in model_index.json."""
         ...
 
     @property
@@ -113,6 +113,15 @@ Report = Callable[[str], None]
 """Told, while a model loads, in a few words what is being loaded."""
 
 
+class Options(TypedDict, total=False):
+    """How a pipeline runs, whatever it draws."""
+
+    compile: bool
+    """Whether torch.compile makes its denoiser faster, which costs minutes at each new size of a forward."""
+    embeddings: int
+    """How many texts it remembers the embeddings of; 1024 if left out, 0 is none."""
+
+
 @cache
 def families() -> Mapping[str, ModuleType]:
     """The modules beside this one that render a family of checkpoints, by `_class_name` of its model_index.json.
@@ -123,12 +132,18 @@ def families() -> Mapping[str, ModuleType]:
     return {module.FAMILY.name: module for module in modules if hasattr(module, "FAMILY")}
 
 
-def load(source: str, device: torch.device, dtype: torch.dtype, report: Report = lambda _: None) -> Pipeline:
+def load(
+    source: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    report: Report = lambda _: None,
+    **options: Unpack[Options],
+) -> Pipeline:
     """The pipeline of a source: a local folder, a hub id, or `null:` (see `workers.pipelines.null`).
 
     Raises `ModelError` naming what is missing or wrong, or `torch.OutOfMemoryError`.
     """
     known: dict[str, Family] = {name: module.FAMILY for name, module in families().items()}
     checkpoint = open_checkpoint(source, known)
-    pipeline: Pipeline = families()[checkpoint.family].load(checkpoint, device, dtype, report)
+    pipeline: Pipeline = families()[checkpoint.family].load(checkpoint, device, dtype, report, **options)
     return pipeline

@@ -8,6 +8,7 @@ however many requests share it.
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Unpack
 from urllib.parse import parse_qsl
 
 import torch
@@ -16,7 +17,7 @@ from farm.errors import ModelError
 from farm.spec import RenderSpec
 from workers import sampling
 from workers.checkpoints import Checkpoint, Family
-from workers.pipelines import Report
+from workers.pipelines import Options, Report
 from workers.request import RenderRequest, Sampling
 
 FAMILY = Family("NullPipeline")
@@ -90,7 +91,9 @@ def colour(seed: int) -> torch.Tensor:
     return torch.rand(1, 3, 1, 1, generator=torch.Generator("cpu").manual_seed(seed))
 
 
-def load(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, report: Report) -> NullPipeline:
+def load(
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, report: Report, **options: Unpack[Options]
+) -> NullPipeline:
     """The null pipeline of a source's parameters. Raises `ModelError` for one that it has not."""
     given = parse_qsl(checkpoint.source.removeprefix("null:").removeprefix("?"), keep_blank_values=True)
     known = {"seconds_per_step": float, "width": int, "height": int}

@@ -6,11 +6,12 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from importlib import import_module
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self, Unpack
 
 import diffusers
 import torch
 import transformers
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.utils import is_accelerate_available
 from diffusers.utils.torch_utils import randn_tensor
 from torch.nn import functional as nn
@@ -20,7 +21,7 @@ from farm.samplers import find_sampler
 from farm.spec import RenderSpec
 from workers import sampling
 from workers.checkpoints import Checkpoint
-from workers.pipelines import Report
+from workers.pipelines import Options, Report
 from workers.request import RenderRequest, Sampling
 
 log = logging.getLogger(__name__)
@@ -28,39 +29,62 @@ log = logging.getLogger(__name__)
 Embedding = Mapping[str, torch.Tensor]
 """What the denoiser is told about one text: its keyword arguments, each (1, …)."""
 
-EMBEDDINGS = 1024
-"""How many texts a pipeline remembers the embeddings of."""
 DECODED_PIXELS = 4 * 1024 * 1024
 """How many pixels the VAE decodes at once; a single picture that is larger is decoded in tiles."""
 _SAMPLINGS = 512
+_GRAPHS = 1024
+"""How many graphs torch.compile keeps of one block's code: one for each width of a UNet and size of a forward."""
 
 
 class DiffusersPipeline(ABC):
     """A `Pipeline` over the parts of a built diffusers pipeline, whose pictures it draws.
 
     Does what that pipeline's own loop does, for many requests at once. Latents stay in float32 between the denoiser's
-    calls whatever its precision, so that devices differ less. No safety checker is loaded.
+    calls whatever its precision, so that devices differ less. Attention is diffusers' default, torch's
+    `scaled_dot_product_attention`. No safety checker is loaded.
     """
 
     samplers: ClassVar[str]
     """`diffusion` or `flow`: which recipe of a `farm.samplers.Sampler` it takes."""
+    token_limits: ClassVar[Mapping[str, int]] = {}
+    """Where diffusers' pipeline cuts texts elsewhere than at a tokenizer's own limit."""
 
-    def __init__(self, pipe: Any, checkpoint: Checkpoint) -> None:
+    def __init__(self, pipe: Any, checkpoint: Checkpoint, **options: Unpack[Options]) -> None:
         self.name = checkpoint.source
         self.sha256 = checkpoint.sha256
         self.family = checkpoint.family
         self.pipe = pipe
-        self.denoiser = pipe.unet if getattr(pipe, "unet", None) is not None else pipe.transformer
+        self.denoiser = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
         self.device: torch.device = pipe.device
         self.dtype: torch.dtype = self.denoiser.dtype
         models = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
         self.nbytes = sum(tensor.numel() * tensor.element_size() for part in models for tensor in part.parameters())
+        if self.device.type == "cuda":
+            for convolutional in (self.denoiser, pipe.vae):
+                convolutional.to(memory_format=torch.channels_last)
+        self.compiled = options.get("compile", False)
+        if self.compiled:
+            # Only the blocks that repeat: a minute instead of ten. A graph for each size, since those are measured.
+            self.denoiser.compile_repeated_blocks(fullgraph=True, dynamic=False, recompile_limit=_GRAPHS)
         self._samplings: dict[Any, Sampling] = {}
-        self._embeddings: OrderedDict[Any, tuple[Embedding, tuple[str, ...]]] = OrderedDict()
-        self._lock = threading.Lock()  # of the two above
-        self._gathered: tuple[Any, Embedding] = (None, {})
-        self._projection: torch.Tensor | None = None
+        self._most_embeddings = options.get("embeddings", 1024)
+        self._embeddings: OrderedDict[Any, tuple[Embedding, list[str]]] = OrderedDict()
         self.embedding_hits = self.embedding_misses = 0
+        self._lock = threading.Lock()  # of the four above
+        self._gathered: tuple[Sequence[Embedding], int, Embedding] = ((), 0, {})
+        self._projection: torch.Tensor | None = None
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        dtype: torch.dtype,
+        report: Report,
+        **options: Unpack[Options],
+    ) -> Self:
+        """Load a checked checkpoint onto the device. Raises `ModelError`, or `torch.OutOfMemoryError`."""
+        return cls(_load_pipe(checkpoint, device, dtype, report), checkpoint, **options)
 
     # --- what a family says
 
@@ -84,15 +108,20 @@ class DiffusersPipeline(ABC):
         """What diffusers' pipeline hands to `set_timesteps` beside the number of steps."""
         return {}
 
+    def mu(self, scheduler: Any, tokens: int, max_shift: float) -> float:
+        """By how much a flow's timesteps are shifted for a picture of so many tokens (Esser et al. 2024)."""
+        defaults = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": max_shift}
+        return float(calculate_shift(tokens, *(scheduler.config.get(name, value) for name, value in defaults.items())))
+
     def noise(self, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
         """The first noise, (1, *shape), drawn as diffusers' pipeline does."""
-        return randn_tensor((1, *shape), generator, device=self.device, dtype=torch.float32)
+        noise: torch.Tensor = randn_tensor((1, *shape), generator, device=self.device, dtype=torch.float32)
+        return noise
 
     def unscaled(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents as the VAE's decoder takes them."""
+        """Latents as the VAE's decoder takes them: (n, channels, height, width)."""
         config = self.pipe.vae.config
-        shift = getattr(config, "shift_factor", None) or 0.0
-        return latents / config.scaling_factor + shift
+        return latents / float(config.scaling_factor) + float(config.shift_factor or 0)
 
     # --- the verbs
 
@@ -125,6 +154,9 @@ class DiffusersPipeline(ABC):
         """Choose rows and sampling; raises `BadRequest` for a size or sampler that this checkpoint can't do."""
         spec = request.spec
         shape = self.shape(*self.size(spec))
+        layers = self.pipe.text_encoder.config.num_hidden_layers
+        if (spec.clip_skip or 0) >= layers:
+            raise BadRequest(f"{self.name} can't skip {spec.clip_skip} of its text encoder's {layers} layers")
         request.rows = 2 if self.guidance(spec) > 1 else 1
         key = (spec.scheduler, spec.num_inference_steps, spec.eta, shape)
         with self._lock:
@@ -148,9 +180,9 @@ class DiffusersPipeline(ABC):
             texts.insert(0, ("negative prompt", spec.negative_prompt, None, True))
         rows = []
         for what, text, clip_skip, negative in texts:
-            embedding, cut = self._remembered(text, clip_skip, negative=negative)
+            embedding, cuts = self._embedding(text, clip_skip, negative)
             rows.append(self.conditioned(embedding, spec))
-            request.warnings += [f"the {what} {warning}" for warning in cut]
+            request.warnings += [f"the {what} {cut}" for cut in cuts]
         request.conditioning = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
     def denoise(self, requests: Sequence[RenderRequest], rows: int | None = None) -> torch.Tensor:
@@ -180,7 +212,7 @@ class DiffusersPipeline(ABC):
         latents = self.unscaled(latents).to(vae.dtype)
         width, height = (size * self.pipe.vae_scale_factor for size in (latents.shape[-1], latents.shape[-2]))
         pictures = []
-        for slice_ in latents.split(max(1, DECODED_PIXELS // (width * height))):
+        for slice_ in torch.split(latents, max(1, DECODED_PIXELS // (width * height))):
             decode = vae.tiled_decode if width * height > DECODED_PIXELS else vae.decode
             try:
                 decoded = decode(slice_, return_dict=False)[0]
@@ -193,12 +225,13 @@ class DiffusersPipeline(ABC):
         return torch.cat(pictures)
 
     def preview(self, latents: torch.Tensor) -> torch.Tensor:
-        """A linear map from latent channels to RGB, fitted once to what the VAE makes of random latents."""
+        """A linear map from latent channels to RGB, fitted once to what the VAE makes of patches of colour."""
         if self._projection is None:
             self._projection = self._fit_projection()
-        spatial = self.unscaled(latents)
-        ones = torch.ones_like(spatial[:, :1])
-        return torch.einsum("nchw,cr->nrhw", torch.cat([spatial, ones], 1), self._projection).clamp(0, 1)
+        *by_channel, constant = self._projection
+        colours = torch.einsum("nchw,cr->nrhw", self.unscaled(latents), torch.stack(by_channel))
+        pictures: torch.Tensor = (colours + constant.view(1, 3, 1, 1)).clamp(0, 1)
+        return pictures
 
     # --- beneath them
 
@@ -209,9 +242,9 @@ class DiffusersPipeline(ABC):
         if spec.scheduler is not None:
             sampler = find_sampler(spec.scheduler)
             recipe = getattr(sampler, self.samplers, None)
-            if recipe is None:
+            if recipe is None or not recipe.fits(self.family):
                 raise BadRequest(f"{self.name} ({self.family}) can't be sampled with {spec.scheduler!r}")
-            kind, config = getattr(diffusers, recipe.class_name), dict(recipe.config)
+            kind, config = getattr(diffusers, recipe.class_name), recipe.over(base.config)
 
         def make() -> Any:
             scheduler = kind.from_config(base.config, **config)
@@ -225,8 +258,8 @@ class DiffusersPipeline(ABC):
         except Exception as error:
             raise BadRequest(f"{self.name} can't be sampled in {steps} steps of {kind.__name__}: {error}") from error
 
-    def _remembered(self, text: str, clip_skip: int | None, *, negative: bool) -> tuple[Embedding, tuple[str, ...]]:
-        """A text's embedding and what of the text it leaves out."""
+    def _embedding(self, text: str, clip_skip: int | None, negative: bool) -> tuple[Embedding, list[str]]:
+        """A text's embedding, and what of the text it leaves out; remembered, so nobody may write to it."""
         key = (text, clip_skip, negative)
         with self._lock:
             found = self._embeddings.get(key)
@@ -235,42 +268,40 @@ class DiffusersPipeline(ABC):
                 self._embeddings.move_to_end(key)
                 return found
             self.embedding_misses += 1
-        made = self.embed(text, clip_skip, negative=negative), tuple(self._cuts(text))
+        made = self.embed(text, clip_skip, negative=negative), self._cuts(text)
         with self._lock:
             self._embeddings[key] = made
-            # The empty prompt is everybody's negative: it never leaves.
-            oldest = next(old for old in self._embeddings if old[0])
-            if len(self._embeddings) > EMBEDDINGS:
+            # The empty prompt is most people's negative: it never leaves.
+            texts = [key for key in self._embeddings if key[0] or not self._most_embeddings]
+            for oldest in texts[: max(0, len(self._embeddings) - self._most_embeddings)]:
                 del self._embeddings[oldest]
         return made
 
     def _cuts(self, text: str) -> list[str]:
-        """What each tokenizer leaves out of a text, as words of a warning."""
+        """What each tokenizer leaves out of a text, as the end of a warning."""
         cuts = []
         for number in ("", "_2", "_3"):
             tokenizer = getattr(self.pipe, f"tokenizer{number}", None)
             if tokenizer is None:
                 continue
             limit = self.token_limits.get(f"tokenizer{number}", tokenizer.model_max_length)
-            tokens = tokenizer(text, truncation=True, max_length=limit, return_overflowing_tokens=True).input_ids
-            if tokens and isinstance(tokens[0], list) and len(tokens) > 1:
-                rest = tokenizer.decode([token for row in tokens[1:] for token in row], skip_special_tokens=True)
-                cuts.append(f"was cut at {limit} tokens{number and f' of text encoder {number[1:]}'}; left out: {rest:.200}")
+            rest = tokenizer(text, truncation=True, max_length=limit, return_overflowing_tokens=True).input_ids[1:]
+            if rest:
+                words = tokenizer.decode([token for row in rest for token in row], skip_special_tokens=True)
+                encoder = f" for text_encoder{number}" if number else ""
+                cuts.append(f"was cut at {limit} tokens{encoder}; left out: {words:.200}")
         return cuts
-
-    token_limits: ClassVar[Mapping[str, int]] = {}
-    """Where a family cuts texts elsewhere than at its tokenizer's own limit."""
 
     def _gather(self, requests: Sequence[RenderRequest], rows: int) -> Embedding:
         """The requests' conditioning, row under row; kept while the same requests share forwards."""
-        key = (rows, *map(id, requests))
-        if self._gathered[0] != key:
-            parts = [request.conditioning for request in requests]
+        parts, (before, rows_before, gathered) = [request.conditioning for request in requests], self._gathered
+        same = rows == rows_before and len(parts) == len(before)
+        if not same or any(part is not other for part, other in zip(parts, before, strict=True)):
             missing = rows - sum(request.rows for request in requests)
-            filled = [{name: part[:1].expand(missing, *part.shape[1:]) for name, part in parts[0].items()}] if missing else []
+            filled = [{name: part[:1].expand(missing, *part.shape[1:]) for name, part in parts[0].items()}]
             gathered = {name: torch.cat([part[name] for part in (*parts, *filled)]) for name in parts[0]}
-            self._gathered = (key, gathered)
-        return self._gathered[1]
+            self._gathered = (parts, rows, gathered)
+        return gathered
 
     def _guide(self, requests: Sequence[RenderRequest], outputs: torch.Tensor) -> torch.Tensor:
         """Classifier-free guidance over rows (negative, positive); a single row has none."""
@@ -288,33 +319,29 @@ class DiffusersPipeline(ABC):
         rescale = [request.spec.guidance_rescale if request.rows == 2 else 0.0 for request in requests]
         if any(rescale):
             # Lin et al. 2023, section 3.4, as diffusers' rescale_noise_cfg, each request by its own factor.
-            deviation = [tensor.flatten(1).std(1).view(-1, *[1] * (outputs.dim() - 1)) for tensor in (with_text, guided)]
+            deviation = [
+                tensor.flatten(1).std(1).view(-1, *[1] * (outputs.dim() - 1)) for tensor in (with_text, guided)
+            ]
             factor = sampling.column(rescale, outputs)
             rescaled = factor * (guided * (deviation[0] / deviation[1])) + (1 - factor) * guided
             guided = torch.where(factor > 0, rescaled, guided)
         return guided
 
     def _fit_projection(self) -> torch.Tensor:
-        """(channels + 1, 3): least squares from unscaled latents, and a constant, to the decoder's RGB."""
-        width, height = self.native_size
-        shape = self.shape(min(width, 512), min(height, 512))
-        generator = torch.Generator("cpu").manual_seed(0)
-        noise = torch.cat([self.noise(shape, generator) for _ in range(2)])
-        spatial = self.unscaled(noise)
-        # Noise of one latent pixel is nothing a picture has: larger spots say more about colours.
-        spots = torch.cat([nn.interpolate(nn.avg_pool2d(spatial, n) * n, spatial.shape[-2:]) for n in (2, 4)])
-        pictures = (self.pipe.vae.decode(spots.to(self.pipe.vae.dtype), return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
-        colours = nn.adaptive_avg_pool2d(pictures, spots.shape[-2:]).movedim(1, -1).flatten(0, 2)
-        terms = spots.movedim(1, -1).flatten(0, 2)
-        terms = torch.cat([terms, torch.ones_like(terms[:, :1])], 1)
-        return torch.linalg.lstsq(terms.cpu(), colours.cpu(), driver="gelsd").solution.to(self.device)
+        """(channels + 1, 3): least squares from what the VAE makes of patches of colour, and a constant, to RGB."""
+        vae, generator = self.pipe.vae, torch.Generator("cpu").manual_seed(0)
+        patches = [torch.rand(4, 3, 256 // size, 256 // size, generator=generator) for size in (16, 32, 64)]
+        pictures = torch.cat([nn.interpolate(patch, (256, 256)) for patch in patches])
+        latents = vae.encode((2 * pictures - 1).to(self.device, vae.dtype)).latent_dist.mode().float().cpu()
+        colours = nn.interpolate(pictures, latents.shape[-2:], mode="area").movedim(1, -1).flatten(0, 2)
+        terms = nn.pad(latents.movedim(1, -1).flatten(0, 2), (0, 1), value=1.0)
+        found: torch.Tensor = torch.linalg.lstsq(terms, colours, driver="gelsd").solution
+        return found.to(self.device)
 
 
-def load_pipe(kind: Any, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, report: Report) -> Any:
-    """diffusers' pipeline of a checked checkpoint on the device, its parts loaded one after the other.
-
-    Raises `ModelError`, or `torch.OutOfMemoryError` if the device has no room for it.
-    """
+def _load_pipe(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, report: Report) -> Any:
+    """The pipeline of a checked checkpoint on the device, its parts loaded one after the other."""
+    kind = getattr(diffusers, checkpoint.family)
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     index = diffusers.DiffusionPipeline.load_config(checkpoint.path)
@@ -330,7 +357,8 @@ def load_pipe(kind: Any, checkpoint: Checkpoint, device: torch.device, dtype: to
                 options["low_cpu_mem_usage"] = is_accelerate_available()
             loaded = loader.from_pretrained(checkpoint.path / part, local_files_only=True, **options)
             parts[part] = loaded.to(device).eval() if weights else loaded
-        parts |= {part: None for part in kind._optional_components if part not in parts}  # noqa: SLF001
+        expected, _ = kind._get_signature_keys(kind)  # noqa: SLF001 - nothing else says what it wants to be given
+        parts = {**dict.fromkeys(expected), **parts}
         if "safety_checker" in parts:
             parts["requires_safety_checker"] = False
         pipe = kind.from_pretrained(checkpoint.path, local_files_only=True, low_cpu_mem_usage=False, **parts)

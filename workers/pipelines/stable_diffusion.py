@@ -3,13 +3,11 @@
 Latent diffusion (Rombach et al. 2022), as `diffusers.StableDiffusionPipeline` draws it.
 """
 
-import diffusers
 import torch
 
 from farm.spec import RenderSpec
-from workers.checkpoints import Checkpoint, Family
-from workers.pipelines import Report
-from workers.pipelines.shared import DiffusersPipeline, Embedding, load_pipe
+from workers.checkpoints import Family
+from workers.pipelines.shared import DiffusersPipeline, Embedding
 
 FAMILY = Family("StableDiffusionPipeline", ("scheduler", "text_encoder", "tokenizer", "unet", "vae"))
 
@@ -21,25 +19,31 @@ class StableDiffusion(DiffusersPipeline):
 
     def embed(self, text: str, clip_skip: int | None, *, negative: bool) -> Embedding:
         """(1, 77, width): CLIP's last hidden state, or an earlier one."""
-        positive, _ = self.pipe.encode_prompt(text, self.device, 1, False, clip_skip=clip_skip)
-        return {"encoder_hidden_states": positive}
+        if clip_skip is None:
+            return {"encoder_hidden_states": self.pipe.encode_prompt(text, self.device, 1, False)[0]}
+        # diffusers 0.42 looks for the norm where transformers 4 had it, and raises.
+        encoder, tokenizer = self.pipe.text_encoder, self.pipe.tokenizer
+        limit = tokenizer.model_max_length
+        tokens = tokenizer(text, padding="max_length", max_length=limit, truncation=True, return_tensors="pt")
+        masked = getattr(encoder.config, "use_attention_mask", False)
+        states = encoder(
+            tokens.input_ids.to(self.device),
+            attention_mask=tokens.attention_mask.to(self.device) if masked else None,
+            output_hidden_states=True,
+        ).hidden_states
+        return {"encoder_hidden_states": encoder.final_layer_norm(states[-(clip_skip + 1)])}
 
     def guidance(self, spec: RenderSpec) -> float:
         """None where it was distilled into the UNet (latent consistency models, Luo et al. 2023)."""
-        return 1.0 if self.distilled else spec.guidance_scale
+        return spec.guidance_scale if self.denoiser.config.time_cond_proj_dim is None else 1.0
 
     def conditioned(self, embedding: Embedding, spec: RenderSpec) -> Embedding:
         """With the guidance scale as an input, where the UNet was distilled to take it."""
-        if not self.distilled:
-            return embedding
-        scale = torch.tensor([spec.guidance_scale - 1])
         width = self.denoiser.config.time_cond_proj_dim
-        return {**embedding, "timestep_cond": self.pipe.get_guidance_scale_embedding(scale, width).to(self.device, self.dtype)}
-
-    @property
-    def distilled(self) -> bool:
-        """Whether the UNet takes the guidance scale as an input instead of a second row."""
-        return self.denoiser.config.time_cond_proj_dim is not None
+        if width is None:
+            return embedding
+        scale = self.pipe.get_guidance_scale_embedding(torch.tensor([spec.guidance_scale - 1]), width)
+        return {**embedding, "timestep_cond": scale.to(self.device, self.dtype)}
 
     def forward(self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Embedding) -> torch.Tensor:
         """The UNet."""
@@ -47,6 +51,4 @@ class StableDiffusion(DiffusersPipeline):
         return output
 
 
-def load(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, report: Report) -> StableDiffusion:
-    """Load a checked checkpoint onto the device. Raises `ModelError`, or `torch.OutOfMemoryError`."""
-    return StableDiffusion(load_pipe(diffusers.StableDiffusionPipeline, checkpoint, device, dtype, report), checkpoint)
+load = StableDiffusion.load

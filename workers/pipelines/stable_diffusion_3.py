@@ -1,0 +1,59 @@
+"""Stable Diffusion 3 and 3.5: two CLIPs and T5, a transformer that predicts a flow, VAE of 16 channels.
+
+Esser et al. 2024, as `diffusers.StableDiffusion3Pipeline` draws it. T5 may be left out, to save 9 GB.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Unpack
+
+import torch
+
+from workers.checkpoints import Checkpoint, Family
+from workers.pipelines import Options
+from workers.pipelines.shared import DiffusersPipeline, Embedding
+
+FAMILY = Family(
+    "StableDiffusion3Pipeline",
+    (
+        *("scheduler", "text_encoder", "text_encoder_2", "text_encoder_3"),
+        *("tokenizer", "tokenizer_2", "tokenizer_3", "transformer", "vae"),
+    ),
+    optional=("text_encoder_3", "tokenizer_3"),
+)
+
+
+class StableDiffusion3(DiffusersPipeline):
+    """A `Pipeline` over the parts of a `StableDiffusion3Pipeline`."""
+
+    samplers = "flow"
+    token_limits: ClassVar[Mapping[str, int]] = {"tokenizer_3": 256}
+
+    def __init__(self, pipe: Any, checkpoint: Checkpoint, **options: Unpack[Options]) -> None:
+        pipe.transformer._repeated_blocks = ["JointTransformerBlock"]  # noqa: SLF001 - diffusers forgot them
+        super().__init__(pipe, checkpoint, **options)
+
+    @property
+    def multiple(self) -> int:
+        """A patch of latent pixels."""
+        return super().multiple * int(self.denoiser.config.patch_size)
+
+    def embed(self, text: str, clip_skip: int | None, *, negative: bool) -> Embedding:
+        """(1, 77 + 256, width): both CLIPs side by side, then T5 or zeros; and both pooled texts, (1, both widths)."""
+        states, _, pooled, _ = self.pipe.encode_prompt(
+            text, None, None, device=self.device, do_classifier_free_guidance=False, clip_skip=clip_skip
+        )
+        return {"encoder_hidden_states": states, "pooled_projections": pooled}
+
+    def timestep_kwargs(self, scheduler: Any, steps: int, shape: tuple[int, ...]) -> dict[str, Any]:
+        """`mu`, by which larger pictures stay longer in the noise, where the checkpoint shifts its timesteps so."""
+        if not scheduler.config.get("use_dynamic_shifting"):
+            return {}
+        return {"mu": self.mu(scheduler, shape[1] * shape[2] // self.denoiser.config.patch_size**2, 1.16)}
+
+    def forward(self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Embedding) -> torch.Tensor:
+        """The transformer."""
+        output: torch.Tensor = self.denoiser(latents, timestep=timesteps, **conditioning, return_dict=False)[0]
+        return output
+
+
+load = StableDiffusion3.load

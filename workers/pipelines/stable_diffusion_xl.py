@@ -1,0 +1,64 @@
+"""SDXL: two CLIP text encoders, a UNet that is told the picture's size, VAE.
+
+Podell et al. 2023, as `diffusers.StableDiffusionXLPipeline` draws it, without a refiner.
+"""
+
+from typing import Any, Unpack
+
+import torch
+
+from farm.spec import RenderSpec
+from workers.checkpoints import Checkpoint, Family
+from workers.pipelines import Options
+from workers.pipelines.shared import Embedding
+from workers.pipelines.stable_diffusion import StableDiffusion
+
+FAMILY = Family(
+    "StableDiffusionXLPipeline",
+    ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "vae"),
+)
+
+
+class StableDiffusionXL(StableDiffusion):
+    """A `Pipeline` over the parts of a `StableDiffusionXLPipeline`."""
+
+    def __init__(self, pipe: Any, checkpoint: Checkpoint, **options: Unpack[Options]) -> None:
+        if pipe.vae.dtype == torch.float16 and pipe.vae.config.force_upcast:
+            pipe.vae.float()  # it overflows in float16, and draws black pictures
+        super().__init__(pipe, checkpoint, **options)
+
+    def embed(self, text: str, clip_skip: int | None, *, negative: bool) -> Embedding:
+        """(1, 77, both widths): the hidden states before the last; and the second encoder's pooled text, (1, width)."""
+        states, _, pooled, _ = self.pipe.encode_prompt(
+            text, device=self.device, do_classifier_free_guidance=False, clip_skip=clip_skip
+        )
+        if negative and not text and self.pipe.config.force_zeros_for_empty_prompt:
+            states, pooled = torch.zeros_like(states), torch.zeros_like(pooled)
+        return {"encoder_hidden_states": states, "text_embeds": pooled}
+
+    def conditioned(self, embedding: Embedding, spec: RenderSpec) -> Embedding:
+        """With the size as that of the training picture, not cropped, and of the one to draw: (1, 6)."""
+        width, height = self.size(spec)
+        ids = self.pipe._get_add_time_ids(  # noqa: SLF001 - it checks the checkpoint's config, too
+            (height, width), (0, 0), (height, width), self.dtype, self.pipe.text_encoder_2.config.projection_dim
+        )
+        return {**super().conditioned(embedding, spec), "time_ids": ids.to(self.device)}
+
+    def forward(self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Embedding) -> torch.Tensor:
+        """The UNet."""
+        own = {name: conditioning[name] for name in ("text_embeds", "time_ids")}
+        others = {name: part for name, part in conditioning.items() if name not in own}
+        output: torch.Tensor = self.denoiser(latents, timesteps, **others, added_cond_kwargs=own, return_dict=False)[0]
+        return output
+
+    def unscaled(self, latents: torch.Tensor) -> torch.Tensor:
+        """By each channel's mean and deviation, where the VAE has them."""
+        config = self.pipe.vae.config
+        if config.latents_mean is None or config.latents_std is None:
+            return super().unscaled(latents)
+        mean = latents.new_tensor(config.latents_mean).view(1, -1, 1, 1)
+        deviation = latents.new_tensor(config.latents_std).view(1, -1, 1, 1)
+        return latents * deviation / float(config.scaling_factor) + mean
+
+
+load = StableDiffusionXL.load
