@@ -6,7 +6,8 @@ once per (sampler, steps) on random vectors, and least squares finds the weights
     latents[i+1] = Σ_k  a[i,k]·latents[i-k] + b[i,k]·output[i-k]  +  Σ_j c[i,j]·noise[i,j]
 
 which one multiply-add applies to all requests of a forward, whatever their samplers and steps. A scheduler that is not
-linear (clipping, thresholding) or looks back further than `MOST_LAGS` is stepped as the object it is.
+linear (clipping, thresholding), looks back further than `MOST_LAGS`, or cancels so many digits that its own rounding
+shows (DEIS on a flow, Heun in three steps) is stepped as the object it is.
 """
 
 import copy
@@ -21,7 +22,7 @@ from workers.request import RenderRequest, Sampling
 MOST_LAGS = 4
 _MOST_DRAWS = 2
 _TOLERANCE = 1e-6
-"""Of a recurrence's residual, relative to the latents: above float32's own rounding, far below any clipping."""
+"""Of a recurrence's residual, relative to the latents, in double precision and in the scheduler's own float32."""
 _SHAPE = (1, 4, 8, 16)
 
 
@@ -42,10 +43,12 @@ def tabulate(make: Callable[[], Any], **step_kwargs: Any) -> Sampling:
     )
     if scheduler.config.get("thresholding") or scheduler.config.get("clip_sample"):
         return plain
-    run = _Run(scheduler, plain, "generator" in accepted)
+    run = _Run(scheduler, plain, "generator" in accepted, torch.float64)
     for lags in range(1, MOST_LAGS + 1):
         weights = run.fit(lags)
         if weights is not None:
+            if not _Run(make(), plain, "generator" in accepted, torch.float32).follows(weights, lags):
+                return plain
             return Sampling(
                 **{**vars(plain), "scales": run.scales, "lags": lags, "weights": weights, "draws": run.draws}
             )
@@ -53,27 +56,27 @@ def tabulate(make: Callable[[], Any], **step_kwargs: Any) -> Sampling:
 
 
 class _Run:
-    """A scheduler's whole way from noise to the end, on random vectors in double precision."""
+    """A scheduler's whole way from noise to the end, on random vectors; kept in double precision."""
 
-    def __init__(self, scheduler: Any, sampling: Sampling, draws_noise: bool) -> None:
+    def __init__(self, scheduler: Any, sampling: Sampling, draws_noise: bool, dtype: torch.dtype) -> None:
         source, generator = torch.Generator().manual_seed(1), torch.Generator().manual_seed(2)
         extra = {"generator": generator} if draws_noise else {}
-        sample = _randn(source) * sampling.init_noise_sigma
-        self.samples, self.outputs, self.noises = [sample], list[torch.Tensor](), list[list[torch.Tensor]]()
+        sample = _randn(source).to(dtype) * sampling.init_noise_sigma
+        self.samples, self.outputs, self.noises = [sample.double()], list[torch.Tensor](), list[list[torch.Tensor]]()
         scales = []
         self._linear = True
         for timestep in scheduler.timesteps:
             scaled = sample
             if hasattr(scheduler, "scale_model_input"):
-                scaled = scheduler.scale_model_input(sample.clone(), timestep).double()
-            scales.append(float((scaled * sample).sum() / (sample * sample).sum()))
+                scaled = scheduler.scale_model_input(sample.clone(), timestep)
+            scales.append(float((scaled * sample).double().sum() / (sample * sample).double().sum()))
             self._linear &= _close(scaled, sample * scales[-1])
-            output, before = _randn(source), generator.get_state()
+            output, before = _randn(source).to(dtype), generator.get_state()
             sample = scheduler.step(
                 output.clone(), timestep, sample.clone(), return_dict=False, **sampling.step_kwargs, **extra
-            )[0].double()
-            self.outputs.append(output)
-            self.samples.append(sample)
+            )[0].to(dtype)
+            self.outputs.append(output.double())
+            self.samples.append(sample.double())
             self.noises.append(self._between(before, generator))
         self.scales = (*scales, 1.0)
         self.draws = tuple(len(noises) for noises in self.noises)
@@ -96,17 +99,31 @@ class _Run:
         """The weights of a recurrence that looks at so many pairs; None if they don't give the scheduler's steps."""
         table = []
         for index, noises in enumerate(self.noises):
-            back = range(index, max(index - lags, -1), -1)
-            pairs = [term for at in back for term in (self.samples[at], self.outputs[at])]
-            terms = torch.stack([term.flatten() for term in (*pairs, *noises)], dim=1)
+            terms, missing = self._terms(index, lags), 2 * max(0, lags - index - 1)
             lengths = terms.norm(dim=0).clamp_min(1e-30)
             target = self.samples[index + 1].flatten()
             found = torch.linalg.lstsq(terms / lengths, target[:, None], driver="gelsd").solution[:, 0] / lengths
             if not self._linear or not found.isfinite().all() or not _close(terms @ found, target):
                 return None
-            weights = found.tolist()
-            table.append((*weights[: len(pairs)], *[0.0] * (2 * lags - len(pairs)), *weights[len(pairs) :]))
+            weights, pairs = found.tolist(), len(found) - len(noises)
+            table.append((*weights[:pairs], *[0.0] * missing, *weights[pairs:]))
         return tuple(table)
+
+    def follows(self, table: Sequence[Sequence[float]], lags: int) -> bool:
+        """Whether each of its steps is what that table says, but for rounding."""
+        for index, row in enumerate(table):
+            terms, missing = self._terms(index, lags), 2 * max(0, lags - index - 1)
+            pairs = 2 * lags - missing
+            weights = torch.tensor([*row[:pairs], *row[pairs + missing :]], dtype=terms.dtype)
+            if not _close(terms @ weights, self.samples[index + 1].flatten()):
+                return False
+        return True
+
+    def _terms(self, index: int, lags: int) -> torch.Tensor:
+        """(elements, pairs and noises): what a step has to do with."""
+        back = range(index, max(index - lags, -1), -1)
+        pairs = [term for at in back for term in (self.samples[at], self.outputs[at])]
+        return torch.stack([term.flatten() for term in (*pairs, *self.noises[index])], dim=1)
 
 
 def _randn(generator: torch.Generator) -> torch.Tensor:
