@@ -31,6 +31,8 @@ Embedding = Mapping[str, torch.Tensor]
 
 DECODED_PIXELS = 4 * 1024 * 1024
 """How many pixels the VAE decodes at once; a single picture that is larger is decoded in tiles."""
+PREVIEW_SIZE = 32
+"""The longer side of a preview, in latent pixels of 8 by 8."""
 _SAMPLINGS = 512
 _GRAPHS = 1024
 """How many graphs torch.compile keeps of one block's code: one for each width of a UNet and size of a forward."""
@@ -72,7 +74,6 @@ class DiffusersPipeline(ABC):
         self.embedding_hits = self.embedding_misses = 0
         self._lock = threading.Lock()  # of the four above
         self._gathered: tuple[Sequence[Embedding], int, Embedding] = ((), 0, {})
-        self._projection: torch.Tensor | None = None
 
     @classmethod
     def load(
@@ -208,8 +209,19 @@ class DiffusersPipeline(ABC):
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """The VAE's decoder, over slices that it has room for; a very large picture in tiles."""
+        return self._decode(self.unscaled(latents))
+
+    def preview(self, latents: torch.Tensor) -> torch.Tensor:
+        """The same of latents shrunk to `PREVIEW_SIZE`: a linear map to RGB is cheaper, but does not suit every VAE."""
+        latents = self.unscaled(latents)
+        longest = max(latents.shape[-2:])
+        if longest > PREVIEW_SIZE:
+            latents = nn.interpolate(latents, scale_factor=PREVIEW_SIZE / longest, mode="area")
+        return self._decode(latents)
+
+    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         vae = self.pipe.vae
-        latents = self.unscaled(latents).to(vae.dtype)
+        latents = latents.to(vae.dtype)
         width, height = (size * self.pipe.vae_scale_factor for size in (latents.shape[-1], latents.shape[-2]))
         pictures = []
         for slice_ in torch.split(latents, max(1, DECODED_PIXELS // (width * height))):
@@ -223,15 +235,6 @@ class DiffusersPipeline(ABC):
                 decoded = vae.tiled_decode(slice_, return_dict=False)[0]
             pictures.append((decoded.float() / 2 + 0.5).clamp(0, 1))
         return torch.cat(pictures)
-
-    def preview(self, latents: torch.Tensor) -> torch.Tensor:
-        """A linear map from latent channels to RGB, fitted once to what the VAE makes of patches of colour."""
-        if self._projection is None:
-            self._projection = self._fit_projection()
-        *by_channel, constant = self._projection
-        colours = torch.einsum("nchw,cr->nrhw", self.unscaled(latents), torch.stack(by_channel))
-        pictures: torch.Tensor = (colours + constant.view(1, 3, 1, 1)).clamp(0, 1)
-        return pictures
 
     # --- beneath them
 
@@ -326,17 +329,6 @@ class DiffusersPipeline(ABC):
             rescaled = factor * (guided * (deviation[0] / deviation[1])) + (1 - factor) * guided
             guided = torch.where(factor > 0, rescaled, guided)
         return guided
-
-    def _fit_projection(self) -> torch.Tensor:
-        """(channels + 1, 3): least squares from what the VAE makes of patches of colour, and a constant, to RGB."""
-        vae, generator = self.pipe.vae, torch.Generator("cpu").manual_seed(0)
-        patches = [torch.rand(4, 3, 256 // size, 256 // size, generator=generator) for size in (16, 32, 64)]
-        pictures = torch.cat([nn.interpolate(patch, (256, 256)) for patch in patches])
-        latents = vae.encode((2 * pictures - 1).to(self.device, vae.dtype)).latent_dist.mode().float().cpu()
-        colours = nn.interpolate(pictures, latents.shape[-2:], mode="area").movedim(1, -1).flatten(0, 2)
-        terms = nn.pad(latents.movedim(1, -1).flatten(0, 2), (0, 1), value=1.0)
-        found: torch.Tensor = torch.linalg.lstsq(terms, colours, driver="gelsd").solution
-        return found.to(self.device)
 
 
 def _load_pipe(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, report: Report) -> Any:
