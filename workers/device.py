@@ -44,11 +44,17 @@ def choose_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
     return known[dtype]
 
 
+def use_threads(count: int) -> None:
+    """Let torch's operators use so many threads when they are called from this one, whatever others set."""
+    torch.get_num_threads()  # a thread's first operator takes over the number that was set last anywhere: make it now
+    torch.set_num_threads(count)
+
+
 class Side:
     """One thread for work beside the engine's: on a GPU with a stream of its own, on the CPU with one core."""
 
     def __init__(self, name: str) -> None:
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix=name, initializer=torch.set_num_threads, initargs=(1,))
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix=name, initializer=use_threads, initargs=(1,))
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def run(self, device: torch.device, call: Callable[[], T]) -> T:
