@@ -4,7 +4,7 @@ Pure: no tensor, no clock, no thread. Whoever owns one serialises the calls.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 
@@ -33,8 +33,8 @@ class StepScheduler:
     The line is served by priority, then first come, first served, with one exception: a request may go ahead of one of
     another key while its own key's forwards have room, but no request is passed more than `skips` times. A key never
     has more rows running than one forward takes (`most_rows`), so whoever has a slot is in every forward of its key.
-    Keys take turns, one forward each. From `urgent` on a priority does not wait: a running request below it is put
-    aside, and goes on before anybody of its own priority starts.
+    Keys take turns, one forward each. From `urgent` on a priority does not wait: its key has the next turn or the one
+    after, and running requests below it are put aside, which go on before anybody of their own priority starts.
     """
 
     def __init__(
@@ -121,33 +121,51 @@ class StepScheduler:
     def _next(self) -> str | None:
         """Who takes a slot now, after making room if it is urgent; None if nobody can."""
         passed: list[str] = []
+        full: set[ForwardKey] = set()
         for request_id, entry in self._waiting.items():
             if passed and entry.priority < self._waiting[passed[0]].priority:
                 break
-            victim = None
-            if len(self._running) >= self.slots or not self._fits(entry):
-                victim = self._lender(entry)
-                if victim is None:
-                    if len(self._running) >= self.slots:
-                        return None
-                    # Its key's forwards are full: whoever has another key loses it nothing by going ahead.
-                    continue
-            elif self._opens_key(entry) and self._may_wait(request_id, entry):
+            lenders = None if entry.key in full else self._lenders(entry)
+            if lenders is None:
+                if len(self._running) >= self.slots:
+                    return None
+                # Whoever has another key loses it nothing by going ahead; a smaller one of its own key would.
+                full.add(entry.key)
+                continue
+            if not lenders and self._opens_key(entry) and self._may_wait(request_id, entry):
                 passed.append(request_id)
                 continue
-            if victim is not None:
-                self._put_aside(victim)
+            for lender in lenders:
+                self._put_aside(lender)
             for other in passed:
                 self._passed[other] = self._passed.get(other, 0) + 1
             return request_id
         return passed[0] if passed else None
 
-    def _fits(self, entry: _Entry) -> bool:
+    def _lenders(self, entry: _Entry) -> list[str] | None:
+        """Who must be put aside for it to run: nobody if there is room, and None if it has to wait.
+
+        An urgent request takes from the lowest priority, from its own key if that can be, from the latest.
+        """
+        no_slot = len(self._running) >= self.slots
+        if not no_slot and self._fits(entry):
+            return []
+        if entry.priority < self.urgent:
+            return None
+        latest = [other for other in reversed(self._running) if self._running[other].priority < self.urgent]
+        latest.sort(key=lambda other: (self._running[other].priority, self._running[other].key != entry.key))
+        lenders: list[str] = []
+        for other in latest:
+            if self._running[other].key == entry.key and not self._fits(entry, lenders):
+                lenders.append(other)
+        if not self._fits(entry, lenders):
+            return None
+        return lenders or latest[:1] or None
+
+    def _fits(self, entry: _Entry, without: Sequence[str] = ()) -> bool:
         """Whether its key's forward has room; a forward takes one request, however many rows that has."""
-        running = self._turns.get(entry.key)
-        if not running:
-            return True
-        return sum(self._running[other].rows for other in running) + entry.rows <= self._most_rows(entry.key)
+        beside = [self._running[other].rows for other in self._turns.get(entry.key, ()) if other not in without]
+        return not beside or sum(beside) + entry.rows <= self._most_rows(entry.key)
 
     def _opens_key(self, entry: _Entry) -> bool:
         """Whether it would open a new key, and so a forward of its own, while others run."""
@@ -158,33 +176,17 @@ class StepScheduler:
         patient = entry.priority < self.urgent and request_id not in self._aside
         return patient and self._passed.get(request_id, 0) < self.skips
 
-    def _lender(self, entry: _Entry) -> str | None:
-        """Whose slot an urgent request takes: the lowest priority's, of its own key if that can be, the latest."""
-        if entry.priority < self.urgent:
-            return None
-        lenders = [
-            other
-            for other, running in self._running.items()
-            if running.priority < self.urgent and (self._fits(entry) or running.key == entry.key)
-        ]
-        if not lenders:
-            return None
-        latest = {other: place for place, other in enumerate(lenders)}
-        return min(
-            lenders,
-            key=lambda other: (
-                self._running[other].priority,
-                self._running[other].key != entry.key,
-                -latest[other],
-            ),
-        )
-
     def _take(self, request_id: str) -> None:
         entry = self._waiting.pop(request_id)
         self._passed.pop(request_id, None)
         self._aside.discard(request_id)
         self._running[request_id] = entry
         self._turns.setdefault(entry.key, []).append(request_id)
+        if entry.priority >= self.urgent:
+            # The turn after the next, so that a stream of urgent ones leaves every other turn to the rest.
+            upcoming = next(iter(self._turns))
+            self._turns.move_to_end(entry.key, last=False)
+            self._turns.move_to_end(upcoming, last=False)
 
     def _stop(self, request_id: str) -> _Entry:
         entry = self._running.pop(request_id)
