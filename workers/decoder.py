@@ -4,7 +4,7 @@ import logging
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from PIL import Image
@@ -66,7 +66,8 @@ class Decoder:
                 except torch.AcceleratorError:
                     raise
                 except Exception as error:  # noqa: BLE001 - a neighbour must not suffer from it
-                    self._done(request, as_failure(error))
+                    doing = f"decode {shown(request.latents.shape[1:])} latents after step {request.steps_done}"
+                    self._done(request, as_failure(error, doing))
         except Exception as error:  # noqa: BLE001 - the loop has to know
             self._lost(error)
         if more:
@@ -120,12 +121,12 @@ def as_image(picture: torch.Tensor) -> Image.Image:
     return Image.fromarray(picture.mul(255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy())
 
 
-def as_failure(error: Exception) -> FarmError:
-    """What a request ends with that raised this."""
+def as_failure(error: Exception, doing: str) -> FarmError:
+    """What a request ends with that raised this while it was `doing` something."""
     if isinstance(error, FarmError):
         return error
     if isinstance(error, torch.OutOfMemoryError):
-        return caused(OutOfMemory(f"no memory for this request: {str(error).splitlines()[0]}"), error)
+        return caused(OutOfMemory(f"no memory to {doing}: {first_line(error)}"), error)
     return caused(RenderError(f"{type(error).__name__}: {error}"), error)
 
 
@@ -135,3 +136,13 @@ def caused(failure: FarmError, cause: Exception) -> FarmError:
     traceback.clear_frames(cause.__traceback__)
     failure.__cause__ = cause
     return failure
+
+
+def first_line(error: Exception) -> str:
+    """What an error says in short: torch's go on with the state of its allocator."""
+    return str(error).partition("\n")[0]
+
+
+def shown(shape: Sequence[int]) -> str:
+    """A shape as a person writes it: 4x64x64."""
+    return "x".join(map(str, shape))

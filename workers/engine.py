@@ -23,12 +23,12 @@ from farm.errors import (
 )
 from farm.spec import RenderSpec
 from workers import sampling
-from workers.decoder import Decoder, as_failure, as_image, caused
-from workers.device import Side
+from workers.decoder import Decoder, as_failure, as_image, caused, first_line, shown
+from workers.device import Side, use_threads
 from workers.forward_sizes import ForwardSizes
 from workers.pins import Pins
 from workers.pipelines import Pipeline
-from workers.request import URGENT, HandedBack, Rendered, RenderRequest, Snapshot
+from workers.request import URGENT, HandedBack, Progress, Rendered, RenderRequest, Snapshot
 from workers.step_scheduler import ForwardKey, StepScheduler
 
 log = logging.getLogger(__name__)
@@ -37,19 +37,6 @@ _REBUILDS = 3
 """How often in a row the loop may break before its worker is given up."""
 _HANDING_BACK = 0.25
 """The part of a drain's time that is kept for writing down what is handed back."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far one request is."""
-
-    steps_done: int
-    steps_total: int
-    """In the steps its spec asked for."""
-    seconds: float | None
-    """Since it took its slot; None while it waits for one."""
-    seconds_per_step: float | None = None
-    """Measured over its last steps; None before the first."""
 
 
 @dataclass(eq=False)
@@ -187,7 +174,7 @@ class Engine:
         with self._changed:
             render = self._renders.get(request_id)
             if render is None:
-                future.cancel()
+                _cancel(future)
             else:
                 render.looks.append((steps_done, future))
         return future
@@ -209,16 +196,7 @@ class Engine:
         """How far every request here is, waiting or running, by id. Never waits for a step."""
         now = time.monotonic()
         with self._changed:
-            requests = [render.request for render in self._renders.values()]
-        return {
-            request.id: Progress(
-                request.steps_done,
-                request.spec.num_inference_steps,
-                None if request.started is None else now - request.started,
-                request.seconds_per_step,
-            )
-            for request in requests
-        }
+            return {request_id: render.request.progress(now) for request_id, render in self._renders.items()}
 
     def drain(self, seconds: float) -> None:
         """Take no more requests, and end those here within that time; returns when none is left.
@@ -227,20 +205,16 @@ class Engine:
         their state, so that another worker can start them or go on with them: those in line at once, those that run
         after their next step.
         """
-        deadline = time.monotonic() + seconds
+        now = time.monotonic()
+        deadline, finish_by = now + seconds, now + seconds * (1 - _HANDING_BACK)
         with self._changed:
             self._accepting = False
             self._changed.notify_all()
             renders = list(self._renders.values())
             for request_id in self._scheduler.waiting:
                 self._hand_back(self._renders[request_id])
-            late = [
-                render
-                for render in renders
-                if (left := render.request.seconds_left) is not None and left > seconds * (1 - _HANDING_BACK)
-            ]
-        self._hand_back_running(late, deadline)
-        wait([render.future for render in renders], timeout=max(0.0, seconds * (1 - _HANDING_BACK)))
+        self._hand_back_running([one for one in renders if now + (one.request.seconds_left or 0) > finish_by], deadline)
+        wait([render.future for render in renders], timeout=max(0.0, finish_by - time.monotonic()))
         self._hand_back_running(renders, deadline)
         wait([render.future for render in renders])
 
@@ -284,8 +258,10 @@ class Engine:
         except torch.AcceleratorError as error:
             self._break(error)
             raise EngineFailed(f"the device is lost: {error}") from error
+        except FarmError:
+            raise
         except Exception as error:
-            raise as_failure(error) from error
+            raise as_failure(error, f"encode the texts of its {request.rows} rows, before step 1") from error
         return shape
 
     def _encode(self, pipeline: Pipeline, request: RenderRequest) -> None:
@@ -299,11 +275,10 @@ class Engine:
                 tensor.record_stream(torch.cuda.default_stream(pipeline.device))
 
     def _hand_back(self, render: _Render) -> None:
-        """End one that is in no forward now."""
-        with self._changed:
-            begun = render.request.step_index > 0
-            snapshot = render.request.snapshot(render.pipeline.sha256) if begun else None
-            self._end(render, HandedBack(f"{render.request.id}: its worker drains", snapshot))
+        """End one that stands in line, while the lock keeps it there."""
+        request = render.request
+        snapshot = request.snapshot(render.pipeline.sha256) if request.step_index else None
+        self._end(render, HandedBack(f"{request.id}: its worker drains", snapshot))
 
     def _hand_back_running(self, renders: Sequence[_Render], deadline: float) -> None:
         looks = [(render, self.look(render.request.id)) for render in renders]
@@ -315,13 +290,14 @@ class Engine:
     # --- the loop
 
     def _loop(self) -> None:
-        torch.set_num_threads(self._threads)  # those beside the loop take one each, and new threads would too
+        use_threads(self._threads)  # those beside the loop take one each, and new threads would too
         while not self._stopping and self._failure is None:
             try:
                 with torch.inference_mode():
                     while self._work_to_do():
                         self._step_began = time.monotonic()
-                        self._step()
+                        for renders in self._schedule():
+                            self._advance(renders)
                         self._step_began = None
                         self._broke_in_a_row = 0
             except Exception as error:  # noqa: BLE001 - whatever it is, nobody may wait for ever
@@ -342,7 +318,10 @@ class Engine:
             self._changed.notify_all()
 
     def _new_scheduler(self) -> StepScheduler:
-        return StepScheduler(self._slots, self._line, urgent=URGENT, most_rows=lambda key: self._limits.get(key, 1))
+        return StepScheduler(self._slots, self._line, urgent=URGENT, most_rows=self._limit)
+
+    def _limit(self, key: ForwardKey) -> int:
+        return self._limits.get(key, 1)  # until it is measured
 
     def _work_to_do(self) -> bool:
         """Wait for a request; False when the engine stops."""
@@ -352,17 +331,14 @@ class Engine:
             )
             return not self._stopping and self._failure is None
 
-    def _step(self) -> None:
-        for renders in self._schedule():
-            self._advance(renders)
-
     def _schedule(self) -> list[list[_Render]]:
         """Let the line take the free slots, and choose who shares the next forward, or more than one if it is full."""
         with self._changed:
-            new = {self._renders[waiting].key: self._renders[waiting] for waiting in self._scheduler.waiting}
-        for key, render in new.items():
-            if key not in self._limits:
-                self._limits[key] = self._sizes.limit(render.pipeline, key, render.request)
+            # Of those that run too: somebody may come, and be let in, while others are measured.
+            here = [self._renders[each] for each in (*self._scheduler.running, *self._scheduler.waiting)]
+        for render in here:
+            if render.key not in self._limits:
+                self._limits[render.key] = self._sizes.limit(render.pipeline, render.key, render.request)
         with self._changed:
             now = time.monotonic()
             for request_id in self._scheduler.admit():
@@ -375,7 +351,7 @@ class Engine:
         for render in renders:
             if render.request.rows > room:
                 chunks.append([])
-                room = max(render.request.rows, self._limits[render.key])
+                room = max(render.request.rows, self._limit(render.key))
             chunks[-1].append(render)
             room -= render.request.rows
         return chunks
@@ -384,10 +360,11 @@ class Engine:
         """One forward for all of them, and a step; in halves if it does not fit, one by one if it raises."""
         pipeline, requests = renders[0].pipeline, [render.request for render in renders]
         began = time.monotonic()
+        filled = self._sizes.filled(pipeline, renders[0].key, requests)
         try:
-            outputs = pipeline.denoise(requests, self._sizes.filled(pipeline, renders[0].key, requests))
+            outputs = pipeline.denoise(requests, filled)
         except torch.OutOfMemoryError as error:
-            self._split(renders, error)
+            self._split(renders, max(filled or 0, sum(request.rows for request in requests)), error)
         except torch.AcceleratorError:  # the device is lost for everybody
             raise
         except Exception as error:
@@ -403,39 +380,30 @@ class Engine:
             self.denoising_seconds += time.monotonic() - began
             self._postprocess(renders, outputs)
 
-    def _split(self, renders: list[_Render], error: torch.OutOfMemoryError) -> None:
+    def _split(self, renders: list[_Render], rows: int, error: torch.OutOfMemoryError) -> None:
         """After a forward that did not fit: remember it, and try with half as many."""
-        rows, reason = sum(render.request.rows for render in renders), str(error).splitlines()[0]
         traceback.clear_frames(error.__traceback__)  # they hold the tensors that are in the way
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        log.warning("a forward of %d rows does not fit: %s", rows, reason)
-        key = renders[0].key
-        self._limits[key] = max(1, min(self._limits[key], rows // 2))
+        log.warning("a forward of %d rows does not fit: %s", rows, first_line(error))
+        key, request = renders[0].key, renders[0].request
+        self._limits[key] = max(1, min(self._limit(key), rows // 2))
         self._sizes.too_large(renders[0].pipeline, key, rows)
-        if len(renders) > 1:
-            half = len(renders) // 2
+        if half := len(renders) // 2:
             self._advance(renders[:half])
             self._advance(renders[half:])
             return
-        request = renders[0].request
-        shape = "x".join(map(str, key.shape))
-        self._end(
-            renders[0],
-            OutOfMemory(
-                f"one request alone ({rows} rows of {shape} latents, {key.dtype}) does not fit beside what is pinned, "
-                f"at step {request.steps_done + 1}: {reason}"
-            ),
-        )
+        what = f"one request alone ({rows} rows of {shown(key.shape)} latents, {key.dtype})"
+        where = f"does not fit beside what is pinned, at step {request.steps_done + 1}"
+        self._end(renders[0], OutOfMemory(f"{what} {where}: {first_line(error)}"))
 
     def _postprocess(self, renders: list[_Render], outputs: torch.Tensor) -> None:
         """Step each request with its output, and let go of those that are at their end."""
         together = [place for place, render in enumerate(renders) if render.request.scheduler is None]
-        alone = [place for place, render in enumerate(renders) if render.request.scheduler is not None]
-        for places in (together, *([place] for place in alone)):
-            if places:
-                own = outputs if len(places) == len(renders) else outputs[places]
-                self._move([renders[place] for place in places], own)
+        alone = [[place] for place, render in enumerate(renders) if render.request.scheduler is not None]
+        for places in filter(None, (together, *alone)):
+            own = outputs if len(places) == len(renders) else outputs[places]
+            self._move([renders[place] for place in places], own)
 
     def _move(self, renders: list[_Render], outputs: torch.Tensor) -> None:
         """A step of these samplers; if it raises for several at once, one by one."""
@@ -445,7 +413,8 @@ class Engine:
             raise
         except Exception as error:  # noqa: BLE001 - a neighbour must not suffer from it
             if len(renders) == 1:
-                self._end(renders[0], as_failure(error))
+                doing = f"step {shown(renders[0].key.shape)} latents at step {renders[0].request.steps_done + 1}"
+                self._end(renders[0], as_failure(error, doing))
             else:
                 for place, render in enumerate(renders):
                     self._move([render], outputs[place : place + 1])
@@ -460,8 +429,7 @@ class Engine:
                 self._end(render, BadImage(f"NaN or infinity in the latents after step {request.steps_done}"))
                 continue
             if not latents.is_cpu:
-                before = request.first_bad if request.first_bad is not None else finite[place].long() * 0
-                request.first_bad = torch.where((before == 0) & ~finite[place], request.steps_done, before)
+                request.note_finite(finite[place])
             self._observe(render)
 
     def _observe(self, render: _Render) -> None:
@@ -473,11 +441,13 @@ class Engine:
             with self._changed:
                 due = [look for look in render.looks if request.steps_done >= look[0]]
                 render.looks = [look for look in render.looks if look not in due]
-            snapshot = request.snapshot(render.pipeline.sha256)
             for _, future in due:
-                future.set_result(snapshot)
+                if future.set_running_or_notify_cancel():
+                    future.set_result(request.snapshot(render.pipeline.sha256))
         if request.denoised:
             with self._changed:
+                if self._renders.get(request.id) is not render:
+                    return  # it ended meanwhile, and the id may be a newer attempt's
                 self._scheduler.leave(request.id)
             self._decoder.add(render.pipeline, request)
 
@@ -500,9 +470,14 @@ class Engine:
             self._changed.notify_all()
         self._pins.release(render.key.model)
         for _, future in looks:
-            future.cancel()
+            _cancel(future)
         if isinstance(outcome, Rendered):
             render.future.set_result(outcome)
         else:
             render.future.set_exception(outcome)
         return True
+
+
+def _cancel(future: Future[Snapshot]) -> None:
+    future.cancel()
+    future.set_running_or_notify_cancel()  # without it `wait` would not take it for done

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
 
 import torch
 
@@ -47,7 +46,7 @@ class Curve:
             return self.most
         best = sizes[0]
         for rows in sizes[1:]:
-            if rows / self.seconds[rows] > (1 + GAIN) * best / self.seconds[best]:
+            if rows * self.seconds[best] > (1 + GAIN) * best * self.seconds[rows]:
                 best = rows
         return best
 
@@ -171,7 +170,7 @@ def _timed(pipeline: Pipeline, requests: list[RenderRequest]) -> float:
         if pipeline.denoise(requests).is_cuda:
             torch.cuda.synchronize(pipeline.device)
         took.append(time.monotonic() - began)
-    return median(took[1:])
+    return min(took[1:])  # whatever else the machine does only adds to it
 
 
 def _kind(pipeline: Pipeline, key: ForwardKey) -> str:

@@ -38,6 +38,19 @@ class Sampling:
 
 
 @dataclass(frozen=True)
+class Progress:
+    """How far one request is."""
+
+    steps_done: int
+    steps_total: int
+    """In the steps its spec asked for."""
+    seconds: float | None
+    """Since it took its slot; None while it waits for one."""
+    seconds_per_step: float | None = None
+    """Measured over its last steps; None before the first."""
+
+
+@dataclass(frozen=True)
 class Snapshot:
     """Everything a render's next steps depend on besides its spec, between two steps."""
 
@@ -134,6 +147,16 @@ class RenderRequest:
         if self.seconds_per_forward is None:
             return None
         return self.seconds_per_forward * (len(self.sampling.timesteps) - self.step_index)
+
+    def progress(self, now: float) -> Progress:
+        """How far it is, at a time of `time.monotonic`."""
+        seconds = None if self.started is None else now - self.started
+        return Progress(self.steps_done, self.spec.num_inference_steps, seconds, self.seconds_per_step)
+
+    def note_finite(self, finite: torch.Tensor) -> None:
+        """Remember in `first_bad` whether its latents are finite after this step, a bool on any device, unread."""
+        before = torch.zeros_like(finite, dtype=torch.int64) if self.first_bad is None else self.first_bad
+        self.first_bad = torch.where((before == 0) & ~finite, self.steps_done, before)
 
     def stepped_at(self, now: float) -> None:
         """Count a forward that ended now."""
