@@ -1,18 +1,26 @@
+import dataclasses
 import json
-from importlib import import_module
 from pathlib import Path
 
 import pytest
 from safetensors.numpy import save_file
 
 from farm.errors import ModelError
-from workers.checkpoints import FAMILIES, open_checkpoint
+from workers import checkpoints
+from workers.checkpoints import Checkpoint
+from workers.pipelines import families
+
+FAMILIES = {name: module.FAMILY for name, module in families().items()}
 
 WEIGHTS = {
     "text_encoder": "model.safetensors",
     "unet": "diffusion_pytorch_model.safetensors",
     "vae": "diffusion_pytorch_model.safetensors",
 }
+
+
+def open_checkpoint(source: str) -> Checkpoint:
+    return checkpoints.open_checkpoint(source, FAMILIES)
 
 
 @pytest.fixture
@@ -42,7 +50,7 @@ def test_a_whole_checkpoint_opens(folder: Path) -> None:
     assert len(checkpoint.sha256) == 64
 
 
-def test_the_hash_is_that_of_the_weights_wherever_they_lie(
+def test_the_hash_is_that_of_what_is_loaded_wherever_it_lies(
     folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     before = open_checkpoint(str(folder)).sha256
@@ -51,9 +59,17 @@ def test_the_hash_is_that_of_the_weights_wherever_they_lie(
     moved = tmp_path_factory.mktemp("elsewhere") / "model"
     folder.rename(moved)
     assert open_checkpoint(str(moved)).sha256 == before
-    with (moved / "unet" / WEIGHTS["unet"]).open("ab") as file:
-        file.write(b"x")
-    assert open_checkpoint(str(moved)).sha256 != before
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["model_index.json", f"unet/{WEIGHTS['unet']}", "unet/config.json", "tokenizer/merges.txt", "scheduler/any.json"],
+)
+def test_another_byte_in_what_is_loaded_is_another_hash(folder: Path, file: str) -> None:
+    before = open_checkpoint(str(folder)).sha256
+    with (folder / file).open("ab") as stream:
+        stream.write(b" ")
+    assert open_checkpoint(str(folder)).sha256 != before
 
 
 def test_shards_are_weights_too(folder: Path) -> None:
@@ -74,10 +90,10 @@ def test_an_index_that_is_no_json_is_named(folder: Path) -> None:
         open_checkpoint(str(folder))
 
 
-@pytest.mark.parametrize("name", ["FluxPipeline", "NullPipeline", None, ["StableDiffusionPipeline"]])
+@pytest.mark.parametrize("name", ["StableCascadePipeline", "NullPipeline", None, ["StableDiffusionPipeline"]])
 def test_a_family_the_farm_can_not_render_is_named(folder: Path, name: object) -> None:
     edit_index(folder, _class_name=name)
-    with pytest.raises(ModelError, match="known are StableDiffusionPipeline"):
+    with pytest.raises(ModelError, match=r"known are .*StableDiffusionPipeline"):
         open_checkpoint(str(folder))
 
 
@@ -149,10 +165,13 @@ def test_a_hub_that_does_not_answer_is_a_model_error(monkeypatch: pytest.MonkeyP
         open_checkpoint("org/name")
 
 
-def test_every_family_has_a_module_that_loads_it() -> None:
-
-    for family in FAMILIES.values():
-        assert callable(import_module(family.module).load)
+def test_a_part_that_a_family_can_do_without_may_be_left_out(folder: Path) -> None:
+    family = dataclasses.replace(FAMILIES["StableDiffusionPipeline"], optional=("unet",))
+    edit_index(folder, unet=[None, None])
+    found = checkpoints.open_checkpoint(str(folder), {family.name: family})
+    assert "unet" not in found.parts
+    with pytest.raises(ModelError, match="names no unet"):
+        open_checkpoint(str(folder))
 
 
 def test_a_null_source_is_known_by_its_parameters() -> None:
