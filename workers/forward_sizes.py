@@ -109,16 +109,17 @@ class ForwardSizes:
         with self._lock:
             if kind not in self._curves and (kept := self._read().get(kind)):
                 self._curves[kind] = kept
-            return self._curves.get(kind)
+            curve = self._curves.get(kind)
+            return curve if curve and curve.seconds else None
 
     def _measure(self, kind: str, pipeline: Pipeline, template: RenderRequest) -> Curve:
         """Time forwards of 1, 2, 4, … rows until more bring nothing."""
-        curve, began, rows = Curve(), time.monotonic(), 1
-        while rows <= self._most_rows and time.monotonic() - began < _MEASURE_SECONDS:
+        known = self._curves.get(kind, Curve())  # of which nothing is but what was too large
+        curve, began, rows = Curve(most=known.most), time.monotonic(), 1
+        while rows <= min(self._most_rows, curve.most) and time.monotonic() - began < _MEASURE_SECONDS:
             try:
                 curve.seconds[rows] = _timed(pipeline, [template] * rows)
             except torch.OutOfMemoryError:
-                torch.cuda.empty_cache()
                 curve.most = max(1, rows // 2)
                 break
             if curve.best <= rows // 4:  # two doublings without a gain
