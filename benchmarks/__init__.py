@@ -1,0 +1,1 @@
+"""How fast the farm is, measured beside what it is compared with."""

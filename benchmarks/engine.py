@@ -1,0 +1,108 @@
+"""The engine beside diffusers' own pipeline: `python -m benchmarks.engine`, one table at the end.
+
+Both sides have the checkpoint, the specs and the threads alike, and take turns; each is a process of its own. The
+farm's is what a worker runs, without Celery, SQL and S3.
+"""
+
+import argparse
+import json
+import logging
+import os
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+
+from benchmarks.apart import Apart
+from benchmarks.baseline import Diffusers
+from benchmarks.cases import QUICK, Cases, Counts, Row
+from benchmarks.models import find, native_side
+from benchmarks.ours import Farm
+from benchmarks.table import table, where
+
+log = logging.getLogger("benchmarks")
+
+NUMBERS = range(1, 9)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print the table; 1 if a goal was missed."""
+    options = _options(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(relativeCreated)7d ms  %(message)s", stream=sys.stderr)
+    with tempfile.TemporaryDirectory(prefix="farm-benchmark-") as place:
+        rows, facts = measure(options, Path(place))
+    command = shlex.join(["python", "-m", "benchmarks.engine", *(arguments or sys.argv[1:])])
+    print(table(rows, [f"`{command}`", where(), *facts]))
+    if options.json:
+        options.json.write_text(json.dumps({"facts": facts, "rows": [asdict(row) for row in rows]}, indent=1))
+    return int(any(row.met is False for row in rows))
+
+
+def measure(options: argparse.Namespace, place: Path) -> tuple[list[Row], list[str]]:
+    """The rows asked for and what to know about them."""
+    building = Apart(_Builder)  # its copy of the model goes with its process
+    folder = building.find(options.model, place / "checkpoint", options.device, options.dtype)
+    building.close()
+    side = options.size or native_side(folder)
+    common = folder, options.device, options.dtype, options.threads
+    farm, diffusers = Apart(Farm, *common, options.slots, place / "sizes.json"), Apart(Diffusers, *common)
+    try:
+        cases = Cases(farm, diffusers, side, sweep(side), QUICK if options.quick else Counts())
+        difference = cases.difference()
+        rows = []
+        for number in options.only:
+            log.info("case %d", number)
+            began = time.monotonic()
+            rows.append(cases.run(number))
+            log.info("   %s: %.2f%s (%.0f s)", rows[-1].what, rows[-1].value, rows[-1].unit, time.monotonic() - began)
+    finally:
+        with ThreadPoolExecutor() as both:
+            list(both.map(lambda one: (one.stop(), one.close()), (farm, diffusers)))
+    facts = [
+        f"{options.model}, {side}x{side}, {options.device}, {options.dtype}, {options.threads} threads, "
+        f"{options.slots} slots",
+        f"one spec drawn by both sides differs by {difference} of 255 at most",
+        f"load {os.getloadavg()[0]:.1f} at the end",
+    ]
+    return rows, facts
+
+
+def sweep(side: int) -> tuple[int, ...]:
+    """Three sizes: from the small model's own upwards, or up to the size of a large one."""
+    base = side if side < 512 else side // 2
+    return base, base * 3 // 2 // 8 * 8, base * 2
+
+
+class _Builder:
+    find = staticmethod(find)
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.engine", description=__doc__)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="float32 on a CPU, else bfloat16")
+    parser.add_argument("--model", default="tiny", help="tiny, sd15-random, sdxl-random (:10 for a tenth), or a folder")
+    parser.add_argument("--size", type=int, help="width and height in pixels; the model's own if left out")
+    parser.add_argument("--slots", type=int, default=16)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of each side; all cores")
+    parser.add_argument("--quick", action="store_true", help="less of everything: plausible, not exact")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
+    parser.add_argument("--only", type=_numbers, default=list(NUMBERS), metavar="1,3")
+    options = parser.parse_args(arguments)
+    options.dtype = options.dtype or ("float32" if options.device == "cpu" else "bfloat16")
+    return options
+
+
+def _numbers(text: str) -> list[int]:
+    numbers = [int(part) for part in text.split(",")]
+    if not set(numbers) <= set(NUMBERS):
+        raise argparse.ArgumentTypeError(f"cases are {NUMBERS.start} to {NUMBERS.stop - 1}")
+    return numbers
+
+
+if __name__ == "__main__":
+    sys.exit(main())
