@@ -5,10 +5,10 @@ BIN    := $(VENV)/bin
 OUT    ?= out/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test lint format clean
+.PHONY: help setup demo up test bench-engine lint format clean
 
 help:  ## list these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.farm  ## make .venv with the farm, its worker and the embedded servers
 
@@ -20,6 +20,9 @@ up: $(VENV)/.farm  ## start the embedded farm and keep it running until Ctrl-C
 
 test: $(VENV)/.dev  ## run all tests, against real servers (ten minutes at most on two cores)
 	$(BIN)/python -m pytest $(ARGS)
+
+bench-engine: $(VENV)/.dev  ## the engine beside diffusers' own pipeline, on this machine (eight minutes on two cores)
+	$(BIN)/python -m benchmarks.engine $(ARGS)
 
 lint: $(VENV)/.dev  ## ruff, mypy, import-linter
 	$(BIN)/ruff check .
