@@ -348,6 +348,8 @@ def _load_pipe(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype,
             if library == "diffusers" and weights:
                 options["low_cpu_mem_usage"] = is_accelerate_available()
             loaded = loader.from_pretrained(checkpoint.path / part, local_files_only=True, **options)
+            if weights and library == "diffusers":
+                loaded = loaded.to(dtype)  # SD3's transformer ignores the option, without accelerate
             parts[part] = loaded.to(device).eval() if weights else loaded
         expected, _ = kind._get_signature_keys(kind)  # noqa: SLF001 - nothing else says what it wants to be given
         parts = {**dict.fromkeys(expected), **parts}
