@@ -43,11 +43,11 @@ def tabulate(make: Callable[[], Any], **step_kwargs: Any) -> Sampling:
     )
     if scheduler.config.get("thresholding") or scheduler.config.get("clip_sample"):
         return plain
-    run = _Run(scheduler, plain, "generator" in accepted, torch.float64)
+    run = _Run(copy.deepcopy(scheduler), plain, "generator" in accepted, torch.float64)
     for lags in range(1, MOST_LAGS + 1):
         weights = run.fit(lags)
         if weights is not None:
-            if not _Run(make(), plain, "generator" in accepted, torch.float32).follows(weights, lags):
+            if not _Run(scheduler, plain, "generator" in accepted, torch.float32).follows(weights, lags):
                 return plain
             return Sampling(
                 **{**vars(plain), "scales": run.scales, "lags": lags, "weights": weights, "draws": run.draws}

@@ -159,7 +159,8 @@ class DiffusersPipeline(ABC):
         if (spec.clip_skip or 0) >= layers:
             raise BadRequest(f"{self.name} can't skip {spec.clip_skip} of its text encoder's {layers} layers")
         request.rows = 2 if self.guidance(spec) > 1 else 1
-        key = (spec.scheduler, spec.num_inference_steps, spec.eta, shape)
+        # Only flows shift their timesteps by size.
+        key = (spec.scheduler, spec.num_inference_steps, spec.eta, shape if self.samplers == "flow" else None)
         with self._lock:
             found = self._samplings.get(key)
         if found is None:
