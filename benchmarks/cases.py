@@ -36,7 +36,7 @@ class Counts:
     checkpoint_every: float = 0.25
 
 
-QUICK = Counts(repeats=3, farm=32, serial=1, batches=(8, 32), mixed=12, urgent=10, steps=10, most_steps=15)
+QUICK = Counts(farm=16, serial=2, batches=(8, 16), mixed=8, loads=(1, 4), urgent=10, steps=10, most_steps=15)
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class Cases:
 
     def _sweep(self) -> Row:
         worst: tuple[float, str, list[Run], list[Run]] | None = None
-        few, steps = max(2, self._counts.serial // 2), max(2, self._counts.steps * 2 // 5)
+        few, steps = max(2, self._counts.serial // 2), self._counts.steps
         for side in self._sizes:
             self._warm(side)
             calls = [partial(self._serially, few, side, steps)]
