@@ -28,8 +28,8 @@ from workers.request import RenderRequest
 
 TOLERANCE = 1e-5
 MAGNIFIED_TOLERANCE = 5e-5
-"""Of shared forwards, whose kernels round otherwise than those for one row, and of v-prediction: guided 7.5 times, an
-untrained model magnifies the last bits of float32. 1/80 of a step of 8 bits."""
+"""Of v-prediction, and of Stable Diffusion 3 in shared forwards, whose kernels round otherwise than those for one row:
+guided 7.5 times, untrained models magnify float32's last bits, to 2.7e-5 and 1.7e-5. 1/80 of a step of 8 bits."""
 CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
     "sd": build_checkpoint,
     "sd-v": partial(build_checkpoint, prediction_type="v_prediction"),
@@ -173,6 +173,11 @@ class Parity:
             engine.stop()
         return [self.pictures[str(place)] for place in range(len(specs))]
 
+    def tolerance(self, *, shared: bool) -> float:
+        predicts_v = self.reference.scheduler.config.get("prediction_type") == "v_prediction"
+        magnifies = predicts_v or (shared and self.pipeline.family == "StableDiffusion3Pipeline")
+        return MAGNIFIED_TOLERANCE if magnifies else TOLERANCE
+
     def apart(self, specs: list[RenderSpec], pictures: list[np.ndarray]) -> dict[str, float]:
         """The largest difference in [0, 1] to diffusers' pictures, by sampler."""
         worst: dict[str, float] = {}
@@ -208,18 +213,17 @@ def parity(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def test_a_request_alone_is_the_pipelines_picture(parity: Parity) -> None:
-    predicts_v = parity.reference.scheduler.config.get("prediction_type") == "v_prediction"
     worst = parity.apart(parity.specs, parity.render(parity.specs, slots=1))
     print(f"{len(parity.specs)} requests, {len(parity.forwards)} forwards, max abs {max(worst.values()):.1e}")
     assert {len(requests) for requests in parity.forwards} == {1}
-    assert max(worst.values()) <= (MAGNIFIED_TOLERANCE if predicts_v else TOLERANCE), worst
+    assert max(worst.values()) <= parity.tolerance(shared=False), worst
 
 
 def test_neighbours_do_not_show(parity: Parity) -> None:
     specs = random.Random(0).sample(parity.specs, len(parity.specs))
     worst = parity.apart(specs, parity.render(specs, slots=12))
     print(f"{len(specs)} requests, {len(parity.forwards)} forwards, max abs {max(worst.values()):.1e}")
-    assert max(worst.values()) <= MAGNIFIED_TOLERANCE, worst
+    assert max(worst.values()) <= parity.tolerance(shared=True), worst
     shared = [requests for requests in parity.forwards if len(requests) > 1]
     assert len(shared) > len(parity.forwards) / 2
     assert any(len({sampler for sampler, _, _ in requests}) >= 5 for requests in shared)
@@ -272,6 +276,7 @@ def test_a_sampler_that_is_no_table_is_stepped_as_the_object_it_is(objects: Pari
         RenderSpec(prompt="x", num_inference_steps=steps, seed=1, scheduler=sampler, eta=0.5, width=64, height=64)
         for steps in (5, 6)
     ]
+    # Clipping magnifies the last bits, too.
     for slots, tolerance in ((1, TOLERANCE), (2, MAGNIFIED_TOLERANCE)):
         assert max(objects.apart(specs, objects.render(specs, slots)).values()) <= tolerance
     whole = objects.finish(RenderRequest("whole", specs[0]))
@@ -287,4 +292,4 @@ def test_an_outdated_scheduler_config_is_mended_as_diffusers_does(tmp_path: Path
     with pytest.warns(FutureWarning, match="steps_offset"):
         parity = Parity(outdated)
     specs = [*specs_of(0, None, parity.pipeline.family), *specs_of(1, "ddim", parity.pipeline.family)]
-    assert max(parity.apart(specs, parity.render(specs, slots=4)).values()) <= MAGNIFIED_TOLERANCE
+    assert max(parity.apart(specs, parity.render(specs, slots=4)).values()) <= TOLERANCE
