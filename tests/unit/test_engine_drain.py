@@ -241,18 +241,22 @@ def test_what_is_not_done_in_time_after_all_is_handed_back_with_its_state() -> N
         assert snapshot.steps_done > 1
 
 
-@pytest.mark.parametrize("measured", [False, True])
-def test_a_drain_ends_in_time_even_when_a_forward_hangs(engine: Engine, gated: Gated, measured: bool) -> None:
-    future = engine.submit(request("a", steps=1000))
+@pytest.mark.parametrize("paces", [(None, None), (60.0, 60.0), (60.0, 1e-6)], ids=["new", "late", "late and early"])
+def test_a_drain_ends_in_time_even_when_a_forward_hangs(
+    engine: Engine, gated: Gated, paces: tuple[float | None, float | None]
+) -> None:
+    first = engine.submit(request("first", steps=1))
     gated.begun()
-    if measured:
-        gated.next()
-        engine._renders["a"].request.seconds_per_forward = 60.0
+    futures = [engine.submit(request(name, steps=1000)) for name in "ab"]
+    assert gated.next() == ["a", "b"]
+    for name, pace in zip("ab", paces, strict=True):
+        engine._renders[name].request.seconds_per_forward = pace
     began = time.monotonic()
     engine.drain(0.4)
     assert 0.3 < time.monotonic() - began < 0.65
-    assert handed_back(future) is None
+    assert [handed_back(future) for future in futures] == [None, None]
     assert engine.progress() == {}
+    first.result(0)
 
 
 def test_a_drain_does_not_wait_for_what_ends_meanwhile(
