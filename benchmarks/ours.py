@@ -16,6 +16,7 @@ from benchmarks.apart import Peak, Run
 from farm.errors import BadImage, FarmError
 from farm.spec import RenderSpec
 from workers import state
+from workers.device import keep_freed_memory, use_threads
 from workers.engine import Engine
 from workers.forward_sizes import ForwardSizes
 from workers.pins import Pins
@@ -68,10 +69,13 @@ class Farm:
     """An engine with one model, started and warm."""
 
     def __init__(self, folder: Path, device: str, dtype: str, threads: int, slots: int, sizes: Path) -> None:
-        torch.set_num_threads(threads)
+        use_threads(1)  # the rest is for the loop, as in a worker
+        keep_freed_memory()
         self._device = device
         self._watched = Watched(load(str(folder), torch.device(device), getattr(torch, dtype)))
-        self._engine = Engine(Pins.of({_MODEL: self._watched}), slots, _LINE, sizes=ForwardSizes(sizes))
+        self._engine = Engine(
+            Pins.of({_MODEL: self._watched}), slots, _LINE, sizes=ForwardSizes(sizes), threads=threads
+        )
         self._engine.start()
         self._engine.warm()
         self._names = 0

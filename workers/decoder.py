@@ -31,13 +31,19 @@ class Decoder:
         self._waiting: list[tuple[Pipeline, RenderRequest, torch.cuda.Event | None]] = []
         self._lock = threading.Lock()
 
-    def add(self, pipeline: Pipeline, request: RenderRequest) -> None:
-        """Take a denoised request, from the thread that denoised it; returns at once."""
+    def add(self, pipeline: Pipeline, request: RenderRequest, *, idle: bool = False) -> None:
+        """Take a denoised request, from the thread that denoised it; returns at once.
+
+        Unless that thread is `idle` otherwise, and on the CPU: then it decodes, for it has all the cores.
+        """
         # On a GPU its last step is only asked for so far; this says when it is done.
         event = torch.cuda.current_stream().record_event() if request.latents.is_cuda else None
         with self._lock:
             self._waiting.append((pipeline, request, event))
-        self.side.start(pipeline.device, self._decode)
+        if idle and event is None:
+            self._decode()
+        else:
+            self.side.start(pipeline.device, self._decode)
 
     def _decode(self) -> None:
         with self._lock:

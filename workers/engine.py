@@ -59,7 +59,8 @@ class Engine:
     pictures decoded after its last step, both beside the loop. All methods may be called from any thread.
 
     `slots` bounds how many requests run at once; how many rows share a forward is measured by `sizes`, or unbounded
-    without it. A `deterministic` engine renders every request as if its spec asked for that.
+    without it. A `deterministic` engine renders every request as if its spec asked for that. The loop's operators use
+    `threads` cores, all that torch would take if left out; let no other thread use more than one (`use_threads`).
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Engine:
         *,
         sizes: ForwardSizes | None = None,
         deterministic: bool = False,
+        threads: int | None = None,
     ) -> None:
         self._pins = pins
         self._slots, self._line = slots, line
@@ -89,7 +91,7 @@ class Engine:
         self.forwards = 0
         self.denoising_seconds = 0.0
         """How long the denoisers have run in all; on a GPU, how long it took to tell it what to do."""
-        self._threads = torch.get_num_threads()
+        self._threads = threads or torch.get_num_threads()
         self._encoder = Side("encoder")
         self._decoder = Decoder(self._decoded, self._break)
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
@@ -338,7 +340,9 @@ class Engine:
             here = [self._renders[each] for each in (*self._scheduler.running, *self._scheduler.waiting)]
         for render in here:
             if render.key not in self._limits:
+                self._step_began = None  # measuring may take longer than any step, and is no sign of a hung device
                 self._limits[render.key] = self._sizes.limit(render.pipeline, render.key, render.request)
+                self._step_began = time.monotonic()
         with self._changed:
             now = time.monotonic()
             for request_id in self._scheduler.admit():
@@ -449,7 +453,8 @@ class Engine:
                 if self._renders.get(request.id) is not render:
                     return  # it ended meanwhile, and the id may be a newer attempt's
                 self._scheduler.leave(request.id)
-            self._decoder.add(render.pipeline, request)
+                idle = not self._scheduler.running and not self._scheduler.waiting
+            self._decoder.add(render.pipeline, request, idle=idle)
 
     # --- the end of a request
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from celery import Celery, signals
 
 from farm import __version__
@@ -18,7 +19,7 @@ from farm.records import Pace, WorkerInfo
 from farm.settings import Settings
 from farm.storage import Storage
 from workers import tiny
-from workers.device import choose_device, choose_dtype
+from workers.device import choose_device, choose_dtype, keep_freed_memory, use_threads
 from workers.engine import Engine
 from workers.forward_sizes import ForwardSizes
 from workers.observing import Held, Observer
@@ -93,6 +94,11 @@ class Worker:
     def build(self) -> None:
         """Load and warm the models. Raises `ModelError` if none can be had, or one can't render."""
         self.db.check_schema()
+        # All of them are for the loop: with a second pool of OpenMP threads, as each thread that uses torch makes one,
+        # the threads of both would sleep between operators, and a small model take three times as long.
+        threads = torch.get_num_threads()
+        use_threads(1)
+        keep_freed_memory()
         device = choose_device(self.settings.device)
         dtype = choose_dtype(self.settings.dtype, device)
         settings = self.settings
@@ -103,7 +109,7 @@ class Worker:
                 device,
                 dtype,
                 lambda part: log.info("loading model=%s %s", name, part),
-                compile=settings.compile,
+                compile=settings.compile and device.type == "cuda",
                 embeddings=settings.embeddings,
             )
 
@@ -115,6 +121,7 @@ class Worker:
             line=4 * settings.slots,
             sizes=ForwardSizes(settings.forward_sizes, most_rows=2 * settings.slots),
             deterministic=settings.deterministic,
+            threads=threads,
         )
         self.engine.start()
         began = time.monotonic()

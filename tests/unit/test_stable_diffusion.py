@@ -108,21 +108,21 @@ def test_a_text_is_embedded_once_while_it_is_remembered(folder: Path) -> None:
     for prompt in ("", "a", "b", "b", "", "a"):
         encoded(pipeline, prompt=prompt, guidance_scale=1)
     # Of the two, one is the empty prompt, which never leaves.
-    assert (pipeline.embedding_hits, pipeline.embedding_misses) == (2, 4)
+    assert (pipeline.embeddings.hits, pipeline.embeddings.misses) == (2, 4)
 
 
 def test_without_room_no_text_is_remembered(folder: Path) -> None:
     pipeline: Any = load(str(folder), CPU, torch.float32, embeddings=0)
     for prompt in ("", "a", "a", ""):
         encoded(pipeline, prompt=prompt)
-    assert pipeline.embedding_hits == 0
+    assert pipeline.embeddings.hits == 0
 
 
 def test_embeddings_serve_many_threads_and_nobody_writes_to_them(pipeline: Any) -> None:
     prompts = ["", *"abcdefg"] * 20
     with ThreadPoolExecutor(8) as pool:
         requests = list(pool.map(lambda prompt: encoded(pipeline, prompt=prompt), prompts))
-    assert pipeline.embedding_hits + pipeline.embedding_misses == 2 * len(prompts)
+    assert pipeline.embeddings.hits + pipeline.embeddings.misses == 2 * len(prompts)
     remembered = encoded(pipeline, prompt="a").conditioning["encoder_hidden_states"].clone()
     for request in requests:
         with torch.inference_mode():

@@ -1,15 +1,16 @@
 """What a model family must offer the engine, and how a model's source becomes one."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import import_module
 from pkgutil import iter_modules
 from types import ModuleType
-from typing import Protocol, TypedDict, Unpack
+from typing import Protocol, Unpack
 
 import torch
 
 from workers.checkpoints import Family, open_checkpoint
+from workers.loading import Options, Report
 from workers.request import RenderRequest
 
 
@@ -107,19 +108,6 @@ class Pipeline(Protocol):
     def preview(self, latents: torch.Tensor) -> torch.Tensor:
         """What (n, *shape) latents roughly show, cheaply: like `decode`, but small, a pixel a latent pixel or so."""
         ...
-
-
-Report = Callable[[str], None]
-"""Told, while a model loads, in a few words what is being loaded."""
-
-
-class Options(TypedDict, total=False):
-    """How a pipeline runs, whatever it draws."""
-
-    compile: bool
-    """Whether torch.compile makes its denoiser faster, which costs minutes at each new size of a forward."""
-    embeddings: int
-    """How many texts it remembers the embeddings of; 1024 if left out, 0 is none."""
 
 
 @cache

@@ -11,8 +11,9 @@ import torch
 
 from farm.spec import RenderSpec
 from workers.checkpoints import Family
-from workers.pipelines.shared import DiffusersPipeline, Embedding
+from workers.pipelines.shared import DiffusersPipeline
 from workers.request import RenderRequest
+from workers.texts import Embedding
 
 FAMILY = Family(
     "FluxPipeline", ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae")

@@ -17,7 +17,7 @@ from farm.errors import ModelError
 from farm.spec import RenderSpec
 from workers import sampling
 from workers.checkpoints import Checkpoint, Family
-from workers.pipelines import Options, Report
+from workers.loading import Options, Report
 from workers.request import RenderRequest, Sampling
 
 FAMILY = Family("NullPipeline")

@@ -3,31 +3,25 @@
 import logging
 import threading
 from abc import ABC, abstractmethod
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from importlib import import_module
 from typing import Any, ClassVar, Self, Unpack
 
 import diffusers
 import torch
-import transformers
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-from diffusers.utils import is_accelerate_available
 from diffusers.utils.torch_utils import randn_tensor
 from torch.nn import functional as nn
 
-from farm.errors import BadRequest, ModelError
+from farm.errors import BadRequest
 from farm.samplers import find_sampler
 from farm.spec import RenderSpec
 from workers import sampling
 from workers.checkpoints import Checkpoint
-from workers.pipelines import Options, Report
+from workers.loading import Options, Report, load_pipe
 from workers.request import RenderRequest, Sampling
+from workers.texts import Embedding, Embeddings, remember_texts
 
 log = logging.getLogger(__name__)
-
-Embedding = Mapping[str, torch.Tensor]
-"""What the denoiser is told about one text: its keyword arguments, each (1, …)."""
 
 DECODED_PIXELS = 4 * 1024 * 1024
 """How many pixels the VAE decodes at once; a single picture that is larger is decoded in tiles."""
@@ -61,18 +55,17 @@ class DiffusersPipeline(ABC):
         self.dtype: torch.dtype = self.denoiser.dtype
         models = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
         self.nbytes = sum(tensor.numel() * tensor.element_size() for part in models for tensor in part.parameters())
-        if self.device.type == "cuda":
-            for convolutional in (self.denoiser, pipe.vae):
-                convolutional.to(memory_format=torch.channels_last)
+        for convolutional in (self.denoiser, pipe.vae):
+            convolutional.to(memory_format=torch.channels_last)
+        if self.device.type == "cpu":
+            remember_texts(self.denoiser)
         self.compiled = options.get("compile", False)
         if self.compiled:
             # Only the blocks that repeat: a minute instead of ten. A graph for each size, since those are measured.
             self.denoiser.compile_repeated_blocks(fullgraph=True, dynamic=False, recompile_limit=_GRAPHS)
         self._samplings: dict[Any, Sampling] = {}
-        self._most_embeddings = options.get("embeddings", 1024)
-        self._embeddings: OrderedDict[Any, tuple[Embedding, list[str]]] = OrderedDict()
-        self.embedding_hits = self.embedding_misses = 0
-        self._lock = threading.Lock()  # of the four above
+        self._lock = threading.Lock()  # of the one above
+        self.embeddings = Embeddings(options.get("embeddings", 1024))
         self._gathered: tuple[Sequence[Embedding], int, Embedding] = ((), 0, {})
 
     @classmethod
@@ -85,7 +78,7 @@ class DiffusersPipeline(ABC):
         **options: Unpack[Options],
     ) -> Self:
         """Load a checked checkpoint onto the device. Raises `ModelError`, or `torch.OutOfMemoryError`."""
-        return cls(_load_pipe(checkpoint, device, dtype, report), checkpoint, **options)
+        return cls(load_pipe(checkpoint, device, dtype, report), checkpoint, **options)
 
     # --- what a family says
 
@@ -182,7 +175,7 @@ class DiffusersPipeline(ABC):
             texts.insert(0, ("negative prompt", spec.negative_prompt, None, True))
         rows = []
         for what, text, clip_skip, negative in texts:
-            embedding, cuts = self._embedding(text, clip_skip, negative)
+            embedding, cuts = self._embedding(text, clip_skip, negative=negative)
             rows.append(self.conditioned(embedding, spec))
             request.warnings += [f"the {what} {cut}" for cut in cuts]
         request.conditioning = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
@@ -262,24 +255,11 @@ class DiffusersPipeline(ABC):
         except Exception as error:
             raise BadRequest(f"{self.name} can't be sampled in {steps} steps of {kind.__name__}: {error}") from error
 
-    def _embedding(self, text: str, clip_skip: int | None, negative: bool) -> tuple[Embedding, list[str]]:
-        """A text's embedding, and what of the text it leaves out; remembered, so nobody may write to it."""
-        key = (text, clip_skip, negative)
-        with self._lock:
-            found = self._embeddings.get(key)
-            if found is not None:
-                self.embedding_hits += 1
-                self._embeddings.move_to_end(key)
-                return found
-            self.embedding_misses += 1
-        made = self.embed(text, clip_skip, negative=negative), self._cuts(text)
-        with self._lock:
-            self._embeddings[key] = made
-            # The empty prompt is most people's negative: it never leaves.
-            texts = [key for key in self._embeddings if key[0] or not self._most_embeddings]
-            for oldest in texts[: max(0, len(self._embeddings) - self._most_embeddings)]:
-                del self._embeddings[oldest]
-        return made
+    def _embedding(self, text: str, clip_skip: int | None, *, negative: bool) -> tuple[Embedding, list[str]]:
+        def make() -> tuple[Embedding, list[str]]:
+            return self.embed(text, clip_skip, negative=negative), self._cuts(text)
+
+        return self.embeddings.get(text, (clip_skip, negative), make)
 
     def _cuts(self, text: str) -> list[str]:
         """What each tokenizer leaves out of a text, as the end of a warning."""
@@ -330,35 +310,3 @@ class DiffusersPipeline(ABC):
             rescaled = factor * (guided * (deviation[0] / deviation[1])) + (1 - factor) * guided
             guided = torch.where(factor > 0, rescaled, guided)
         return guided
-
-
-def _load_pipe(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, report: Report) -> Any:
-    """The pipeline of a checked checkpoint on the device, its parts loaded one after the other."""
-    kind = getattr(diffusers, checkpoint.family)
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-    index = diffusers.DiffusionPipeline.load_config(checkpoint.path)
-    parts: dict[str, Any] = {}
-    try:
-        for place, part in enumerate(checkpoint.parts, 1):
-            report(f"{part}, {place} of {len(checkpoint.parts)}")
-            library, name = index[part]
-            loader = getattr(import_module(library), name)
-            weights = hasattr(loader, "forward")
-            options = {"dtype": dtype, "use_safetensors": True} if weights else {}
-            if library == "diffusers" and weights:
-                options["low_cpu_mem_usage"] = is_accelerate_available()
-            loaded = loader.from_pretrained(checkpoint.path / part, local_files_only=True, **options)
-            if weights and library == "diffusers":
-                loaded = loaded.to(dtype)  # SD3's transformer ignores the option, without accelerate
-            parts[part] = loaded.to(device).eval() if weights else loaded
-        expected, _ = kind._get_signature_keys(kind)  # noqa: SLF001 - nothing else says what it wants to be given
-        parts = {**dict.fromkeys(expected), **parts}
-        if "safety_checker" in parts:
-            parts["requires_safety_checker"] = False
-        pipe = kind.from_pretrained(checkpoint.path, local_files_only=True, low_cpu_mem_usage=False, **parts)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        raise ModelError(f"{checkpoint.path} can't be loaded: {error}") from error
-    return pipe

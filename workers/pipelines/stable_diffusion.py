@@ -7,7 +7,8 @@ import torch
 
 from farm.spec import RenderSpec
 from workers.checkpoints import Family
-from workers.pipelines.shared import DiffusersPipeline, Embedding
+from workers.pipelines.shared import DiffusersPipeline
+from workers.texts import Embedding
 
 FAMILY = Family("StableDiffusionPipeline", ("scheduler", "text_encoder", "tokenizer", "unet", "vae"))
 

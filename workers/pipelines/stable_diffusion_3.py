@@ -9,8 +9,9 @@ from typing import Any, ClassVar, Unpack
 import torch
 
 from workers.checkpoints import Checkpoint, Family
-from workers.pipelines import Options
-from workers.pipelines.shared import DiffusersPipeline, Embedding
+from workers.loading import Options
+from workers.pipelines.shared import DiffusersPipeline
+from workers.texts import Embedding
 
 FAMILY = Family(
     "StableDiffusion3Pipeline",

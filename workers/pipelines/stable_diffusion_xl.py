@@ -9,9 +9,9 @@ import torch
 
 from farm.spec import RenderSpec
 from workers.checkpoints import Checkpoint, Family
-from workers.pipelines import Options
-from workers.pipelines.shared import Embedding
+from workers.loading import Options
 from workers.pipelines.stable_diffusion import StableDiffusion
+from workers.texts import Embedding
 
 FAMILY = Family(
     "StableDiffusionXLPipeline",

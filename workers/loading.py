@@ -1,0 +1,60 @@
+"""From a checked checkpoint to diffusers' pipeline on its device."""
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any, TypedDict
+
+import diffusers
+import torch
+import transformers
+from diffusers.utils import is_accelerate_available
+
+from farm.errors import ModelError
+from workers.checkpoints import Checkpoint
+
+Report = Callable[[str], None]
+"""Told, while a model loads, in a few words what is being loaded."""
+
+
+class Options(TypedDict, total=False):
+    """How a pipeline runs, whatever it draws."""
+
+    compile: bool
+    """Whether torch.compile makes its denoiser faster, which costs minutes at each new size of a forward."""
+    embeddings: int
+    """How many texts it remembers the embeddings of; 1024 if left out, 0 is none."""
+
+
+def load_pipe(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, report: Report) -> Any:
+    """The pipeline of a checked checkpoint on the device, its parts loaded one after the other.
+
+    Raises `ModelError`, or `torch.OutOfMemoryError` if the device has no room for it.
+    """
+    kind = getattr(diffusers, checkpoint.family)
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    index = diffusers.DiffusionPipeline.load_config(checkpoint.path)
+    parts: dict[str, Any] = {}
+    try:
+        for place, part in enumerate(checkpoint.parts, 1):
+            report(f"{part}, {place} of {len(checkpoint.parts)}")
+            library, name = index[part]
+            loader = getattr(import_module(library), name)
+            weights = hasattr(loader, "forward")
+            options = {"dtype": dtype, "use_safetensors": True} if weights else {}
+            if library == "diffusers" and weights:
+                options["low_cpu_mem_usage"] = is_accelerate_available()
+            loaded = loader.from_pretrained(checkpoint.path / part, local_files_only=True, **options)
+            if weights and library == "diffusers":
+                loaded = loaded.to(dtype)  # SD3's transformer ignores the option, without accelerate
+            parts[part] = loaded.to(device).eval() if weights else loaded
+        expected, _ = kind._get_signature_keys(kind)  # noqa: SLF001 - nothing else says what it wants to be given
+        parts = {**dict.fromkeys(expected), **parts}
+        if "safety_checker" in parts:
+            parts["requires_safety_checker"] = False
+        pipe = kind.from_pretrained(checkpoint.path, local_files_only=True, low_cpu_mem_usage=False, **parts)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise ModelError(f"{checkpoint.path} can't be loaded: {error}") from error
+    return pipe

@@ -1,0 +1,78 @@
+"""What is made of texts and kept: their embeddings, and what cross-attention makes of those."""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping
+
+import torch
+from diffusers.models.attention_processor import Attention
+
+Embedding = Mapping[str, torch.Tensor]
+"""What the denoiser is told about one text: its keyword arguments, each (1, …). Nobody may write to it."""
+
+MOST_BYTES = 2**30
+"""How much device memory the embeddings of one model may take: a text of Flux alone is some megabytes."""
+
+
+class Embeddings:
+    """The embeddings of the texts used last, and what was left out of each. Safe to use from many threads."""
+
+    def __init__(self, most: int, most_bytes: int = MOST_BYTES) -> None:
+        self._most, self._most_bytes = most, most_bytes
+        self._kept: OrderedDict[Hashable, tuple[Embedding, list[str]]] = OrderedDict()
+        self._bytes = 0
+        self._lock = threading.Lock()
+        self.hits = self.misses = 0
+
+    def get(
+        self, text: str, how: Hashable, make: Callable[[], tuple[Embedding, list[str]]]
+    ) -> tuple[Embedding, list[str]]:
+        """A text's embedding, made in one of several ways, unless it is here already."""
+        key = (text, how)
+        with self._lock:
+            if key in self._kept:
+                self.hits += 1
+                self._kept.move_to_end(key)
+                return self._kept[key]
+            self.misses += 1
+        made = make()
+        with self._lock:
+            if self._most and key not in self._kept:
+                self._kept[key] = made
+                self._bytes += _bytes(made[0])
+                # The empty prompt is most people's negative: it never leaves.
+                leaving = [kept for kept in self._kept if kept[0] and kept != key]  # type: ignore[index]
+                while leaving and (len(self._kept) > self._most or self._bytes > self._most_bytes):
+                    self._bytes -= _bytes(self._kept.pop(leaving.pop(0))[0])
+        return made
+
+
+def _bytes(embedding: Embedding) -> int:
+    return sum(tensor.nbytes for tensor in embedding.values())
+
+
+class _Remembering(torch.nn.Module):
+    """A layer that gives back its last output while it is called with the very same tensor."""
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self._last: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """The layer's output."""
+        seen, output = self._last
+        if seen is not inputs or output is None:
+            output = self.layer(inputs)
+            self._last = (inputs, output)
+        return output
+
+
+def remember_texts(denoiser: torch.nn.Module) -> None:
+    """Let cross-attention make its keys and values once for as long as the same requests share forwards.
+
+    They depend on the texts alone; of a small model's forward on the CPU they are an eighth.
+    """
+    for module in denoiser.modules():
+        if isinstance(module, Attention) and module.is_cross_attention:
+            module.to_k, module.to_v = _Remembering(module.to_k), _Remembering(module.to_v)
