@@ -4,10 +4,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any, TypedDict
 
-import diffusers
 import torch
-import transformers
-from diffusers.utils import is_accelerate_available
 
 from farm.errors import ModelError
 from workers.checkpoints import Checkpoint
@@ -30,6 +27,10 @@ def load_pipe(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, 
 
     Raises `ModelError`, or `torch.OutOfMemoryError` if the device has no room for it.
     """
+    import diffusers  # here, since they take seconds, and who renders nothing needs neither
+    import transformers
+    from diffusers.utils import is_accelerate_available
+
     kind = getattr(diffusers, checkpoint.family)
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from PIL import Image
 
@@ -17,6 +18,8 @@ from workers.pins import Pins
 from workers.pipelines import load
 from workers.pipelines.null import colour
 from workers.request import RenderRequest
+
+pytestmark = pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 
 SLOW = "tiny=null:?seconds_per_step=0.1"
 

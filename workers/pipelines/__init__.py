@@ -131,7 +131,11 @@ def load(
 
     Raises `ModelError` naming what is missing or wrong, or `torch.OutOfMemoryError`.
     """
-    known: dict[str, Family] = {name: module.FAMILY for name, module in families().items()}
+    from workers.pipelines import null
+
+    # The other families take seconds to import.
+    modules = {null.FAMILY.name: null} if source.startswith("null:") else families()
+    known: dict[str, Family] = {name: module.FAMILY for name, module in modules.items()}
     checkpoint = open_checkpoint(source, known)
-    pipeline: Pipeline = families()[checkpoint.family].load(checkpoint, device, dtype, report, **options)
+    pipeline: Pipeline = modules[checkpoint.family].load(checkpoint, device, dtype, report, **options)
     return pipeline
