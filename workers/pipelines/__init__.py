@@ -106,7 +106,7 @@ class Pipeline(Protocol):
         ...
 
     def preview(self, latents: torch.Tensor) -> torch.Tensor:
-        """What (n, *shape) latents roughly show, cheaply: like `decode`, but small, a pixel a latent pixel or so."""
+        """What (n, *shape) latents roughly show, cheaply: like `decode`, but small whatever the picture's size."""
         ...
 
 
