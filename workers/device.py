@@ -85,10 +85,11 @@ class Side:
         with torch.inference_mode():
             if device.type != "cuda":
                 return call()
-            stream = self._streams.setdefault(device, torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
-            with torch.cuda.stream(stream):
+            if device not in self._streams:
+                self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            with torch.cuda.stream(self._streams[device]):
                 made = call()
-            stream.synchronize()
+            self._streams[device].synchronize()
             return made
 
     def close(self) -> None:

@@ -19,7 +19,7 @@ class Embeddings:
 
     def __init__(self, most: int, most_bytes: int = MOST_BYTES) -> None:
         self._most, self._most_bytes = most, most_bytes
-        self._kept: OrderedDict[Hashable, tuple[Embedding, list[str]]] = OrderedDict()
+        self._kept: OrderedDict[tuple[str, Hashable], tuple[Embedding, list[str]]] = OrderedDict()
         self._bytes = 0
         self._lock = threading.Lock()
         self.hits = self.misses = 0
@@ -41,7 +41,7 @@ class Embeddings:
                 self._kept[key] = made
                 self._bytes += _bytes(made[0])
                 # The empty prompt is most people's negative: it never leaves.
-                leaving = [kept for kept in self._kept if kept[0] and kept != key]  # type: ignore[index]
+                leaving = [kept for kept in self._kept if kept[0] and kept != key]
                 while leaving and (len(self._kept) > self._most or self._bytes > self._most_bytes):
                     self._bytes -= _bytes(self._kept.pop(leaving.pop(0))[0])
         return made
