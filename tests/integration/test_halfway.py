@@ -51,7 +51,7 @@ def rgb(seed: int) -> tuple[int, ...]:
 def test_a_job_of_a_killed_worker_goes_on_where_it_was_checkpointed(farm: Farm, crew: Crew) -> None:
     crew.dispatcher()
     first = crew.worker("w1", SLOW, FARM_CHECKPOINT_STEPS=5)
-    batch = farm.submit(RenderSpec(prompt="long", seed=7, num_inference_steps=100), name="long")
+    batch = farm.submit(RenderSpec(prompt="long", seed=7, num_inference_steps=60), name="long")
     job = next(iter(batch))
     checkpointed(farm, job)
     first.kill()
@@ -65,7 +65,7 @@ def test_a_job_of_a_killed_worker_goes_on_where_it_was_checkpointed(farm: Farm, 
 
 def test_the_time_since_the_last_checkpoint_counts_too(farm: Farm, crew: Crew) -> None:
     crew.worker("w1", SLOW, FARM_CHECKPOINT_SECONDS=1)
-    batch = farm.submit("long", num_inference_steps=60)
+    batch = farm.submit("long", num_inference_steps=40)
     job = next(iter(batch))
     checkpointed(farm, job)
     assert job.wait(90).state is JobState.SUCCEEDED
@@ -91,7 +91,7 @@ def test_a_draining_worker_finishes_what_it_can_and_another_goes_on_with_the_res
 def test_a_resumed_picture_of_a_real_model_is_the_uninterrupted_one(farm: Farm, crew: Crew, tmp_path: Path) -> None:
     folder = build_checkpoint(tmp_path / "random")
     spec = RenderSpec(
-        prompt="a red circle", seed=3, num_inference_steps=400, guidance_scale=3, scheduler="euler_a", model="random"
+        prompt="a red circle", seed=3, num_inference_steps=200, guidance_scale=3, scheduler="euler_a", model="random"
     )
     crew.dispatcher()
     first = crew.worker("w1", f"random={folder}", FARM_CHECKPOINT_STEPS=20, FARM_DETERMINISTIC="true")
@@ -112,13 +112,13 @@ def test_a_resumed_picture_of_a_real_model_is_the_uninterrupted_one(farm: Farm, 
 
 def test_whoever_watches_sees_a_picture_come_into_being(farm: Farm, crew: Crew) -> None:
     crew.worker("w1", SLOW, FARM_PREVIEW_STEPS=3)
-    batch = farm.submit(RenderSpec(prompt="slow", seed=5, num_inference_steps=80))
+    batch = farm.submit(RenderSpec(prompt="slow", seed=5, num_inference_steps=50))
     job = next(iter(batch))
     seen = list(job.previews(timeout=60))
     steps = [preview.step for preview in seen]
     assert len(seen) >= 4
     assert steps == sorted(set(steps))
-    assert all(preview.steps == 80 for preview in seen)
+    assert all(preview.steps == 50 for preview in seen)
     assert seen[0].image.getpixel((0, 0)) < seen[-1].image.getpixel((0, 0)) <= rgb(5)
     assert job.refresh().state is JobState.SUCCEEDED
     wait_until(lambda: keys(farm, batch.id) == [job.picture.key], "nothing but the picture is left")
