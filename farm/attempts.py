@@ -9,9 +9,10 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from farm.db import BatchRow, Database, JobRow, WorkerRow, now, now_plus
+from farm.db import Database, now, now_plus
 from farm.queries import JobQueries, in_state
 from farm.records import Beat, Claim, Pace, Picture
+from farm.schema import BatchRow, JobRow, WorkerRow
 from farm.settings import Settings
 from farm.spec import RenderSpec
 from farm.states import JobState

@@ -1,8 +1,8 @@
-"""The SQL tables, and the sessions that read and write them, on SQLite and PostgreSQL alike."""
+"""The sessions that read and write the SQL tables, and the database's clock, on SQLite and PostgreSQL alike."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,30 +13,13 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.ext.compiler import compiles
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from sqlalchemy.orm import Session
 from sqlalchemy.sql.expression import FunctionElement
 
 from farm.errors import DatabaseUnavailable, NotConfigured, SchemaMismatch
-from farm.states import JobState
+from farm.schema import UTCDateTime
 
 CONNECT_SECONDS = 5
-
-
-class UTCDateTime(sa.types.TypeDecorator[datetime]):
-    """An aware UTC time: `timestamptz` on PostgreSQL, ISO text on SQLite, which knows no zones."""
-
-    impl = sa.DateTime(timezone=True)
-    cache_ok = True
-
-    def process_bind_param(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
-        """Turn any aware time into UTC."""
-        return value.astimezone(UTC) if value is not None else None
-
-    def process_result_value(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
-        """Give back an aware UTC time."""
-        if value is None:
-            return None
-        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
 
 
 class now_plus(FunctionElement[datetime]):  # noqa: N801  (an SQL function, like sqlalchemy.func's)
@@ -64,146 +47,6 @@ def _now_plus_sqlite(element: Any, compiler: Any, **kw: Any) -> str:
 def now() -> now_plus:
     """The database's own clock."""
     return now_plus(sa.literal(0.0))
-
-
-_Names = sa.MetaData(
-    naming_convention={
-        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
-        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
-        "ck": "ck_%(table_name)s_%(constraint_name)s",
-        "fk": "fk_%(table_name)s_%(column_0_N_name)s_%(referred_table_name)s",
-        "pk": "pk_%(table_name)s",
-    }
-)
-
-
-class Base(DeclarativeBase):
-    """What all tables share: names for constraints, and types."""
-
-    metadata = _Names
-    type_annotation_map = {  # noqa: RUF012  (SQLAlchemy's own way to say it)
-        datetime: UTCDateTime(),
-        dict[str, Any]: sa.JSON(),
-        list[str]: sa.JSON(),
-        list[dict[str, Any]]: sa.JSON(),
-        float: sa.Double(),
-    }
-
-
-class BatchRow(Base):
-    """One bulk submission."""
-
-    __tablename__ = "batches"
-
-    id: Mapped[str] = mapped_column(sa.String(80), primary_key=True)
-    name: Mapped[str] = mapped_column(sa.String(200))
-    owner: Mapped[str] = mapped_column(sa.String(200))
-    priority: Mapped[int]
-    total: Mapped[int]
-    created_at: Mapped[datetime]
-
-    __table_args__ = (
-        sa.Index("ix_batches_created_at", "created_at"),
-        sa.Index("ix_batches_name_created_at", "name", "created_at"),
-    )
-
-
-def _where(state: JobState) -> dict[str, Any]:
-    clause = sa.text(f"state = '{state.value}'")
-    return {"sqlite_where": clause, "postgresql_where": clause}
-
-
-_STALE = sa.text("checkpoint_key IS NOT NULL AND finished_at IS NOT NULL")
-
-
-class JobRow(Base):
-    """One spec to be rendered into one image. Only `JobStore` writes these."""
-
-    __tablename__ = "jobs"
-
-    id: Mapped[str] = mapped_column(sa.String(100), primary_key=True)
-    """`{batch}-{index}`: the Celery task's id too."""
-    batch_id: Mapped[str] = mapped_column(sa.ForeignKey("batches.id", ondelete="CASCADE"))
-    index: Mapped[int]
-    """Its place in the batch, from 1."""
-    spec: Mapped[dict[str, Any]]
-    model: Mapped[str] = mapped_column(sa.String(200))
-    """The spec's, for the dispatcher's index."""
-    state: Mapped[str] = mapped_column(sa.String(16), default=JobState.PENDING.value)
-    priority: Mapped[int]
-    """The batch's, for the dispatcher's index: 0 to 100, the higher the sooner."""
-    rank: Mapped[float]
-    """The start tag of start-time fair queueing (Goyal et al. 1996): among equal priorities the lowest is served
-    first. It counts up by one a job from where the backlog stood when the batch came in, so that batches share the
-    farm job by job instead of waiting behind each other."""
-
-    attempt: Mapped[int] = mapped_column(default=0)
-    """The fencing number: it grows with every claim."""
-    tries: Mapped[int] = mapped_column(default=0)
-    """Errors so far."""
-    lost_leases: Mapped[int] = mapped_column(default=0)
-    worker: Mapped[str | None] = mapped_column(sa.String(200))
-    lease_until: Mapped[datetime | None]
-    cancel_requested: Mapped[bool] = mapped_column(default=False)
-    """Somebody wants a running job stopped; its worker reads it with its next beat."""
-    steps_done: Mapped[int] = mapped_column(default=0)
-    seconds_per_step: Mapped[float | None]
-    """Measured by its worker, the latest."""
-    checkpoint_key: Mapped[str | None] = mapped_column(sa.String(400))
-    """The object from which an attempt after a lost lease or a hand-back goes on; of a job that has ended, one
-    to be deleted."""
-    preview_until: Mapped[datetime | None]
-    """Until then somebody watches it, and its worker shows how it gets on."""
-    preview_vae: Mapped[bool] = mapped_column(default=False, server_default=sa.false())
-    """Whether previews are decoded by the VAE, and not roughly from the latents."""
-
-    queued_at: Mapped[datetime | None]
-    started_at: Mapped[datetime | None]
-    finished_at: Mapped[datetime | None]
-    error: Mapped[str | None] = mapped_column(sa.Text)
-    """Why it failed, or why its last try did."""
-
-    image_key: Mapped[str | None] = mapped_column(sa.String(400))
-    image_sha256: Mapped[str | None] = mapped_column(sa.String(64))
-    image_bytes: Mapped[int | None]
-    width: Mapped[int | None]
-    height: Mapped[int | None]
-    model_sha256: Mapped[str | None] = mapped_column(sa.String(64))
-    render_seconds: Mapped[float | None]
-    warnings: Mapped[list[str] | None]
-
-    __table_args__ = (
-        sa.UniqueConstraint("batch_id", "index"),
-        # How far a batch is, and what ended since somebody last looked.
-        sa.Index("ix_jobs_batch_id_state", "batch_id", "state"),
-        sa.Index("ix_jobs_batch_id_finished_at", "batch_id", "finished_at"),
-        # The dispatcher's three questions, each over few rows: what is next, what is in Redis, whose lease ran out.
-        sa.Index("ix_jobs_backlog", "model", sa.desc("priority"), "rank", "id", **_where(JobState.PENDING)),
-        sa.Index("ix_jobs_queued", "model", "queued_at", **_where(JobState.QUEUED)),
-        sa.Index("ix_jobs_running", "lease_until", **_where(JobState.RUNNING)),
-        # A new batch starts where the backlog stands.
-        sa.Index("ix_jobs_backlog_rank", "rank", **_where(JobState.PENDING)),
-        # What is to be swept out of the object store.
-        sa.Index("ix_jobs_stale_checkpoints", "finished_at", sqlite_where=_STALE, postgresql_where=_STALE),
-        sa.CheckConstraint("state IN ({})".format(", ".join(f"'{state.value}'" for state in JobState)), name="state"),
-    )
-
-
-class WorkerRow(Base):
-    """One worker that is or was there, and what it holds."""
-
-    __tablename__ = "workers"
-
-    name: Mapped[str] = mapped_column(sa.String(200), primary_key=True)
-    """Celery's nodename, as Flower shows it."""
-    started_at: Mapped[datetime]
-    seen_at: Mapped[datetime]
-    device: Mapped[str] = mapped_column(sa.String(100))
-    dtype: Mapped[str] = mapped_column(sa.String(20))
-    slots: Mapped[int]
-    version: Mapped[str] = mapped_column(sa.String(40))
-    models: Mapped[list[dict[str, Any]]]
-    """Of each model it serves: name, and once it is loaded sha256, bytes, family, samplers."""
 
 
 class Database:

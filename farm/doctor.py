@@ -18,10 +18,11 @@ from botocore.exceptions import BotoCoreError, ClientError
 from rich.text import Text
 
 from farm import __version__
-from farm.db import Database, JobRow
+from farm.db import Database
 from farm.errors import DatabaseUnavailable, FarmError, SchemaMismatch, StorageUnavailable
 from farm.jobs import JobStore
 from farm.local.home import SERVICE_VARIABLES, running
+from farm.schema import JobRow
 from farm.settings import EMBEDDED_FILE, Settings
 from farm.states import JobState
 from farm.storage import Storage

@@ -14,9 +14,10 @@ from sqlalchemy.orm import Session
 
 from farm.attempts import Attempts, leave_running
 from farm.broker import Doorbell
-from farm.db import BatchRow, Database, JobRow, WorkerRow, now, now_plus
-from farm.queries import STALE, in_state, models_in
+from farm.db import Database, now, now_plus
+from farm.queries import ACCEPTED, STALE, in_state, models_in
 from farm.records import WorkerInfo
+from farm.schema import BatchRow, JobRow, OwnerRow, WorkerRow
 from farm.settings import Settings
 from farm.spec import RenderSpec
 from farm.states import ACTIVE, JobState
@@ -47,10 +48,8 @@ class JobStore(Attempts):
         """Write a batch and all its jobs in one transaction, as pending; returns the batch's id."""
         batch_id = new_batch_id(name)
         with self._db.write() as session:
-            # Start where the backlog stands: neither behind a large batch that is waiting, nor ahead of it.
-            start = session.scalar(sa.select(sa.func.min(JobRow.rank)).where(in_state(JobState.PENDING))) or 0.0
             batch = BatchRow(id=batch_id, name=name, owner=owner, priority=priority, total=0)
-            batch.created_at = now()
+            batch.created_at = batch.accepted_at = now()
             session.add(batch)
             session.flush()
             total = 0
@@ -65,7 +64,6 @@ class JobStore(Attempts):
                             "spec": spec.model_dump(mode="json"),
                             "model": spec.model,
                             "priority": priority,
-                            "rank": start + index,
                         }
                         for index, spec in enumerate(chunk, total + 1)
                     ],
@@ -133,9 +131,22 @@ class JobStore(Attempts):
         return bells
 
     def _enqueue_model(self, session: Session, model: str, room: int) -> list[Doorbell]:
-        line = (JobRow.priority.desc(), JobRow.rank, JobRow.id)
+        line = (JobRow.priority.desc(), BatchRow.created_at, BatchRow.id, JobRow.index)
         ids = session.scalars(
-            sa.select(JobRow.id).where(in_state(JobState.PENDING), JobRow.model == model).order_by(*line).limit(room)
+            sa.select(JobRow.id)
+            .join(BatchRow)
+            .outerjoin(OwnerRow, OwnerRow.name == BatchRow.owner)
+            .where(
+                in_state(JobState.PENDING),
+                JobRow.model == model,
+                ACCEPTED,
+                sa.or_(JobRow.not_before.is_(None), JobRow.not_before <= now()),
+                ~JobRow.paused,
+                ~BatchRow.paused,
+                ~sa.func.coalesce(OwnerRow.paused, sa.false()),
+            )
+            .order_by(*line)
+            .limit(room)
         ).all()
         moved = session.scalars(
             sa.update(JobRow)

@@ -6,14 +6,18 @@ from datetime import datetime
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from farm.db import BatchRow, Database, JobRow, WorkerRow, now_plus
+from farm.db import Database, now_plus
 from farm.errors import NotFound
 from farm.records import BatchStatus, JobInfo, WorkerInfo, job_info
+from farm.schema import BatchRow, JobRow, WorkerRow
 from farm.settings import Settings
 from farm.states import ACTIVE, JobState
 
 STALE = (JobRow.checkpoint_key.is_not(None), JobRow.finished_at.is_not(None))
 """That a job has ended and left a checkpoint."""
+
+ACCEPTED = BatchRow.accepted_at.is_not(None)
+"""That a batch is there as a whole: until then nobody but its writer sees it."""
 
 
 class JobQueries:
@@ -29,16 +33,19 @@ class JobQueries:
             row = (
                 session.get(BatchRow, name_or_id)
                 or session.scalars(
-                    sa.select(BatchRow).where(BatchRow.name == name_or_id).order_by(BatchRow.created_at.desc()).limit(1)
+                    sa.select(BatchRow)
+                    .where(BatchRow.name == name_or_id, ACCEPTED)
+                    .order_by(BatchRow.created_at.desc())
+                    .limit(1)
                 ).one_or_none()
             )
-            if row is None:
+            if row is None or row.accepted_at is None:
                 raise NotFound(f"there is no batch {name_or_id!r}; `farm status` lists them")
             return self._status(session, row)
 
     def batches(self, limit: int = 20, *, active_only: bool = False) -> list[BatchStatus]:
         """The newest batches, newest first."""
-        query = sa.select(BatchRow).order_by(BatchRow.created_at.desc(), BatchRow.id).limit(limit)
+        query = sa.select(BatchRow).where(ACCEPTED).order_by(BatchRow.created_at.desc(), BatchRow.id).limit(limit)
         if active_only:
             query = query.where(
                 sa.exists().where(JobRow.batch_id == BatchRow.id, JobRow.state.in_(ACTIVE)).correlate(BatchRow)
@@ -120,7 +127,10 @@ class JobQueries:
             waiting: dict[str, int] = {}
             for state in states:
                 for model, count in session.execute(
-                    sa.select(JobRow.model, sa.func.count()).where(in_state(state)).group_by(JobRow.model)
+                    sa.select(JobRow.model, sa.func.count())
+                    .join(BatchRow)
+                    .where(in_state(state), ACCEPTED)
+                    .group_by(JobRow.model)
                 ):
                     waiting[model] = waiting.get(model, 0) + count
             return waiting

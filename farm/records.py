@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from farm.db import JobRow
+from farm.schema import JobRow
 from farm.spec import RenderSpec
 from farm.states import JobState
 

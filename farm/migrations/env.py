@@ -2,7 +2,7 @@
 
 from alembic import context
 
-from farm.db import Base
+from farm.schema import Base
 
 context.configure(
     connection=context.config.attributes["connection"],

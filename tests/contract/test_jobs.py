@@ -6,10 +6,11 @@ from dataclasses import replace
 import pytest
 import sqlalchemy as sa
 
-from farm.db import Database, JobRow, now_plus
+from farm.db import Database, now_plus
 from farm.errors import NotFound
 from farm.jobs import JobStore
 from farm.records import Claim, Pace, Picture, WorkerInfo
+from farm.schema import JobRow
 from farm.settings import Settings
 from farm.spec import RenderSpec
 from farm.states import TRANSITIONS, JobState
@@ -91,21 +92,6 @@ def test_a_higher_priority_is_served_first(store: JobStore) -> None:
     store.submit("low", "me", 10, some(5))
     high = store.submit("high", "me", 90, some(2))
     assert [bell.job_id for bell in store.enqueue(3)][:2] == [f"{high}-1", f"{high}-2"]
-
-
-def test_a_small_batch_behind_a_large_one_is_served_among_its_first(store: JobStore) -> None:
-    store.submit("large", "me", 50, some(500))
-    store.enqueue(100)
-    small = store.submit("small", "me", 50, some(3))
-    next_ones = [bell.job_id for bell in store.enqueue(110)]
-    assert {f"{small}-1", f"{small}-2", f"{small}-3"} <= set(next_ones)
-
-
-def test_a_late_batch_does_not_overtake_one_that_has_waited(store: JobStore) -> None:
-    first = store.submit("first", "me", 50, some(200))
-    store.enqueue(100)
-    store.submit("second", "me", 50, some(200))
-    assert sum(bell.job_id.startswith(first) for bell in store.enqueue(120)) >= 9
 
 
 def test_a_doorbell_says_batch_place_prompt_and_model(store: JobStore) -> None:

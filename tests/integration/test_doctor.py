@@ -15,10 +15,11 @@ import sqlalchemy as sa
 
 from farm import __version__, doctor
 from farm.client import Farm
-from farm.db import Database, JobRow, WorkerRow
+from farm.db import Database
 from farm.doctor import Finding, check, exit_code, line
 from farm.jobs import JobStore
 from farm.records import WorkerInfo
+from farm.schema import JobRow, WorkerRow
 from farm.settings import Settings
 from farm.states import JobState
 from farm.storage import Storage
