@@ -14,8 +14,11 @@ from redis.retry import Retry
 
 from farm.errors import BrokerUnavailable, NotConfigured
 from farm.settings import Settings
+from farm.spec import URGENT
 
 RENDER_TASK = "render"
+URGENT_STEP = 0
+"""The priority step that urgent messages have to themselves; Redis' first."""
 _PRIORITY_STEPS = tuple(range(10))
 _SEPARATOR = ":"
 _PUBLISH_CHUNK = 1000
@@ -36,6 +39,11 @@ class Doorbell:
 def queue_name(model: str) -> str:
     """The Celery queue of a model's jobs."""
     return f"{RENDER_TASK}.{model}"
+
+
+def priority_step(priority: int) -> int:
+    """The priority step in Redis for a priority of 0 to 100: `URGENT_STEP`, or 1 to 9, the lower the sooner."""
+    return URGENT_STEP if priority >= URGENT else 9 - priority * 9 // URGENT
 
 
 def make_app(settings: Settings) -> Celery:
@@ -118,8 +126,7 @@ class Broker:
                         args=(bell.job_id,),
                         task_id=bell.job_id,
                         queue=queue_name(bell.model),
-                        # On Redis 0 is the highest priority, 9 the lowest.
-                        priority=9 - round(bell.priority * 9 / 100),
+                        priority=priority_step(bell.priority),
                         producer=producer,
                         retry=False,
                         argsrepr=f"({bell.job_id!r},)",

@@ -27,6 +27,8 @@ MAX_TRAJECTORY_STEPS = 200
 MAX_PROMPT_CHARS = 20_000
 MODEL_NAME = r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,199}$"
 """What a model may be called: a hub id (`org/name`) or a plain name. It becomes part of a queue's name."""
+URGENT = 90
+"""From this priority on, of 0 to 100, a job is urgent: it waits neither for a worker's free thread nor for its slot."""
 
 
 def draw_seed() -> int:

@@ -8,10 +8,8 @@ import torch
 from PIL import Image
 
 from farm.errors import RenderHandedBack
+from farm.spec import URGENT as URGENT
 from farm.spec import RenderSpec
-
-URGENT = 90
-"""From this priority on a request does not wait for a slot: one of lower priority lends its own."""
 
 
 @dataclass(frozen=True, eq=False)
