@@ -13,7 +13,7 @@ from farm.errors import FarmError, ServiceUnavailable
 from farm.log import configure
 from farm.settings import Settings
 from workers import tasks
-from workers.consumption import HeldFirst
+from workers.consumption import HeldFirst, UrgentConsumer
 from workers.lifecycle import Worker, attach
 
 
@@ -44,6 +44,7 @@ def main() -> None:
     app.conf.worker_pool = "workers.pool:TaskPool"
     app.conf.worker_enable_remote_control = True
     app.conf.broker_transport_options["queue_order_strategy"] = HeldFirst(lambda: worker.pins.held)
+    app.steps["consumer"].add(UrgentConsumer)
     signals.setup_logging.connect(lambda **_: None, weak=False)  # ours stands already
     tasks.register(app, worker)
     attach(app, worker)

@@ -1,11 +1,14 @@
-"""Which model's queue a worker takes its next message from."""
+"""Which message a worker takes next: from which model's queue, and urgent ones also while its threads are busy."""
 
 from collections.abc import Callable, Collection
 from typing import Any
 
+from celery import bootsteps
+from celery.worker import state
+from kombu.common import ignore_errors
 from kombu.utils.scheduling import round_robin_cycle
 
-from farm.broker import queue_name
+from farm.broker import URGENT_STEP, queue_name
 
 
 class HeldFirst:
@@ -45,3 +48,56 @@ class _Cycle(round_robin_cycle):  # type: ignore[type-arg]  # generic in its stu
         """Called with the queue that a message came from: it is the last of its kind to be looked into again."""
         self._taken += 1
         super().rotate(last_used)
+
+
+class UrgentConsumer(bootsteps.StartStopStep):
+    """Celery's bootstep that takes urgent messages, and no others, also while the ordinary consumer is paused.
+
+    The ordinary consumer takes urgent messages too, and first. What each may take depends only on what it took itself
+    and has not ended: neither pauses the other, whose wait on Redis may be answered by an urgent message just then.
+
+    It has a connection of its own, which Celery's loop serves and restarts like the ordinary one: within one, kombu
+    delivers all messages of a queue to who consumed from it last.
+    """
+
+    requires = ("celery.worker.consumer.tasks:Tasks",)
+
+    def __init__(self, c: Any, **kwargs: Any) -> None:
+        super().__init__(c, **kwargs)
+        self._connection: Any = None
+        self._consumer: Any = None
+        self._taken: set[str] = set()
+
+    def start(self, c: Any) -> None:
+        """Begin to consume; called whenever Celery has connected to Redis, with its consumer."""
+        self._connection = c.connect()
+        channel = self._connection.default_channel
+        channel.priority_steps = [URGENT_STEP]
+        # What dead workers left unacknowledged is put back by any channel, and must not become urgent by that.
+        channel.priority = c.task_consumer.channel.priority
+        channel.qos.can_consume = lambda: self._under_way() < c.pool.limit
+        handle = c.create_task_handler()
+
+        def receive(message: Any) -> None:
+            handle(message)
+            request = state.requests.get(message.properties.get("correlation_id"))
+            if request is not None:
+                self._taken.add(request.id)
+                # It uses up no thread of the ordinary consumer, which counts these.
+                state.reserved_requests.discard(request)
+
+        self._consumer = c.app.amqp.TaskConsumer(channel, on_decode_error=c.on_decode_error)
+        self._consumer.on_message = receive
+        self._consumer.consume()
+
+    def stop(self, _c: Any) -> None:
+        """End consuming, for good or until the next `start`; what arrives meanwhile goes back to Redis."""
+        if self._consumer is not None:
+            ignore_errors(self._connection, self._consumer.cancel)
+        if self._connection is not None:
+            ignore_errors(self._connection, self._connection.close)
+        self._connection = self._consumer = None
+
+    def _under_way(self) -> int:
+        self._taken = {task_id for task_id in self._taken if task_id in state.requests}
+        return len(self._taken)

@@ -1,6 +1,6 @@
-"""Celery's thread pool, waking the event loop when a thread is free."""
+"""Celery's thread pool, waking the event loop when a thread is free, and with threads for urgent tasks."""
 
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from celery.concurrency.thread import TaskPool as ThreadPool
@@ -8,11 +8,18 @@ from kombu.asynchronous import get_event_loop
 
 
 class TaskPool(ThreadPool):
-    """A thread pool that tells the consumer at once when it may fetch again.
+    """A thread pool that tells the consumers at once when they may fetch again.
 
     With `worker_disable_prefetch` the consumer fetches only while a thread is free, but a finishing thread does not
     wake its event loop: each slot would idle for the rest of the loop's poll, about a second a task.
+
+    `limit` is what the ordinary consumer may fill. `UrgentConsumer` may fill as many threads again, so that each is
+    bounded by what it took itself; threads nobody needs are never started.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.executor = ThreadPoolExecutor(max_workers=2 * self.limit)
 
     def on_apply(self, *args: Any, **kwargs: Any) -> Any:
         """Run a task in a thread, as Celery asks; called once a message."""

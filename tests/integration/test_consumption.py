@@ -1,13 +1,15 @@
 """Whose message a worker takes next from a real Valkey, through kombu's own transport."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from types import SimpleNamespace
 
 import pytest
+import redis
 from kombu import Consumer, Queue
 
 from farm.broker import Broker, Doorbell, make_app, queue_name
 from farm.settings import Settings
-from workers.consumption import HeldFirst
+from workers.consumption import HeldFirst, UrgentConsumer
 
 
 @pytest.fixture
@@ -56,3 +58,52 @@ def test_an_urgent_message_of_a_model_that_is_not_held_goes_before_all(settings:
 def test_messages_of_models_that_are_not_held_do_not_starve(settings: Settings) -> None:
     ring(settings, *[("c", 50)] * 8, ("a", 50), ("b", 50))
     assert taken(settings, {"c"}, 10, rounds=4) == "cccacccbcc"
+
+
+@pytest.fixture
+def urgent(settings: Settings) -> Iterator[UrgentConsumer]:
+    """The urgent consumer of a worker of a and b without the rest of Celery's; what it takes stays unacknowledged."""
+    app = make_app(settings)
+    app.amqp.queues.select([queue_name("a"), queue_name("b")])
+    with app.connection_for_read() as ordinary:
+        celery = SimpleNamespace(
+            app=app,
+            connect=app.connection_for_read,
+            task_consumer=app.amqp.TaskConsumer(ordinary.default_channel),
+            create_task_handler=lambda: lambda _: None,
+            on_decode_error=None,
+            pool=SimpleNamespace(limit=1),
+        )
+        step = UrgentConsumer(celery)
+        step.start(celery)
+        yield step
+        step.stop(celery)
+    app.close()
+
+
+def test_the_urgent_consumer_takes_urgent_messages_and_no_others(settings: Settings, urgent: UrgentConsumer) -> None:
+    ring(settings, ("a", 89), ("b", 90), ("a", 0), ("a", 100))
+    for _ in range(2):
+        urgent._connection.drain_events(timeout=20)
+    with pytest.raises(TimeoutError):
+        urgent._connection.drain_events(timeout=0.1)
+    broker = Broker(settings)
+    assert broker.waiting("a") == {"a-0", "a-2"}
+    assert broker.waiting("b") == set()
+    broker.close()
+
+
+def test_a_message_that_the_urgent_consumer_puts_back_for_a_dead_worker_does_not_become_urgent(
+    settings: Settings, urgent: UrgentConsumer
+) -> None:
+    ring(settings, ("a", 50))
+    with make_app(settings).connection_for_read() as dead, redis.Redis.from_url(settings.broker_url) as client:
+        channel = dead.default_channel
+        with Consumer(channel, Queue(queue_name("a")), callbacks=[lambda *_: None], accept=["json"]):
+            dead.drain_events(timeout=20)
+        channel.do_restore = False
+        (tag,) = client.zrange("unacked_index", 0, -1)
+        client.zadd("unacked_index", {tag: 0})  # long ago
+        assert not client.keys("render.a*")
+        urgent._connection.default_channel.qos.restore_visible()
+        assert client.keys("render.a*") == [b"render.a:4"]

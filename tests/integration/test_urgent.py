@@ -1,0 +1,134 @@
+"""An urgent job through the whole farm, while bulk work fills a worker's slots and threads and waits for more."""
+
+from collections.abc import Iterator
+
+import pytest
+import redis
+
+from farm.broker import Broker
+from farm.client import Batch, Farm
+from farm.spec import URGENT
+from farm.states import JobState
+from tests.integration.conftest import Crew, wait_until
+
+SLOTS = 2
+THREADS = SLOTS + 2
+PACED = "tiny=null:?seconds_per_step=0.05"
+
+
+@pytest.fixture
+def database_url(sqlite_url: str) -> str:
+    """One kind of database is enough here."""
+    return sqlite_url
+
+
+@pytest.fixture
+def bulk(farm: Farm, crew: Crew) -> Batch:
+    """As many long renders as the worker takes at once, all of them running."""
+    crew.worker("w1", PACED, slots=SLOTS)
+    long = farm.submit([f"long {n}" for n in range(THREADS)], num_inference_steps=1000)
+    wait_until(lambda: long.status().counts[JobState.RUNNING] == THREADS, "all ordinary threads busy")
+    return long
+
+
+@pytest.fixture
+def queued(farm: Farm, bulk: Batch) -> Batch:
+    """More bulk behind those, in Redis."""
+    return farm.submit([f"short {n}" for n in range(2 * THREADS)], num_inference_steps=2, priority=URGENT - 1)
+
+
+@pytest.fixture
+def broker(farm: Farm) -> Iterator[Broker]:
+    broker = Broker(farm.settings)
+    yield broker
+    broker.close()
+
+
+def waits(batch: Batch) -> bool:
+    """Whether no job of a batch was taken from Redis."""
+    return batch.status().counts[JobState.QUEUED] == batch.total
+
+
+def runs(batch: Batch) -> bool:
+    """Whether all jobs of a batch are with a worker."""
+    return batch.status().counts[JobState.RUNNING] == batch.total
+
+
+def steps_done(batch: Batch) -> int:
+    return sum(job.info.steps_done for job in batch)
+
+
+def ended_well(batch: Batch) -> None:
+    assert batch.wait(20).counts[JobState.SUCCEEDED] == batch.total
+
+
+def test_an_urgent_job_is_rendered_while_no_bulk_job_ends(farm: Farm, bulk: Batch, queued: Batch) -> None:
+    ended_well(farm.submit(["now"], num_inference_steps=3, priority=URGENT))
+    assert runs(bulk)
+    assert waits(queued)
+
+
+def test_urgent_jobs_pass_the_bulk_together_and_are_all_done_though_more_than_there_are_threads(
+    farm: Farm, bulk: Batch, queued: Batch
+) -> None:
+    urgent = farm.submit([f"now {n}" for n in range(3 * THREADS)], num_inference_steps=20, priority=100)
+    wait_until(lambda: sum(0 < job.info.steps_done < 20 for job in urgent) == SLOTS, "all slots theirs")
+    ended_well(urgent)
+    assert runs(bulk)
+    assert waits(queued)
+    before = steps_done(bulk)
+    wait_until(lambda: steps_done(bulk) > before, "the bulk goes on")
+    assert waits(queued)  # the threads that urgent jobs have left are not for others
+
+
+def test_urgent_jobs_take_no_thread_from_the_bulk_and_no_more_than_there_are(
+    farm: Farm, bulk: Batch, queued: Batch, broker: Broker
+) -> None:
+    urgent = farm.submit([f"now {n}" for n in range(THREADS + 3)], num_inference_steps=1000, priority=URGENT)
+    wait_until(lambda: steps_done(urgent) >= 20, "urgent jobs run")
+    assert urgent.status().counts[JobState.RUNNING] == THREADS
+    assert broker.waiting("tiny") == {job.id for job in [*queued, *list(urgent)[THREADS:]]}
+    for job in list(urgent)[THREADS:] + list(bulk)[1:]:
+        job.cancel()
+    wait_until(lambda: queued.status().counts[JobState.RUNNING] == THREADS - 1, "bulk takes the threads of bulk")
+    urgent.cancel()
+    ended_well(queued)
+    assert {job.info.attempt for job in queued} == {1}
+
+
+def test_a_worker_whose_redis_restarts_still_takes_urgent_jobs_and_nothing_it_has_no_thread_for(
+    farm: Farm, crew: Crew, bulk: Batch, queued: Batch
+) -> None:
+    crew.dispatcher()
+    urgent = farm.submit(["before"], num_inference_steps=1000, priority=URGENT)
+    wait_until(lambda: runs(urgent), "an urgent job runs")
+    with redis.Redis.from_url(farm.settings.broker_url) as client:
+        client.shutdown(nosave=True)  # the embedded farm starts it again, with what was in it
+        wait_until(lambda: answers(client), "Redis is back")
+    ended_well(farm.submit([f"after {n}" for n in range(THREADS + 1)], num_inference_steps=3, priority=URGENT))
+    assert runs(urgent)
+    assert runs(bulk)
+    assert waits(queued)
+    urgent.cancel()
+    bulk.cancel()
+    ended_well(queued)
+
+
+def test_a_worker_stops_with_urgent_jobs_under_way(farm: Farm, crew: Crew) -> None:
+    worker = crew.worker("w1", PACED, slots=1, FARM_DRAIN_SECONDS="0.5")
+    bulk = farm.submit(["long"] * 3, num_inference_steps=1000)
+    wait_until(lambda: runs(bulk), "all ordinary threads busy")
+    urgent = farm.submit(["now"], num_inference_steps=1000, priority=URGENT)
+    wait_until(lambda: runs(urgent), "the urgent job runs")
+    assert worker.stop() == 0
+    for batch in (bulk, urgent):
+        assert batch.status().counts[JobState.RUNNING] == 0
+        assert {job.info.tries for job in batch} == {0}
+    assert "Traceback" not in worker.log.read_text()
+
+
+def answers(client: redis.Redis) -> bool:
+    try:
+        return bool(client.ping())
+    except redis.RedisError:
+        return False
