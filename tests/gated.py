@@ -12,7 +12,7 @@ from farm.spec import RenderSpec
 from workers.engine import Engine
 from workers.pins import Pins
 from workers.pipelines import Pipeline
-from workers.pipelines.null import NullPipeline, colour
+from workers.null import NullPipeline, colour
 from workers.request import RenderRequest
 
 SOON = 30.0

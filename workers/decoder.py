@@ -3,16 +3,17 @@
 import logging
 import threading
 import time
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from PIL import Image
 
-from farm.errors import BadImage, FarmError, OutOfMemory, RenderError
+from farm.errors import BadImage, FarmError
+from workers import sampling
 from workers.device import Side
+from workers.failures import as_failure, shown
 from workers.pipelines import Pipeline
-from workers.request import Rendered, RenderRequest
+from workers.request import Rendered, RenderRequest, Snapshot
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,18 @@ class Decoder:
             self._decode()
         else:
             self.side.start(pipeline.device, self._decode)
+
+    def picture(self, pipeline: Pipeline, snapshot: Snapshot, *, vae: bool) -> Image.Image:
+        """What the latents of a snapshot show, after what waits to be decoded."""
+        request = RenderRequest("preview", snapshot.spec, resume=snapshot)
+
+        def draw() -> torch.Tensor:
+            pipeline.plan(request)
+            request.step_index, request.latents = snapshot.step_index, snapshot.latents
+            latents = sampling.visible(request)
+            return (pipeline.decode(latents) if vae else pipeline.preview(latents))[0].float().cpu()
+
+        return as_image(self.side.run(pipeline.device, draw))
 
     def _decode(self) -> None:
         with self._lock:
@@ -117,6 +130,7 @@ def rendered(request: RenderRequest, pipeline: Pipeline, picture: torch.Tensor) 
         device=str(pipeline.device),
         dtype=str(pipeline.dtype).removeprefix("torch."),
         render_seconds=time.monotonic() - (request.started or 0),
+        device_seconds=request.device_seconds,
         warnings=tuple(request.warnings),
         frames=(*frames, image) if request.frames else (),
     )
@@ -125,30 +139,3 @@ def rendered(request: RenderRequest, pipeline: Pipeline, picture: torch.Tensor) 
 def as_image(picture: torch.Tensor) -> Image.Image:
     """A picture of floats in [0, 1], (3, height, width), as 8-bit RGB."""
     return Image.fromarray(picture.mul(255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy())
-
-
-def as_failure(error: Exception, doing: str) -> FarmError:
-    """What a request ends with that raised this while it was `doing` something."""
-    if isinstance(error, FarmError):
-        return error
-    if isinstance(error, torch.OutOfMemoryError):
-        return caused(OutOfMemory(f"no memory to {doing}: {first_line(error)}"), error)
-    return caused(RenderError(f"{type(error).__name__}: {error}"), error)
-
-
-def caused(failure: FarmError, cause: Exception) -> FarmError:
-    """A failure with its cause, whose frames are let go."""
-    # They would keep their tensors alive as long as somebody holds the error: bad news after an OutOfMemoryError.
-    traceback.clear_frames(cause.__traceback__)
-    failure.__cause__ = cause
-    return failure
-
-
-def first_line(error: Exception) -> str:
-    """What an error says in short: torch's go on with the state of its allocator."""
-    return str(error).partition("\n")[0]
-
-
-def shown(shape: Sequence[int]) -> str:
-    """A shape as a person writes it: 4x64x64."""
-    return "x".join(map(str, shape))

@@ -4,7 +4,7 @@ import logging
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 
@@ -15,16 +15,15 @@ from farm.errors import (
     BadImage,
     EngineFailed,
     FarmError,
-    ModelError,
     OutOfMemory,
     RenderCancelled,
-    RenderError,
     RenderHandedBack,
 )
-from farm.spec import RenderSpec
 from workers import sampling
-from workers.decoder import Decoder, as_failure, as_image, caused, first_line, shown
-from workers.device import Side, use_threads
+from workers.decoder import Decoder
+from workers.device import use_threads
+from workers.encoder import Encoder
+from workers.failures import as_failure, caused, first_line, shown
 from workers.forward_sizes import ForwardSizes
 from workers.pins import Pins
 from workers.pipelines import Pipeline
@@ -37,6 +36,10 @@ _REBUILDS = 3
 """How often in a row the loop may break before its worker is given up."""
 _HANDING_BACK = 0.25
 """The part of a drain's time that is kept for writing down what is handed back."""
+
+
+_Ending = Callable[[Snapshot | None], FarmError]
+"""What a request ends with that leaves before its picture is done, given its state if it had begun."""
 
 
 @dataclass(eq=False)
@@ -77,26 +80,22 @@ class Engine:
         self._slots, self._line = slots, line
         self._sizes = sizes or ForwardSizes(measured=False)
         self._deterministic = deterministic
-        self._limits: dict[ForwardKey, int] = {}
         self._scheduler = self._new_scheduler()
         self._renders: dict[str, _Render] = {}
+        self._leaving: list[tuple[_Render, _Ending]] = []  # may be in the forward under way, and end after it
         # Guards everything above and below; the loop never holds it while a model runs. Whoever takes a render
         # out of `_renders` resolves its future, and nobody else does.
         self._changed = threading.Condition()
         self._accepting = False
         self._stopping = False
-        self._failure: BaseException | None = None
+        self.failed: BaseException | None = None
+        """What broke the loop for good, if anything did; its worker should be replaced."""
         self._broke_in_a_row = 0
         self._step_began: float | None = None
-        self.forwards = 0
-        self.denoising_seconds = 0.0
-        """How long the denoisers have run in all; on a GPU, how long it took to tell it what to do."""
         self._threads = threads or torch.get_num_threads()
-        self._encoder = Side("encoder")
+        self._encoder = Encoder(self._break)
         self._decoder = Decoder(self._decoded, self._break)
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
-
-    # --- what other threads call
 
     def start(self) -> None:
         """Start the loop, once; requests are taken from now on."""
@@ -105,19 +104,9 @@ class Engine:
         self._thread.start()
 
     @property
-    def failed(self) -> BaseException | None:
-        """What broke the loop for good, if anything did; its worker should be replaced."""
-        return self._failure
-
-    @property
-    def healthy(self) -> bool:
-        """Whether the loop runs and takes requests."""
-        return self._thread.is_alive() and self._accepting
-
-    @property
     def slots(self) -> int:
         """How many requests run at once at most: no more than the largest forward measured so far has rows."""
-        return min(self._slots, max(self._limits.values(), default=self._slots))
+        return min(self._slots, self._sizes.largest or self._slots)
 
     @property
     def busy_seconds(self) -> float:
@@ -125,32 +114,29 @@ class Engine:
         began = self._step_began
         return 0.0 if began is None else time.monotonic() - began
 
-    def submit(self, request: RenderRequest, timeout: float | None = None) -> Future[Rendered]:
+    def submit(self, request: RenderRequest) -> Future[Rendered]:
         """Put a request in line; its future ends with the picture or with a `FarmError`.
 
-        Loads the model if need be, encodes the texts, and blocks while the line is full, `timeout` seconds at most; an
-        urgent request does not wait for that. A request with the id of one that is still here is a newer attempt and
-        takes its place: the older one ends with `RenderCancelled`. The future's own `cancel` does nothing; use the
-        engine's.
+        Loads the model if need be, encodes the texts, and blocks while the line is full; an urgent request does not
+        wait for that. A request with the id of one that is still here is a newer attempt and takes its place: the older
+        one ends with `RenderCancelled`. The future's own `cancel` does nothing; use the engine's.
 
         Raises `ModelError` for a model that can't be had, `BadRequest` for what it can't draw, `RenderHandedBack` when
-        the engine drains, has not started or has no room in time, and `EngineFailed` when its loop broke.
+        the engine drains or has not started, and `EngineFailed` when its loop broke.
         """
         self._check_accepting()
         model = request.spec.model
         pipeline = self._pins.use(model)
         try:
             request.deterministic = request.spec.deterministic or self._deterministic
-            shape = self._prepare(pipeline, request)
+            shape = self._encoder.prepare(pipeline, request)
             key = ForwardKey(model, shape, str(pipeline.dtype), request.deterministic)
             render = _Render(request, pipeline, key)
             render.future.set_running_or_notify_cancel()
             with self._changed:
                 urgent = request.priority >= URGENT
-                room = self._changed.wait_for(lambda: urgent or not (self._accepting and self._scheduler.full), timeout)
+                self._changed.wait_for(lambda: urgent or not (self._accepting and self._scheduler.full))
                 self._check_accepting()
-                if not room:
-                    raise RenderHandedBack("the line stayed full")
                 if older := self._renders.get(request.id):
                     self._end(older, RenderCancelled(f"{request.id}: a newer attempt took its place"))
                 self._scheduler.enqueue(request.id, key, request.rows, request.priority)
@@ -162,10 +148,22 @@ class Engine:
         return render.future
 
     def cancel(self, request_id: str) -> bool:
-        """End a request with `RenderCancelled`, at once; it is in no forward that begins later. False if unknown."""
+        """End a request with `RenderCancelled`, when the device works on it no longer; False if unknown.
+
+        It is in no forward that begins later, and its future ends after the one under way.
+        """
+        return self._leave(request_id, lambda _: RenderCancelled(f"{request_id} was cancelled"))
+
+    def hand_back(self, request_id: str, why: str) -> bool:
+        """End a request in the same way, but with `HandedBack`, which carries its state; False if unknown.
+
+        Whoever is denoised already gets its picture.
+        """
         with self._changed:
             render = self._renders.get(request_id)
-        return render is not None and self._end(render, RenderCancelled(f"{request_id} was cancelled"))
+            if render is not None and render.request.denoised:
+                return True
+            return self._leave(request_id, lambda snapshot: HandedBack(f"{request_id}: {why}", snapshot))
 
     def look(self, request_id: str, steps_done: int = 0) -> Future[Snapshot]:
         """A request's state after its next step, or after its first with that many steps done.
@@ -184,15 +182,7 @@ class Engine:
     def picture(self, snapshot: Snapshot, *, vae: bool = False) -> Image.Image:
         """What the latents of a snapshot show: roughly and small, or by the VAE. Beside the loop."""
         with self._pins.using(snapshot.spec.model) as pipeline:
-            request = RenderRequest("preview", snapshot.spec, resume=snapshot)
-
-            def draw() -> torch.Tensor:
-                pipeline.plan(request)
-                request.step_index, request.latents = snapshot.step_index, snapshot.latents
-                latents = sampling.visible(request)
-                return (pipeline.decode(latents) if vae else pipeline.preview(latents))[0].float().cpu()
-
-            return as_image(self._decoder.side.run(pipeline.device, draw))
+            return self._decoder.picture(pipeline, snapshot, vae=vae)
 
     def progress(self) -> dict[str, Progress]:
         """How far every request here is, waiting or running, by id. Never waits for a step."""
@@ -212,13 +202,17 @@ class Engine:
         with self._changed:
             self._accepting = False
             self._changed.notify_all()
-            renders = list(self._renders.values())
-            for request_id in self._scheduler.waiting:
-                self._hand_back(self._renders[request_id])
-        self._hand_back_running([one for one in renders if now + (one.request.seconds_left or 0) > finish_by], deadline)
-        wait([render.future for render in renders], timeout=max(0.0, finish_by - time.monotonic()))
-        self._hand_back_running(renders, deadline)
-        wait([render.future for render in renders])
+            renders, waiting = list(self._renders.values()), self._scheduler.waiting
+        for render in renders:
+            request = render.request
+            if request.id in waiting or now + (request.seconds_left or 0) > finish_by:
+                self.hand_back(request.id, "its worker drains")
+        for until in (finish_by, deadline):
+            wait([render.future for render in renders], timeout=max(0.0, until - time.monotonic()))
+            for render in renders:
+                self.hand_back(render.request.id, "not done in time, and its worker drains")
+        for render in renders:  # a forward hangs, or a decoder
+            self._end(render, HandedBack(f"{render.request.id}: its worker drains", None))
 
     def stop(self, timeout: float = 10.0) -> None:
         """Hand back whatever is here and end the loop, waiting `timeout` seconds at most for the step under way."""
@@ -228,72 +222,34 @@ class Engine:
             self._changed.notify_all()
         if self._thread.is_alive():
             self._thread.join(timeout)
-        self._encoder.close()
+        self._encoder.side.close()
         self._decoder.side.close()
 
-    def warm(self) -> None:
-        """Render two steps with every model held, and measure its forwards, so that the first job is not slow.
-
-        Call it after `start`. Raises `ModelError` for a model that can't render.
-        """
-        for name in self._pins.held:
-            spec = RenderSpec(prompt="warm", num_inference_steps=2, seed=0, model=name)
-            try:
-                self.submit(RenderRequest(f"warm {name}", spec)).result()
-            except BadImage as error:  # a picture of next to nothing in two steps is no fault of the model's
-                log.debug("warming model=%s: %s", name, error)
-            except RenderError as error:
-                raise ModelError(f"model {name!r} can't render: {error}") from error
-
     def _check_accepting(self) -> None:
-        if self._failure is not None:
-            raise EngineFailed(f"the render loop broke: {self._failure!r}") from self._failure
+        if self.failed is not None:
+            raise EngineFailed(f"the render loop broke: {self.failed!r}") from self.failed
         if not self._accepting:
             raise RenderHandedBack("the engine takes no more requests")
 
-    def _prepare(self, pipeline: Pipeline, request: RenderRequest) -> tuple[int, ...]:
-        """Plan and encode a request; the shape of its latents."""
-        try:
-            with torch.inference_mode():
-                shape = pipeline.plan(request)
-                self._encoder.run(pipeline.device, lambda: self._encode(pipeline, request))
-        except torch.AcceleratorError as error:
-            self._break(error)
-            raise EngineFailed(f"the device is lost: {error}") from error
-        except FarmError:
-            raise
-        except Exception as error:
-            raise as_failure(error, f"encode the texts of its {request.rows} rows, before step 1") from error
-        return shape
-
-    def _encode(self, pipeline: Pipeline, request: RenderRequest) -> None:
-        stopped = request.resume
-        if stopped is not None and (stopped.model_sha256, stopped.spec) != (pipeline.sha256, request.spec):
-            log.warning("%s starts afresh: what was written down is of another model or spec", request.id)
-            request.resume = None
-        pipeline.encode(request)
-        if pipeline.device.type == "cuda":
-            for tensor in (request.latents, *request.history, *request.conditioning.values()):
-                tensor.record_stream(torch.cuda.default_stream(pipeline.device))
-
-    def _hand_back(self, render: _Render) -> None:
-        """End one that stands in line, while the lock keeps it there."""
-        request = render.request
-        snapshot = request.snapshot(render.pipeline.sha256) if request.step_index else None
-        self._end(render, HandedBack(f"{request.id}: its worker drains", snapshot))
-
-    def _hand_back_running(self, renders: Sequence[_Render], deadline: float) -> None:
-        looks = [(render, self.look(render.request.id)) for render in renders]
-        wait([look for _, look in looks], timeout=max(0.0, deadline - time.monotonic()))
-        for render, look in looks:
-            snapshot = look.result() if look.done() and not look.cancelled() else None
-            self._end(render, HandedBack(f"{render.request.id}: not done in time, and its worker drains", snapshot))
+    def _leave(self, request_id: str, ending: _Ending) -> bool:
+        """Take a request out of the line, and end it when it is in no forward."""
+        with self._changed:
+            render = self._renders.get(request_id)
+            if render is None:
+                return False
+            if request_id in self._scheduler.running:
+                self._scheduler.leave(request_id)
+                self._leaving.append((render, ending))
+                self._changed.notify_all()
+            elif all(render is not other for other, _ in self._leaving):
+                self._end(render, ending(_state(render)))
+        return True
 
     # --- the loop
 
     def _loop(self) -> None:
         use_threads(self._threads)  # those beside the loop take one each, and new threads would too
-        while not self._stopping and self._failure is None:
+        while not self._stopping and self.failed is None:
             try:
                 with torch.inference_mode():
                     while self._work_to_do():
@@ -312,7 +268,7 @@ class Engine:
             self._step_began = None
             self._broke_in_a_row += 1
             if isinstance(error, torch.AcceleratorError) or self._broke_in_a_row > _REBUILDS:
-                self._failure, self._accepting = error, False
+                self.failed, self._accepting = error, False
             renders = list(self._renders.values())
             for render in renders:
                 self._end(render, caused(EngineFailed(f"the render loop broke: {error!r}"), error))
@@ -320,18 +276,20 @@ class Engine:
             self._changed.notify_all()
 
     def _new_scheduler(self) -> StepScheduler:
-        return StepScheduler(self._slots, self._line, urgent=URGENT, most_rows=self._limit)
-
-    def _limit(self, key: ForwardKey) -> int:
-        return self._limits.get(key, 1)  # until it is measured
+        return StepScheduler(self._slots, self._line, urgent=URGENT, most_rows=self._sizes.limit)
 
     def _work_to_do(self) -> bool:
-        """Wait for a request; False when the engine stops."""
+        """Let go of who leaves, and wait for a request; False when the engine stops."""
         with self._changed:
-            self._changed.wait_for(
-                lambda: self._scheduler.running or self._scheduler.waiting or self._stopping or self._failure
-            )
-            return not self._stopping and self._failure is None
+            while True:
+                for render, ending in self._leaving:
+                    if not render.request.denoised:  # else that was its last step, and its picture is on the way
+                        self._end(render, ending(_state(render)))
+                self._leaving.clear()
+                if self._scheduler.running or self._scheduler.waiting or self._stopping or self.failed:
+                    break
+                self._changed.wait()
+            return not self._stopping and self.failed is None
 
     def _schedule(self) -> list[list[_Render]]:
         """Let the line take the free slots, and choose who shares the next forward, or more than one if it is full."""
@@ -339,9 +297,9 @@ class Engine:
             # Of those that run too: somebody may come, and be let in, while others are measured.
             here = [self._renders[each] for each in (*self._scheduler.running, *self._scheduler.waiting)]
         for render in here:
-            if render.key not in self._limits:
+            if render.key not in self._sizes:
                 self._step_began = None  # measuring may take longer than any step, and is no sign of a hung device
-                self._limits[render.key] = self._sizes.limit(render.pipeline, render.key, render.request)
+                self._sizes.measure(render.pipeline, render.key, render.request)
                 self._step_began = time.monotonic()
         with self._changed:
             now = time.monotonic()
@@ -350,56 +308,44 @@ class Engine:
                 request.started, request.stepped = request.started or now, now
             self._changed.notify_all()  # the line has room again
             renders = [self._renders[request_id] for request_id in self._scheduler.next_forward()]
-        chunks: list[list[_Render]] = []
-        room = 0
-        for render in renders:
-            if render.request.rows > room:
-                chunks.append([])
-                room = max(render.request.rows, self._limit(render.key))
-            chunks[-1].append(render)
-            room -= render.request.rows
-        return chunks
+        parts = self._sizes.parts(renders[0].key, [render.request.rows for render in renders]) if renders else []
+        return [renders[part] for part in parts]
 
     def _advance(self, renders: list[_Render]) -> None:
-        """One forward for all of them, and a step; in halves if it does not fit, one by one if it raises."""
+        """One forward for all of them, and a step."""
         pipeline, requests = renders[0].pipeline, [render.request for render in renders]
-        began = time.monotonic()
+        began, rows = time.monotonic(), sum(request.rows for request in requests)
         filled = self._sizes.filled(pipeline, renders[0].key, requests)
         try:
             outputs = pipeline.denoise(requests, filled)
-        except torch.OutOfMemoryError as error:
-            self._split(renders, max(filled or 0, sum(request.rows for request in requests)), error)
         except torch.AcceleratorError:  # the device is lost for everybody
             raise
-        except Exception as error:
-            if len(renders) == 1:
-                log.exception("a forward of %s failed", requests[0].id)
-                self._end(renders[0], caused(EngineFailed(f"the forward failed: {error!r}"), error))
-            else:
-                log.warning("a forward of %d requests failed (%r); now one by one", len(renders), error)
-                for render in renders:
-                    self._advance([render])
+        except Exception as error:  # noqa: BLE001 - a neighbour must not suffer from it
+            self._divide(renders, max(filled or 0, rows), error)
         else:
-            self.forwards += 1
-            self.denoising_seconds += time.monotonic() - began
+            for request in requests:  # on a GPU right on the average of many forwards
+                request.device_seconds += (time.monotonic() - began) * request.rows / rows
             self._postprocess(renders, outputs)
 
-    def _split(self, renders: list[_Render], rows: int, error: torch.OutOfMemoryError) -> None:
-        """After a forward that did not fit: remember it, and try with half as many."""
-        traceback.clear_frames(error.__traceback__)  # they hold the tensors that are in the way
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        log.warning("a forward of %d rows does not fit: %s", rows, first_line(error))
+    def _divide(self, renders: list[_Render], rows: int, error: Exception) -> None:
+        """After a forward that raised: try again in halves, until the one is alone for which it does."""
+        traceback.clear_frames(error.__traceback__)  # they hold tensors, which are in the way if there was no room
         key, request = renders[0].key, renders[0].request
-        self._limits[key] = max(1, min(self._limit(key), rows // 2))
-        self._sizes.too_large(renders[0].pipeline, key, rows)
+        if isinstance(error, torch.OutOfMemoryError):
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            self._sizes.too_large(renders[0].pipeline, key, rows)
+        log.warning("a forward of %d rows failed at step %d: %s", rows, request.steps_done + 1, first_line(error))
         if half := len(renders) // 2:
             self._advance(renders[:half])
             self._advance(renders[half:])
-            return
-        what = f"one request alone ({rows} rows of {shown(key.shape)} latents, {key.dtype})"
-        where = f"does not fit beside what is pinned, at step {request.steps_done + 1}"
-        self._end(renders[0], OutOfMemory(f"{what} {where}: {first_line(error)}"))
+        elif isinstance(error, torch.OutOfMemoryError):
+            what = f"one request alone ({rows} rows of {shown(key.shape)} latents, {key.dtype})"
+            where = f"does not fit beside what is pinned, at step {request.steps_done + 1}"
+            self._end(renders[0], OutOfMemory(f"{what} {where}: {first_line(error)}"))
+        else:
+            log.error("a forward of %s alone failed", request.id, exc_info=error)
+            self._end(renders[0], caused(EngineFailed(f"the forward failed: {error!r}"), error))
 
     def _postprocess(self, renders: list[_Render], outputs: torch.Tensor) -> None:
         """Step each request with its output, and let go of those that are at their end."""
@@ -456,8 +402,6 @@ class Engine:
                 idle = not self._scheduler.running and not self._scheduler.waiting
             self._decoder.add(render.pipeline, request, idle=idle)
 
-    # --- the end of a request
-
     def _decoded(self, request: RenderRequest, outcome: Rendered | FarmError) -> None:
         with self._changed:
             render = self._renders.get(request.id)
@@ -481,6 +425,10 @@ class Engine:
         else:
             render.future.set_exception(outcome)
         return True
+
+
+def _state(render: _Render) -> Snapshot | None:
+    return render.request.snapshot(render.pipeline.sha256) if render.request.step_index else None
 
 
 def _cancel(future: Future[Snapshot]) -> None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -68,10 +69,28 @@ class ForwardSizes:
         self._measured = measured
         self._curves: dict[str, Curve] = {}
         self._fixed: dict[ForwardKey, bool] = {}
+        self._limits: dict[ForwardKey, int] = {}
         self._lock = threading.Lock()
 
-    def limit(self, pipeline: Pipeline, key: ForwardKey, request: RenderRequest) -> int:
-        """The most rows a forward of this key should have, measured now if it is not known; `request` is any of it."""
+    def __contains__(self, key: ForwardKey) -> bool:
+        """Whether its limit is known."""
+        return key in self._limits
+
+    @property
+    def largest(self) -> int:
+        """The largest limit known; 0 if none is."""
+        return max(self._limits.values(), default=0)
+
+    def limit(self, key: ForwardKey) -> int:
+        """The most rows a forward of this key should have; 1 until that is known."""
+        return self._limits.get(key, 1)
+
+    def measure(self, pipeline: Pipeline, key: ForwardKey, request: RenderRequest) -> int:
+        """Find that limit, by timing forwards unless they were timed before; `request` is any of this key."""
+        self._limits[key] = self._found(pipeline, key, request)
+        return self._limits[key]
+
+    def _found(self, pipeline: Pipeline, key: ForwardKey, request: RenderRequest) -> int:
         template = copy(request)
         template.rows = 1
         template.conditioning = {name: part[-1:] for name, part in template.conditioning.items()}
@@ -89,6 +108,16 @@ class ForwardSizes:
             log.warning("can't measure forwards of %s: one request a forward", key, exc_info=True)
             return request.rows
 
+    def parts(self, key: ForwardKey, rows: Sequence[int]) -> list[slice]:
+        """Which requests of a key share a forward, given the rows of each: all, unless the limit has shrunk since."""
+        cuts, room = list[int](), 0
+        for place, count in enumerate(rows):
+            if count > room:
+                cuts.append(place)
+                room = max(count, self.limit(key))
+            room -= count
+        return [slice(begin, end) for begin, end in pairwise([*cuts, len(rows)])]
+
     def filled(self, pipeline: Pipeline, key: ForwardKey, requests: Sequence[RenderRequest]) -> int | None:
         """How many rows a forward of these is filled up to: always the same if deterministic, measured if compiled."""
         if key.deterministic:
@@ -99,7 +128,8 @@ class ForwardSizes:
         return curve.bucket(sum(request.rows for request in requests)) if curve else None
 
     def too_large(self, pipeline: Pipeline, key: ForwardKey, rows: int) -> None:
-        """Correct a curve: so many rows did not fit after all."""
+        """So many rows did not fit after all: half of them is the limit now, and the curve is corrected."""
+        self._limits[key] = max(1, min(self.limit(key), rows // 2))
         with self._lock:
             curve = self._curves.setdefault(_kind(pipeline, key), Curve())
             curve.most = max(1, min(curve.most, rows - 1))

@@ -25,6 +25,7 @@ from workers.forward_sizes import ForwardSizes
 from workers.observing import Held, Observer
 from workers.pins import Pins
 from workers.pipelines import Pipeline, load
+from workers.warming import warm
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +126,7 @@ class Worker:
         )
         self.engine.start()
         began = time.monotonic()
-        self.engine.warm()
+        warm(self.engine, self.pins)
         held = ",".join(self.pins.held)
         log.info("warmed models=%s device=%s in %.1f s", held, device, time.monotonic() - began)
         self.observer = Observer(self.engine, self.storage, self.store, settings)

@@ -10,7 +10,6 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Self
 
@@ -20,15 +19,6 @@ from farm.errors import FarmError, ModelError
 from workers.pipelines import Pipeline
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(eq=False)
-class _Turn:
-    """A model's place in the line of those to be loaded."""
-
-    users: int = 0
-    """Who waits for it, and uses it from the moment it is loaded: the next turn can't evict it before."""
-    loaded: Future[Pipeline] = field(default_factory=Future)
 
 
 class Pins:
@@ -53,6 +43,8 @@ class Pins:
         model that can't be loaded is refused for `retry_seconds`, then tried again.
         """
         self._sources = dict(sources)
+        self.names = tuple(sources)
+        """Every model served, held or not, in the order given."""
         self._load = load
         self._budget = math.inf if memory_bytes is None else memory_bytes
         self._size = size
@@ -64,7 +56,7 @@ class Pins:
         self._held: OrderedDict[str, Pipeline] = OrderedDict()  # least recently used first
         self._users: Counter[str] = Counter()
         self._leaving: frozenset[str] = frozenset()  # still in use, but closed to new users
-        self._line: dict[str, _Turn] = {}
+        self._line: dict[str, list[Future[Pipeline]]] = {}  # of those who wait for it; first come, first loaded
         self._sizes: dict[str, int] = {}  # of every model that was ever loaded
         self._failures: dict[str, tuple[str, float]] = {}  # why, and when
 
@@ -87,11 +79,6 @@ class Pins:
                     _free_memory()
         if not self._held:
             raise ModelError("\n".join(f"model {name!r}: {why}" for name, why in self.failures.items()))
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Every model served, held or not, in the order given."""
-        return tuple(self._sources)
 
     @property
     def held(self) -> tuple[str, ...]:
@@ -122,16 +109,16 @@ class Pins:
             if name not in self._sources:
                 raise ModelError(f"model {name!r} is not served here; served: {', '.join(self._sources) or 'none'}")
             if name in self._held and name not in self._leaving:
-                return self._enter(name, users=1)
+                return self._enter(name)
             why, when = self._failures.get(name, ("", -math.inf))
             if time.monotonic() - when < self._retry_seconds:
                 raise ModelError(f"model {name!r}: {why}")
-            is_first = name not in self._line
-            turn = self._line.setdefault(name, _Turn())
-            turn.users += 1
-        if is_first:
-            self._take(turn, name)
-        return turn.loaded.result()
+            waiting = self._line.setdefault(name, [])
+            loaded = Future[Pipeline]()
+            waiting.append(loaded)
+        if waiting[0] is loaded:
+            self._take(name)
+        return loaded.result()
 
     def release(self, name: str) -> None:
         """One user of a model less. Raises `ValueError` if it has none."""
@@ -150,51 +137,64 @@ class Pins:
         finally:
             self.release(name)
 
-    def _enter(self, name: str, users: int) -> Pipeline:
-        self._users[name] += users
+    def _enter(self, name: str) -> Pipeline:
+        self._users[name] += 1
         self._held.move_to_end(name)
         return self._held[name]
 
-    # --- the head of the line
-
-    def _take(self, turn: _Turn, name: str) -> None:
-        """Wait for a model's turn, load it, and let in all who wait for it."""
+    def _take(self, name: str) -> None:
+        """Wait for a model's turn, load it, and let in all who wait for it: the next can't evict it before."""
+        error: BaseException | None = None
         try:
             with self._changed:
                 self._changed.wait_for(lambda: next(iter(self._line)) == name)
             if name not in self._held:  # it can be: it was to leave, and then there was room without
                 self._bring(name, evict=True)
-        except BaseException as error:  # noqa: BLE001 - raised by the future, in every thread that waits
-            turn.loaded.set_exception(error)
+        except BaseException as caught:  # noqa: BLE001 - raised by the futures, in every thread that waits
+            error = caught
         with self._changed:
-            del self._line[name]
-            if not turn.loaded.done():
-                turn.loaded.set_result(self._enter(name, turn.users))
+            for loaded in self._line.pop(name):
+                loaded.set_exception(error) if error else loaded.set_result(self._enter(name))
             self._changed.notify_all()
 
     def _bring(self, name: str, *, evict: bool) -> bool:
-        """Load a model; False if there is no room for it and none may be made."""
-        with self._remembering_failure(name):
+        """Load a model; False if there is no room for it and none may be made.
+
+        Whatever is raised is a `ModelError`, and why the model is refused for a while.
+        """
+        try:
+            return self._fits(name, evict=evict)
+        except Exception as error:
+            traceback.clear_frames(error.__traceback__)
+            why = str(error) if isinstance(error, FarmError) else f"{type(error).__name__}: {error}"
+            with self._changed:
+                self._failures[name] = why, time.monotonic()
+            _free_memory()
+            log.warning("can't pin model=%s: %s", name, why, exc_info=not isinstance(error, FarmError))
+            raise ModelError(f"model {name!r}: {why}") from error
+
+    def _fits(self, name: str, *, evict: bool) -> bool:
+        pipeline = None
+        while pipeline is None:
             if not self._make_room(name, evict):
                 return False
             began = time.monotonic()
             try:
                 pipeline = self._open(name)
+                seconds = time.monotonic() - began
             except torch.OutOfMemoryError as error:
                 if not evict and self._held:
                     return False
                 traceback.clear_frames(error.__traceback__)  # they keep alive what was loaded so far
                 if not self._evict_unused():
                     raise
-                pipeline = self._open(name)
-            seconds = time.monotonic() - began
-            if not self._make_room(name, evict):  # its size was not known, or guessed too small
-                return False
-            with self._changed:
-                self._held[name] = pipeline
-                self._failures.pop(name, None)
-            log.info("pinned model=%s bytes=%d seconds=%.1f", name, pipeline.nbytes, seconds)
-            return True
+        if not self._make_room(name, evict):  # its size was not known, or guessed too small
+            return False
+        with self._changed:
+            self._held[name] = pipeline
+            self._failures.pop(name, None)
+        log.info("pinned model=%s bytes=%d seconds=%.1f", name, pipeline.nbytes, seconds)
+        return True
 
     def _open(self, name: str) -> Pipeline:
         pipeline = self._load(name, self._sources[name])
@@ -234,20 +234,6 @@ class Pins:
         _free_memory()
         log.info("unpinned model=%s bytes=%d", name, self._sizes[name])
         return True
-
-    @contextmanager
-    def _remembering_failure(self, name: str) -> Iterator[None]:
-        """Whatever is raised in here becomes a `ModelError`, and why the model is refused for a while."""
-        try:
-            yield
-        except Exception as error:
-            traceback.clear_frames(error.__traceback__)
-            why = str(error) if isinstance(error, FarmError) else f"{type(error).__name__}: {error}"
-            with self._changed:
-                self._failures[name] = why, time.monotonic()
-            _free_memory()
-            log.warning("can't pin model=%s: %s", name, why, exc_info=not isinstance(error, FarmError))
-            raise ModelError(f"model {name!r}: {why}") from error
 
 
 def _free_memory() -> None:

@@ -116,6 +116,8 @@ class RenderRequest:
     """When its last step ended, or it took its slot."""
     seconds_per_forward: float | None = field(init=False, default=None)
     """Measured, smoothed over its last few."""
+    device_seconds: float = field(init=False, default=0.0)
+    """Its part, by rows, of the time its forwards took; not those before a resume."""
     frames: list[torch.Tensor] = field(init=False, repr=False, default_factory=list)
     """For `spec.trajectory`: the latents after each step, (1, *shape), at the size the decoder expects."""
     warnings: list[str] = field(init=False, default_factory=list)
@@ -198,6 +200,8 @@ class Rendered:
     dtype: str
     render_seconds: float
     """From taking its slot to the last pixel; shared with whoever rendered meanwhile."""
+    device_seconds: float = 0.0
+    """Its own part of that on the device."""
     warnings: tuple[str, ...] = ()
     """What a person should know about the picture, such as a prompt cut at 77 tokens."""
     frames: tuple[Image.Image, ...] = ()

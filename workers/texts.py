@@ -1,8 +1,9 @@
-"""What is made of texts and kept: their embeddings, and what cross-attention makes of those."""
+"""What is made of texts and kept: their embeddings, what cross-attention makes of those, and what was cut off."""
 
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
+from typing import Any
 
 import torch
 from diffusers.models.attention_processor import Attention
@@ -49,6 +50,25 @@ class Embeddings:
 
 def _bytes(embedding: Embedding) -> int:
     return sum(tensor.nbytes for tensor in embedding.values())
+
+
+def left_out(pipe: Any, text: str, limits: Mapping[str, int]) -> list[str]:
+    """What each tokenizer of a pipeline cuts off a text, as the end of a warning.
+
+    A tokenizer's own limit holds unless `limits` has another by its name.
+    """
+    cuts = []
+    for number in ("", "_2", "_3"):
+        tokenizer = getattr(pipe, f"tokenizer{number}", None)
+        if tokenizer is None:
+            continue
+        limit = limits.get(f"tokenizer{number}", tokenizer.model_max_length)
+        rest = tokenizer(text, truncation=True, max_length=limit, return_overflowing_tokens=True).input_ids[1:]
+        if rest:
+            words = tokenizer.decode([token for row in rest for token in row], skip_special_tokens=True)
+            encoder = f" for text_encoder{number}" if number else ""
+            cuts.append(f"was cut at {limit} tokens{encoder}; left out: {words:.200}")
+    return cuts
 
 
 class _Remembering(torch.nn.Module):

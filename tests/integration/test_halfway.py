@@ -16,7 +16,7 @@ from tests.integration.conftest import Crew, Process, wait_until
 from workers.engine import Engine
 from workers.pins import Pins
 from workers.pipelines import load
-from workers.pipelines.null import colour
+from workers.null import colour
 from workers.request import RenderRequest
 
 pytestmark = pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)

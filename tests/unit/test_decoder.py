@@ -11,7 +11,7 @@ import torch
 from farm.errors import FarmError, RenderError
 from tests.gated import SOON, pixel, request
 from workers.decoder import Decoder
-from workers.pipelines.null import NullPipeline
+from workers.null import NullPipeline
 from workers.request import Rendered, RenderRequest
 
 

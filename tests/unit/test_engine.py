@@ -2,16 +2,17 @@
 
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import pytest
 
 from farm.errors import FarmError, ModelError, RenderCancelled, RenderHandedBack
 from tests.gated import SOON, Gated, fail, in_thread, pixel, request, running
 from workers.engine import Engine
+from workers.null import NullPipeline
 from workers.pins import Pins
-from workers.pipelines.null import NullPipeline
 from workers.request import Progress, Rendered
+from workers.warming import warm
 
 
 @pytest.fixture
@@ -113,7 +114,7 @@ def test_progress_is_seen_while_a_forward_runs(engine: Engine, gated: Gated) -> 
 
 def test_an_idle_engine_is_not_busy(engine: Engine, gated: Gated) -> None:
     assert engine.busy_seconds == 0.0
-    assert engine.healthy
+    assert engine._accepting
 
 
 def test_the_pace_is_smoothed_and_tells_how_long_the_rest_takes() -> None:
@@ -151,9 +152,10 @@ def test_a_cancelled_request_leaves_between_two_steps(engine: Engine, gated: Gat
     a, b = engine.submit(request("a", steps=1)), engine.submit(request("b", steps=3))
     assert gated.next() == ["a", "b"]
     assert engine.cancel("b")
-    with pytest.raises(RenderCancelled, match="b was cancelled"):
-        b.result(0)  # at once, in the middle of a forward
+    assert not b.done()  # the forward under way has rows of it
     gated.allow()
+    with pytest.raises(RenderCancelled, match="b was cancelled"):
+        b.result(SOON)
     first.result(SOON)
     a.result(SOON)
     engine.submit(request("c")).result(SOON)
@@ -208,20 +210,18 @@ def test_submit_waits_for_room_in_line(engine: Engine, gated: Gated) -> None:
     futures = [engine.submit(request("0", steps=1))]
     gated.begun()
     futures += [engine.submit(request(name, steps=1)) for name in "12"]
-    with pytest.raises(RenderHandedBack, match="the line stayed full"):
-        engine.submit(request("3"), timeout=0.01)
-    late = in_thread(lambda: engine.submit(request("4")))
+    late = in_thread(lambda: engine.submit(request("3")))
+    assert not wait([late], 0.05).done
     gated.allow()
     assert isinstance(late.result(SOON).result(SOON), Rendered)
     for future in futures:
         future.result(SOON)
-    assert ["3"] not in gated.forwards
 
 
 def test_an_engine_that_was_not_started_takes_nothing(gated: Gated) -> None:
     pins = Pins.of({"tiny": gated})
     engine = Engine(pins)
-    assert not engine.healthy
+    assert not engine._accepting
     with pytest.raises(RenderHandedBack, match="takes no more requests"):
         engine.submit(request("a"))
     assert pins._users["tiny"] == 0
@@ -236,7 +236,7 @@ def test_a_stopped_engine_has_no_thread_and_no_open_future(gated: Gated) -> None
     for future in futures:
         assert future.done()
         assert future.exception() is None or isinstance(future.exception(), FarmError)
-    assert not engine.healthy
+    assert not engine._accepting
     assert not engine._thread.is_alive()
 
 
@@ -258,11 +258,11 @@ def test_many_threads_hand_in_and_each_gets_its_own_picture() -> None:
 
 def test_warming_renders_with_every_model() -> None:
     models = {"one": Gated(), "two": Gated()}
-    engine = Engine(Pins.of(models))
+    engine = Engine(pins := Pins.of(models))
     engine.start()
     for model in models.values():
         model.allow()
-    engine.warm()
+    warm(engine, pins)
     assert [model.decoded for model in models.values()] == [[1], [1]]
     engine.stop()
 
@@ -271,4 +271,4 @@ def test_a_model_that_can_not_render_is_named_when_warming(engine: Engine, gated
     gated.faults["denoise"] = fail(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     gated.allow()
     with pytest.raises(ModelError, match="model 'tiny' can't render: the forward failed"):
-        engine.warm()
+        warm(engine, engine._pins)

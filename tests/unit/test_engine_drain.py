@@ -8,11 +8,11 @@ from concurrent.futures import CancelledError, Future, wait
 import pytest
 import torch
 
-from farm.errors import RenderCancelled, RenderHandedBack
+from farm.errors import RenderHandedBack
 from tests.gated import SOON, Gated, fail, in_thread, pixel, request, running
 from workers import state
 from workers.engine import Engine
-from workers.pipelines.null import NullPipeline
+from workers.null import NullPipeline
 from workers.request import HandedBack, Rendered, Snapshot
 
 
@@ -27,18 +27,18 @@ def engine(gated: Gated) -> Iterator[Engine]:
         yield engine
 
 
-def drain_and_look(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Future[None]:
-    """Begin to drain, and wait until it looks at somebody."""
-    looked, look = threading.Event(), engine.look
+def drain_and_see(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Future[None]:
+    """Begin to drain, and wait until it hands somebody back."""
+    seen, hand_back = threading.Event(), engine.hand_back
 
-    def look_and_tell(request_id: str) -> Future[Snapshot]:
-        future = look(request_id)
-        looked.set()
-        return future
+    def hand_back_and_tell(request_id: str, why: str) -> bool:
+        known = hand_back(request_id, why)
+        seen.set()
+        return known
 
-    monkeypatch.setattr(engine, "look", look_and_tell)
+    monkeypatch.setattr(engine, "hand_back", hand_back_and_tell)
     draining = in_thread(lambda: engine.drain(SOON))
-    assert looked.wait(SOON)
+    assert seen.wait(SOON)
     return draining
 
 
@@ -167,7 +167,7 @@ def test_a_drain_hands_back_who_waits_at_once_and_ends_when_the_rest_is_done(eng
     with pytest.raises(RenderHandedBack, match="takes no more"):
         engine.submit(request("late"))
     assert not first.done()
-    assert not engine.healthy
+    assert not engine._accepting
     gated.allow()
     draining.result(SOON)
     assert isinstance(first.result(0), Rendered)
@@ -215,7 +215,7 @@ def test_what_can_not_finish_in_time_is_handed_back_after_its_next_step(
             engine._renders[request_id].request.seconds_per_forward = pace
             engine._renders[request_id].request.stepped = None  # and no more is measured
     began = time.monotonic()
-    draining = drain_and_look(engine, monkeypatch)
+    draining = drain_and_see(engine, monkeypatch)
     gated.next()
     snapshot = handed_back(long)
     assert snapshot is not None
@@ -259,20 +259,39 @@ def test_a_drain_ends_in_time_even_when_a_forward_hangs(
     first.result(0)
 
 
-def test_a_drain_does_not_wait_for_what_ends_meanwhile(
-    engine: Engine, gated: Gated, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    future = engine.submit(request("a", steps=1000))
+@pytest.mark.parametrize("begun", [False, True])
+def test_one_is_handed_back_while_its_neighbours_go_on(engine: Engine, gated: Gated, begun: bool) -> None:
+    stays = engine.submit(request("stays", steps=4))
     gated.begun()
-    gated.next()
-    engine._renders["a"].request.seconds_per_forward = 60.0
-    began = time.monotonic()
-    draining = drain_and_look(engine, monkeypatch)
-    engine.cancel("a")
-    draining.result(SOON)
-    assert time.monotonic() - began < SOON / 2
-    with pytest.raises(RenderCancelled):
-        future.result(0)
+    leaves = engine.submit(request("leaves", steps=9))
+    assert gated.next() == ["stays", "leaves"]
+    if begun:
+        gated.next()
+    assert engine.hand_back("leaves", "its batch is paused")
+    assert not leaves.done()  # the forward under way has rows of it
+    assert engine.cancel("leaves")  # too late: it leaves already
+    gated.allow()
+    snapshot = handed_back(leaves)
+    assert snapshot is not None
+    assert snapshot.steps_done == 1 + begun
+    assert stays.result(SOON).image.getpixel((0, 0)) == pixel(1)
+    assert not engine.hand_back("leaves", "it is gone")
+
+
+def test_who_is_denoised_is_not_handed_back_but_finished(engine: Engine, gated: Gated) -> None:
+    decoding, decoded = threading.Event(), threading.Event()
+
+    def wait_for_it(_: object) -> None:
+        decoding.set()
+        assert decoded.wait(SOON)
+
+    gated.faults["decode"] = wait_for_it
+    future = engine.submit(request("a", steps=1))
+    gated.allow()
+    assert decoding.wait(SOON)
+    assert engine.hand_back("a", "too late")
+    decoded.set()
+    assert future.result(SOON).image.getpixel((0, 0)) == pixel(1)
 
 
 def test_an_idle_engine_drains_at_once(engine: Engine) -> None:

@@ -12,7 +12,8 @@ from farm.errors import BadImage, BadRequest, EngineFailed, ModelError, OutOfMem
 from tests.gated import SOON, Gated, fail, pixel, request, running
 from workers.decoder import rendered
 from workers.engine import Engine
-from workers.pipelines.null import NullPipeline, colour
+from workers.null import NullPipeline, colour
+from workers.warming import warm
 
 
 @pytest.fixture
@@ -47,7 +48,7 @@ def test_a_failing_request_does_not_hurt_its_neighbours(engine: Engine, gated: G
     assert caught.value.retryable
     assert good.result(SOON).image.getpixel((0, 0)) == pixel(2)
     assert first.result(SOON).image.getpixel((0, 0)) == pixel(1)
-    assert engine.healthy
+    assert engine._accepting
 
 
 def test_a_request_that_can_not_be_encoded_is_refused_where_it_was_handed_in(engine: Engine, gated: Gated) -> None:
@@ -227,7 +228,7 @@ def test_a_broken_loop_fails_who_is_here_as_retryable_and_renders_the_next(
             future.result(SOON)
         assert caught.value.retryable
     assert engine.submit(request("c", seed=5)).result(SOON).image.getpixel((0, 0)) == pixel(5)
-    assert engine.healthy
+    assert engine._accepting
     assert engine.failed is None
     assert [record.levelno for record in caplog.records if "loop broke" in record.message] == [logging.ERROR]
 
@@ -238,11 +239,11 @@ def test_a_loop_that_breaks_four_times_in_a_row_is_given_up(
     gated.allow()
     break_loop(engine, monkeypatch, times=4)
     for turn in range(4):
-        assert engine.healthy
+        assert engine._accepting
         with pytest.raises(EngineFailed):
             engine.submit(request(str(turn))).result(SOON)
     assert isinstance(engine.failed, ZeroDivisionError)
-    assert not engine.healthy
+    assert not engine._accepting
     with pytest.raises(EngineFailed, match="the render loop broke"):
         engine.submit(request("late"))
 
@@ -272,7 +273,7 @@ def test_a_lost_device_ends_everything_for_good_and_is_told(engine: Engine, gate
         with pytest.raises(EngineFailed, match="device-side assert"):
             future.result(SOON)
     assert isinstance(engine.failed, torch.AcceleratorError)
-    assert not engine.healthy
+    assert not engine._accepting
     with pytest.raises(EngineFailed, match="device-side assert"):
         engine.submit(request("late"))
 
@@ -296,4 +297,4 @@ def test_a_model_that_fails_every_forward_leaves_the_engine_healthy(engine: Engi
             engine.submit(request(str(turn))).result(SOON)
     assert engine.failed is None
     with pytest.raises(ModelError, match="can't render"):
-        engine.warm()
+        warm(engine, engine._pins)

@@ -11,7 +11,7 @@ import torch
 from tests.gated import SOON, Gated, pixel, request, running
 from workers.engine import Engine
 from workers.forward_sizes import FIXED_ROWS, ForwardSizes
-from workers.pipelines.null import NullPipeline
+from workers.null import NullPipeline
 from workers.request import RenderRequest
 
 
@@ -74,7 +74,7 @@ def test_an_urgent_request_is_in_the_next_forward_or_the_one_after(gated: Gated)
         futures["c"] = engine.submit(request("c", steps=5, seed=4))
         assert gated.next() == ["a", "b", "c"]  # the engine is full, and so is the line after one more
         futures["d"] = engine.submit(request("d", steps=1, seed=5))
-        futures["urgent"] = engine.submit(request("urgent", steps=2, priority=90, width=128, seed=6), timeout=0)
+        futures["urgent"] = engine.submit(request("urgent", steps=2, priority=90, width=128, seed=6))
         gated.allow()
         for seed, name in enumerate(futures, start=2):
             assert futures[name].result(SOON).image.getpixel((0, 0)) == pixel(seed)
@@ -89,7 +89,7 @@ def test_somebody_of_another_shape_may_come_while_forwards_are_measured() -> Non
     measuring, measured = threading.Event(), threading.Event()
 
     class Slow(ForwardSizes):
-        def limit(self, *args: Any) -> int:
+        def _found(self, *args: Any) -> int:
             measuring.set()
             assert measured.wait(SOON)
             return 4
@@ -119,7 +119,7 @@ class Recording(NullPipeline):
 
 
 def measuring_sizes(sizes: ForwardSizes, most: int) -> ForwardSizes:
-    sizes.limit = lambda *_: most  # type: ignore[method-assign]
+    sizes._found = lambda *_: most  # type: ignore[method-assign]
     return sizes
 
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from tests.gated import SOON, pixel, request, running
 from workers import film
-from workers.pipelines.null import NullPipeline
+from workers.null import NullPipeline
 from workers.request import Rendered, RenderRequest
 
 

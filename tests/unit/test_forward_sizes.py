@@ -12,7 +12,7 @@ import torch
 from tests.gated import request
 from workers import forward_sizes
 from workers.forward_sizes import FIXED_ROWS, NO_LIMIT, Curve, ForwardSizes
-from workers.pipelines.null import NullPipeline
+from workers.null import NullPipeline
 from workers.request import RenderRequest
 from workers.step_scheduler import ForwardKey
 
@@ -69,70 +69,70 @@ def saturating(rows: int) -> float:
 
 def test_the_smallest_size_beyond_which_more_rows_gain_nothing_is_best(clock: Clock, template: RenderRequest) -> None:
     pipeline = Scripted(clock=clock, seconds=saturating)
-    assert ForwardSizes().limit(pipeline, KEY, template) == 8
+    assert ForwardSizes().measure(pipeline, KEY, template) == 8
     assert sorted(set(pipeline.forwards)) == [1, 2, 4, 8, 16, 32]  # 16 and 32 are the two doublings without a gain
 
 
 def test_two_doublings_without_a_gain_end_it(clock: Clock, template: RenderRequest) -> None:
     pipeline = Scripted(clock=clock, seconds=lambda rows: 0.01 * rows)
-    assert ForwardSizes(most_rows=64).limit(pipeline, KEY, template) == 1
+    assert ForwardSizes(most_rows=64).measure(pipeline, KEY, template) == 1
     assert sorted(set(pipeline.forwards)) == [1, 2, 4]
 
 
 def test_one_doubling_without_a_gain_does_not(clock: Clock, template: RenderRequest) -> None:
     took = {1: 1.0, 2: 2.0, 4: 2.0, 8: 4.0, 16: 8.0}
     pipeline = Scripted(clock=clock, seconds=lambda rows: took[rows] / 100)
-    assert ForwardSizes(most_rows=64).limit(pipeline, KEY, template) == 4
+    assert ForwardSizes(most_rows=64).measure(pipeline, KEY, template) == 4
 
 
 def test_a_gain_of_next_to_nothing_is_none(clock: Clock, template: RenderRequest) -> None:
     pipeline = Scripted(clock=clock, seconds=lambda rows: 0.01 * rows / (1.015 if rows > 1 else 1))
-    assert ForwardSizes().limit(pipeline, KEY, template) == 1
+    assert ForwardSizes().measure(pipeline, KEY, template) == 1
 
 
 def test_no_more_rows_are_tried_than_asked_for(clock: Clock, template: RenderRequest) -> None:
     pipeline = Scripted(clock=clock, seconds=lambda _: 0.01)
-    assert ForwardSizes(most_rows=4).limit(pipeline, KEY, template) == 4
+    assert ForwardSizes(most_rows=4).measure(pipeline, KEY, template) == 4
     assert max(pipeline.forwards) == 4
 
 
 def test_a_slow_model_is_measured_once_a_size_and_for_half_a_minute(clock: Clock, template: RenderRequest) -> None:
     pipeline = Scripted(clock=clock, seconds=lambda _: 2.0)
-    ForwardSizes(most_rows=64).limit(pipeline, KEY, template)
+    ForwardSizes(most_rows=64).measure(pipeline, KEY, template)
     assert pipeline.forwards == [1, 1, 2, 2]  # each 20 seconds, its warming up among them
 
 
 def test_rows_that_do_not_fit_are_the_end_of_it(clock: Clock, template: RenderRequest) -> None:
     pipeline = Scripted(clock=clock, seconds=lambda _: 0.01, fits=7)
     sizes = ForwardSizes()
-    assert sizes.limit(pipeline, KEY, template) == 4
+    assert sizes.measure(pipeline, KEY, template) == 4
 
 
 def test_even_if_no_row_fits_a_request_has_a_forward(clock: Clock, template: RenderRequest) -> None:
-    assert ForwardSizes().limit(Scripted(clock=clock, fits=0), KEY, template) == 1
+    assert ForwardSizes().measure(Scripted(clock=clock, fits=0), KEY, template) == 1
 
 
 def test_a_model_that_can_not_be_measured_does_a_request_a_forward(
     template: RenderRequest, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(Scripted, "denoise", lambda *_: 1 / 0)
-    assert ForwardSizes().limit(Scripted(), KEY, template) == template.rows
+    assert ForwardSizes().measure(Scripted(), KEY, template) == template.rows
     assert "can't measure forwards" in caplog.text
 
 
 def test_without_measuring_forwards_take_all_there_is(template: RenderRequest) -> None:
     pipeline = Scripted()
-    assert ForwardSizes(measured=False).limit(pipeline, KEY, template) == NO_LIMIT
+    assert ForwardSizes(measured=False).measure(pipeline, KEY, template) == NO_LIMIT
     assert pipeline.forwards == []
 
 
 def test_each_shape_is_measured_once(clock: Clock, template: RenderRequest) -> None:
     pipeline, sizes = Scripted(clock=clock, seconds=saturating), ForwardSizes()
-    sizes.limit(pipeline, KEY, template)
+    sizes.measure(pipeline, KEY, template)
     once = len(pipeline.forwards)
-    sizes.limit(pipeline, KEY, template)
+    sizes.measure(pipeline, KEY, template)
     assert len(pipeline.forwards) == once
-    sizes.limit(pipeline, LARGE, template)
+    sizes.measure(pipeline, LARGE, template)
     assert len(pipeline.forwards) == 2 * once
 
 
@@ -143,19 +143,19 @@ def test_what_was_measured_is_read_back_by_the_next_worker(
     clock: Clock, template: RenderRequest, tmp_path: Path
 ) -> None:
     path = tmp_path / "there" / "forwards.json"
-    ForwardSizes(path).limit(Scripted(clock=clock, seconds=saturating), KEY, template)
-    ForwardSizes(path).limit(Scripted(clock=clock, seconds=saturating), LARGE, template)
+    ForwardSizes(path).measure(Scripted(clock=clock, seconds=saturating), KEY, template)
+    ForwardSizes(path).measure(Scripted(clock=clock, seconds=saturating), LARGE, template)
     later = Scripted(clock=clock, seconds=saturating)
     for key in (KEY, LARGE):
-        assert ForwardSizes(path).limit(later, key, template) == 8
+        assert ForwardSizes(path).measure(later, key, template) == 8
     assert later.forwards == []
     assert [kept.name for kept in path.parent.iterdir()] == ["forwards.json"]
 
 
 def test_other_weights_are_measured_anew(clock: Clock, template: RenderRequest, tmp_path: Path) -> None:
-    ForwardSizes(tmp_path / "f.json").limit(Scripted(clock=clock, seconds=saturating), KEY, template)
+    ForwardSizes(tmp_path / "f.json").measure(Scripted(clock=clock, seconds=saturating), KEY, template)
     other = Scripted(sha256="1" * 64, clock=clock, seconds=saturating)
-    ForwardSizes(tmp_path / "f.json").limit(other, KEY, template)
+    ForwardSizes(tmp_path / "f.json").measure(other, KEY, template)
     assert other.forwards
 
 
@@ -166,11 +166,11 @@ def test_a_broken_file_costs_measuring_again_and_is_mended(
     clock: Clock, template: RenderRequest, tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str
 ) -> None:
     path = tmp_path / "forwards.json"
-    ForwardSizes(path).limit(Scripted(clock=clock, seconds=saturating), KEY, template)
+    ForwardSizes(path).measure(Scripted(clock=clock, seconds=saturating), KEY, template)
     (kind,) = json.loads(path.read_text())
     path.write_text(text.replace("KIND", kind))
     pipeline = Scripted(clock=clock, seconds=saturating)
-    assert ForwardSizes(path).limit(pipeline, KEY, template) == 8
+    assert ForwardSizes(path).measure(pipeline, KEY, template) == 8
     assert pipeline.forwards
     assert "measuring again" in caplog.text
     assert list(json.loads(path.read_text())) == [kind]
@@ -181,7 +181,7 @@ def test_a_folder_that_can_not_be_written_costs_nothing_else(
 ) -> None:
     (tmp_path / "file").touch()
     sizes = ForwardSizes(tmp_path / "file" / "forwards.json")
-    assert sizes.limit(Scripted(clock=clock, seconds=saturating), KEY, template) == 8
+    assert sizes.measure(Scripted(clock=clock, seconds=saturating), KEY, template) == 8
     assert "can't keep the measured forward sizes" in caplog.text
 
 
@@ -193,13 +193,13 @@ def test_rows_that_did_not_fit_after_all_lower_the_best_here_and_on_disk(
 ) -> None:
     pipeline, path = Scripted(clock=clock, seconds=saturating), tmp_path / "forwards.json"
     sizes = ForwardSizes(path)
-    sizes.limit(pipeline, KEY, template)
+    sizes.measure(pipeline, KEY, template)
     sizes.too_large(pipeline, KEY, 8)
-    assert sizes.limit(pipeline, KEY, template) == 4
-    assert ForwardSizes(path).limit(pipeline, KEY, template) == 4
+    assert sizes.measure(pipeline, KEY, template) == 4
+    assert ForwardSizes(path).measure(pipeline, KEY, template) == 4
     for _ in range(9):
         sizes.too_large(pipeline, KEY, 1)
-    assert sizes.limit(pipeline, KEY, template) == 1
+    assert sizes.measure(pipeline, KEY, template) == 1
 
 
 def test_what_is_known_not_to_fit_is_not_tried_when_the_rest_is_measured(
@@ -207,7 +207,7 @@ def test_what_is_known_not_to_fit_is_not_tried_when_the_rest_is_measured(
 ) -> None:
     pipeline, path = Scripted(clock=clock, seconds=saturating), tmp_path / "forwards.json"
     ForwardSizes(path).too_large(pipeline, KEY, 6)
-    assert ForwardSizes(path).limit(pipeline, KEY, template) == 4
+    assert ForwardSizes(path).measure(pipeline, KEY, template) == 4
     assert max(pipeline.forwards) == 4
 
 
@@ -226,17 +226,17 @@ class Compiled(Scripted):
 def test_a_compiled_model_gets_forwards_of_measured_sizes(clock: Clock, template: RenderRequest) -> None:
     pipeline, sizes = Compiled(clock=clock, seconds=saturating), ForwardSizes()
     assert sizes.filled(pipeline, KEY, [template]) is None
-    sizes.limit(pipeline, KEY, template)
+    sizes.measure(pipeline, KEY, template)
     assert [sizes.filled(pipeline, KEY, [template] * count) for count in (1, 2, 3, 4, 40)] == [2, 4, 8, 8, 80]
 
 
 def test_one_that_is_not_gets_them_as_they_are(clock: Clock, template: RenderRequest) -> None:
     pipeline, sizes = Scripted(clock=clock, seconds=saturating), ForwardSizes()
-    sizes.limit(pipeline, KEY, template)
+    sizes.measure(pipeline, KEY, template)
     assert sizes.filled(pipeline, KEY, [template] * 3) is None
 
 
 def test_a_deterministic_forward_always_has_the_same_rows(template: RenderRequest) -> None:
     key, sizes = ForwardKey("tiny", (3, 8, 8), "torch.float32", deterministic=True), ForwardSizes()
-    assert sizes.limit(Scripted(), key, template) == FIXED_ROWS
+    assert sizes.measure(Scripted(), key, template) == FIXED_ROWS
     assert [sizes.filled(Scripted(), key, [template] * count) for count in (1, 4)] == [FIXED_ROWS] * 2

@@ -21,45 +21,22 @@ class Pipeline(Protocol):
     `torch.inference_mode`; `denoise` and `step` by the engine's one thread, the others beside it.
     """
 
-    @property
-    def name(self) -> str:
-        """What messages call it: where it came from."""
-        ...
-
-    @property
-    def sha256(self) -> str:
-        """The hash of what it renders with; equal hashes, equal weights."""
-        ...
-
-    @property
-    def family(self) -> str:
-        """The class name diffusers has for it, as in model_index.json."""
-        ...
-
-    @property
-    def samplers(self) -> str:
-        """Which recipe of a `farm.samplers.Sampler` it takes: `diffusion`, `flow`, or nothing if it has no samplers."""
-        ...
-
-    @property
-    def device(self) -> torch.device:
-        """Where it computes."""
-        ...
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The precision it computes in."""
-        ...
-
-    @property
-    def compiled(self) -> bool:
-        """Whether each number of rows has a graph of its own, so that forwards are better filled up to known ones."""
-        ...
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of device memory its parameters take."""
-        ...
+    name: str
+    """What messages call it: where it came from."""
+    sha256: str
+    """The hash of what it renders with; equal hashes, equal weights."""
+    family: str
+    """The class name diffusers has for it, as in model_index.json."""
+    samplers: str
+    """Which recipe of a `farm.samplers.Sampler` it takes: `diffusion`, `flow`, or nothing if it has no samplers."""
+    device: torch.device
+    """Where it computes."""
+    dtype: torch.dtype
+    """The precision it computes in."""
+    compiled: bool
+    """Whether each number of rows has a graph of its own, so that forwards are better filled up to known ones."""
+    nbytes: int
+    """Bytes of device memory its parameters take."""
 
     @property
     def native_size(self) -> tuple[int, int]:
@@ -127,11 +104,11 @@ def load(
     report: Report = lambda _: None,
     **options: Unpack[Options],
 ) -> Pipeline:
-    """The pipeline of a source: a local folder, a hub id, or `null:` (see `workers.pipelines.null`).
+    """The pipeline of a source: a local folder, a hub id, or `null:` (see `workers.null`).
 
     Raises `ModelError` naming what is missing or wrong, or `torch.OutOfMemoryError`.
     """
-    from workers.pipelines import null
+    from workers import null
 
     # The other families take seconds to import.
     modules = {null.FAMILY.name: null} if source.startswith("null:") else families()

@@ -106,4 +106,4 @@ class Flux(DiffusersPipeline):
         return super().unscaled(self.pipe._unpack_latents(packed, height, width, factor))  # noqa: SLF001
 
 
-load = Flux.load
+load = Flux

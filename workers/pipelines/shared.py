@@ -1,33 +1,25 @@
 """What all families of diffusers checkpoints have in common; a family's own file says the rest."""
 
-import logging
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Self, Unpack
+from functools import partial
+from typing import Any, ClassVar, Unpack
 
-import diffusers
 import torch
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.utils.torch_utils import randn_tensor
-from torch.nn import functional as nn
 
 from farm.errors import BadRequest
-from farm.samplers import find_sampler
 from farm.spec import RenderSpec
 from workers import sampling
 from workers.checkpoints import Checkpoint
+from workers.guidance import guide
 from workers.loading import Options, Report, load_pipe
-from workers.request import RenderRequest, Sampling
-from workers.texts import Embedding, Embeddings, remember_texts
+from workers.noise_schedulers import NoiseSchedulers
+from workers.request import RenderRequest
+from workers.texts import Embedding, Embeddings, left_out, remember_texts
+from workers.vae import decode, shrunk
 
-log = logging.getLogger(__name__)
-
-DECODED_PIXELS = 4 * 1024 * 1024
-"""How many pixels the VAE decodes at once; a single picture that is larger is decoded in tiles."""
-PREVIEW_SIZE = 32
-"""The longer side of a preview, in latent pixels of 8 by 8."""
-_SAMPLINGS = 512
 _GRAPHS = 1024
 """How many graphs torch.compile keeps of one block's code: one for each width of a UNet and size of a forward."""
 
@@ -45,7 +37,16 @@ class DiffusersPipeline(ABC):
     token_limits: ClassVar[Mapping[str, int]] = {}
     """Where diffusers' pipeline cuts texts elsewhere than at a tokenizer's own limit."""
 
-    def __init__(self, pipe: Any, checkpoint: Checkpoint, **options: Unpack[Options]) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        dtype: torch.dtype,
+        report: Report,
+        **kw: Unpack[Options],
+    ) -> None:
+        """Load a checked checkpoint onto the device. Raises `ModelError`, or `torch.OutOfMemoryError`."""
+        pipe = self.amended(load_pipe(checkpoint, device, dtype, report))
         self.name = checkpoint.source
         self.sha256 = checkpoint.sha256
         self.family = checkpoint.family
@@ -59,28 +60,19 @@ class DiffusersPipeline(ABC):
             convolutional.to(memory_format=torch.channels_last)
         if self.device.type == "cpu":
             remember_texts(self.denoiser)
-        self.compiled = options.get("compile", False)
+        self.compiled = kw.get("compile", False)
         if self.compiled:
             # Only the blocks that repeat: a minute instead of ten. A graph for each size, since those are measured.
             self.denoiser.compile_repeated_blocks(fullgraph=True, dynamic=False, recompile_limit=_GRAPHS)
-        self._samplings: dict[Any, Sampling] = {}
-        self._lock = threading.Lock()  # of the one above
-        self.embeddings = Embeddings(options.get("embeddings", 1024))
+        self._schedulers = NoiseSchedulers(pipe.scheduler, self.family, self.samplers, self.name)
+        self.embeddings = Embeddings(kw.get("embeddings", 1024))
         self._gathered: tuple[Sequence[Embedding], int, Embedding] = ((), 0, {})
 
-    @classmethod
-    def load(
-        cls,
-        checkpoint: Checkpoint,
-        device: torch.device,
-        dtype: torch.dtype,
-        report: Report,
-        **options: Unpack[Options],
-    ) -> Self:
-        """Load a checked checkpoint onto the device. Raises `ModelError`, or `torch.OutOfMemoryError`."""
-        return cls(load_pipe(checkpoint, device, dtype, report), checkpoint, **options)
-
     # --- what a family says
+
+    def amended(self, pipe: Any) -> Any:
+        """Diffusers' pipeline, with what is not as it should be changed."""
+        return pipe
 
     @abstractmethod
     def embed(self, text: str, clip_skip: int | None, *, negative: bool) -> Embedding:
@@ -152,17 +144,9 @@ class DiffusersPipeline(ABC):
         if (spec.clip_skip or 0) >= layers:
             raise BadRequest(f"{self.name} can't skip {spec.clip_skip} of its text encoder's {layers} layers")
         request.rows = 2 if self.guidance(spec) > 1 else 1
-        # Only flows shift their timesteps by size.
-        key = (spec.scheduler, spec.num_inference_steps, spec.eta, shape if self.samplers == "flow" else None)
-        with self._lock:
-            found = self._samplings.get(key)
-        if found is None:
-            found = self._sampling(spec, shape)
-            with self._lock:
-                if len(self._samplings) >= _SAMPLINGS:
-                    self._samplings.clear()
-                self._samplings[key] = found
-        request.sampling = found
+        request.sampling = self._schedulers.sampling(
+            spec, shape, lambda scheduler: self.timestep_kwargs(scheduler, spec.num_inference_steps, shape)
+        )
         return shape
 
     def encode(self, request: RenderRequest) -> None:
@@ -175,7 +159,8 @@ class DiffusersPipeline(ABC):
             texts.insert(0, ("negative prompt", spec.negative_prompt, None, True))
         rows = []
         for what, text, clip_skip, negative in texts:
-            embedding, cuts = self._embedding(text, clip_skip, negative=negative)
+            make = partial(self._embedded, text, clip_skip, negative)
+            embedding, cuts = self.embeddings.get(text, (clip_skip, negative), make)
             rows.append(self.conditioned(embedding, spec))
             request.warnings += [f"the {what} {cut}" for cut in cuts]
         request.conditioning = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
@@ -193,7 +178,12 @@ class DiffusersPipeline(ABC):
             sampling.column([timesteps[place] for place in places], inputs).flatten(),
             self._gather(requests, len(places)),
         ).float()
-        return self._guide(requests, outputs)
+        return guide(
+            outputs,
+            [request.rows for request in requests],
+            [self.guidance(request.spec) for request in requests],
+            [request.spec.guidance_rescale for request in requests],
+        )
 
     def step(self, requests: Sequence[RenderRequest], outputs: torch.Tensor) -> torch.Tensor:
         """All at once, or the one request that has a noise scheduler of its own."""
@@ -203,78 +193,14 @@ class DiffusersPipeline(ABC):
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """The VAE's decoder, over slices that it has room for; a very large picture in tiles."""
-        return self._decode(self.unscaled(latents))
+        return decode(self.pipe.vae, self.unscaled(latents), self.pipe.vae_scale_factor)
 
     def preview(self, latents: torch.Tensor) -> torch.Tensor:
-        """The same of latents shrunk to `PREVIEW_SIZE`: a linear map to RGB is cheaper, but does not suit every VAE."""
-        latents = self.unscaled(latents)
-        longest = max(latents.shape[-2:])
-        if longest > PREVIEW_SIZE:
-            latents = nn.interpolate(latents, scale_factor=PREVIEW_SIZE / longest, mode="area")
-        return self._decode(latents)
+        """The same of shrunk latents: a linear map to RGB is cheaper, but does not suit every VAE."""
+        return decode(self.pipe.vae, shrunk(self.unscaled(latents)), self.pipe.vae_scale_factor)
 
-    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
-        vae = self.pipe.vae
-        latents = latents.to(vae.dtype)
-        width, height = (size * self.pipe.vae_scale_factor for size in (latents.shape[-1], latents.shape[-2]))
-        pictures = []
-        for slice_ in torch.split(latents, max(1, DECODED_PIXELS // (width * height))):
-            decode = vae.tiled_decode if width * height > DECODED_PIXELS else vae.decode
-            try:
-                decoded = decode(slice_, return_dict=False)[0]
-            except torch.OutOfMemoryError:
-                if len(slice_) > 1:
-                    raise  # the engine decodes them one by one
-                log.warning("a picture of %dx%d does not fit the VAE whole: decoding it in tiles", width, height)
-                decoded = vae.tiled_decode(slice_, return_dict=False)[0]
-            pictures.append((decoded.float() / 2 + 0.5).clamp(0, 1))
-        return torch.cat(pictures)
-
-    # --- beneath them
-
-    def _sampling(self, spec: RenderSpec, shape: tuple[int, ...]) -> Sampling:
-        # Building diffusers' pipeline rewrote this config (steps_offset, clip_sample): the file's differs.
-        base, steps = self.pipe.scheduler, spec.num_inference_steps
-        kind, config = type(base), dict[str, Any]()
-        if spec.scheduler is not None:
-            sampler = find_sampler(spec.scheduler)
-            recipe = getattr(sampler, self.samplers, None)
-            if recipe is None or not recipe.fits(self.family):
-                raise BadRequest(f"{self.name} ({self.family}) can't be sampled with {spec.scheduler!r}")
-            kind, config = getattr(diffusers, recipe.class_name), recipe.over(base.config)
-
-        def make() -> Any:
-            scheduler = kind.from_config(base.config, **config)
-            # Timesteps stay on the CPU: looking one up on a GPU would wait for it.
-            kwargs = self.timestep_kwargs(scheduler, steps, shape)
-            scheduler.set_timesteps(**({} if "sigmas" in kwargs else {"num_inference_steps": steps}), **kwargs)
-            return scheduler
-
-        try:
-            return sampling.tabulate(make, eta=spec.eta)
-        except Exception as error:
-            raise BadRequest(f"{self.name} can't be sampled in {steps} steps of {kind.__name__}: {error}") from error
-
-    def _embedding(self, text: str, clip_skip: int | None, *, negative: bool) -> tuple[Embedding, list[str]]:
-        def make() -> tuple[Embedding, list[str]]:
-            return self.embed(text, clip_skip, negative=negative), self._cuts(text)
-
-        return self.embeddings.get(text, (clip_skip, negative), make)
-
-    def _cuts(self, text: str) -> list[str]:
-        """What each tokenizer leaves out of a text, as the end of a warning."""
-        cuts = []
-        for number in ("", "_2", "_3"):
-            tokenizer = getattr(self.pipe, f"tokenizer{number}", None)
-            if tokenizer is None:
-                continue
-            limit = self.token_limits.get(f"tokenizer{number}", tokenizer.model_max_length)
-            rest = tokenizer(text, truncation=True, max_length=limit, return_overflowing_tokens=True).input_ids[1:]
-            if rest:
-                words = tokenizer.decode([token for row in rest for token in row], skip_special_tokens=True)
-                encoder = f" for text_encoder{number}" if number else ""
-                cuts.append(f"was cut at {limit} tokens{encoder}; left out: {words:.200}")
-        return cuts
+    def _embedded(self, text: str, clip_skip: int | None, negative: bool) -> tuple[Embedding, list[str]]:
+        return self.embed(text, clip_skip, negative=negative), left_out(self.pipe, text, self.token_limits)
 
     def _gather(self, requests: Sequence[RenderRequest], rows: int) -> Embedding:
         """The requests' conditioning, row under row; kept while the same requests share forwards."""
@@ -286,27 +212,3 @@ class DiffusersPipeline(ABC):
             gathered = {name: torch.cat([part[name] for part in (*parts, *filled)]) for name in parts[0]}
             self._gathered = (parts, rows, gathered)
         return gathered
-
-    def _guide(self, requests: Sequence[RenderRequest], outputs: torch.Tensor) -> torch.Tensor:
-        """Classifier-free guidance over rows (negative, positive); a single row has none."""
-        if all(request.rows == 1 for request in requests):
-            return outputs[: len(requests)]
-        negative, positive, place = [], [], 0
-        for request in requests:
-            negative.append(place)
-            place += request.rows
-            positive.append(place - 1)
-        index = sampling.to_device(torch.tensor([negative, positive]), self.device)
-        without, with_text = outputs[index[0]], outputs[index[1]]
-        scales = sampling.column([self.guidance(request.spec) for request in requests], outputs)
-        guided = without + scales * (with_text - without)
-        rescale = [request.spec.guidance_rescale if request.rows == 2 else 0.0 for request in requests]
-        if any(rescale):
-            # Lin et al. 2023, section 3.4, as diffusers' rescale_noise_cfg, each request by its own factor.
-            deviation = [
-                tensor.flatten(1).std(1).view(-1, *[1] * (outputs.dim() - 1)) for tensor in (with_text, guided)
-            ]
-            factor = sampling.column(rescale, outputs)
-            rescaled = factor * (guided * (deviation[0] / deviation[1])) + (1 - factor) * guided
-            guided = torch.where(factor > 0, rescaled, guided)
-        return guided

@@ -52,4 +52,4 @@ class StableDiffusion(DiffusersPipeline):
         return output
 
 
-load = StableDiffusion.load
+load = StableDiffusion

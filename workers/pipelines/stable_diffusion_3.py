@@ -4,12 +4,11 @@ Esser et al. 2024, as `diffusers.StableDiffusion3Pipeline` draws it. T5 may be l
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Unpack
+from typing import Any, ClassVar
 
 import torch
 
-from workers.checkpoints import Checkpoint, Family
-from workers.loading import Options
+from workers.checkpoints import Family
 from workers.pipelines.shared import DiffusersPipeline
 from workers.texts import Embedding
 
@@ -29,9 +28,10 @@ class StableDiffusion3(DiffusersPipeline):
     samplers = "flow"
     token_limits: ClassVar[Mapping[str, int]] = {"tokenizer_3": 256}
 
-    def __init__(self, pipe: Any, checkpoint: Checkpoint, **options: Unpack[Options]) -> None:
-        pipe.transformer._repeated_blocks = ["JointTransformerBlock"]  # noqa: SLF001 - diffusers forgot them
-        super().__init__(pipe, checkpoint, **options)
+    def amended(self, pipe: Any) -> Any:
+        """Say what repeats in the transformer: diffusers forgot."""
+        pipe.transformer._repeated_blocks = ["JointTransformerBlock"]  # noqa: SLF001
+        return pipe
 
     @property
     def multiple(self) -> int:
@@ -57,4 +57,4 @@ class StableDiffusion3(DiffusersPipeline):
         return output
 
 
-load = StableDiffusion3.load
+load = StableDiffusion3

@@ -3,13 +3,12 @@
 Podell et al. 2023, as `diffusers.StableDiffusionXLPipeline` draws it, without a refiner.
 """
 
-from typing import Any, Unpack
+from typing import Any
 
 import torch
 
 from farm.spec import RenderSpec
-from workers.checkpoints import Checkpoint, Family
-from workers.loading import Options
+from workers.checkpoints import Family
 from workers.pipelines.stable_diffusion import StableDiffusion
 from workers.texts import Embedding
 
@@ -22,10 +21,11 @@ FAMILY = Family(
 class StableDiffusionXL(StableDiffusion):
     """A `Pipeline` over the parts of a `StableDiffusionXLPipeline`."""
 
-    def __init__(self, pipe: Any, checkpoint: Checkpoint, **options: Unpack[Options]) -> None:
+    def amended(self, pipe: Any) -> Any:
+        """Decode in float32 where the VAE overflows in float16, and would draw black pictures."""
         if pipe.vae.dtype == torch.float16 and pipe.vae.config.force_upcast:
-            pipe.vae.float()  # it overflows in float16, and draws black pictures
-        super().__init__(pipe, checkpoint, **options)
+            pipe.vae.float()
+        return pipe
 
     def embed(self, text: str, clip_skip: int | None, *, negative: bool) -> Embedding:
         """(1, 77, both widths): the hidden states before the last; and the second encoder's pooled text, (1, width)."""
@@ -61,4 +61,4 @@ class StableDiffusionXL(StableDiffusion):
         return latents * deviation / float(config.scaling_factor) + mean
 
 
-load = StableDiffusionXL.load
+load = StableDiffusionXL

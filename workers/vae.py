@@ -1,0 +1,43 @@
+"""From latents to pictures, in as many pieces as the memory asks for."""
+
+import logging
+from typing import Any
+
+import torch
+from torch.nn import functional as nn
+
+log = logging.getLogger(__name__)
+
+DECODED_PIXELS = 4 * 1024 * 1024
+"""How many pixels are decoded at once; a single picture that is larger is decoded in tiles."""
+PREVIEW_SIZE = 32
+"""The longer side of a preview, in latent pixels of 8 by 8."""
+
+
+def decode(vae: Any, latents: torch.Tensor, factor: int) -> torch.Tensor:
+    """Pictures of unscaled (n, channels, height, width) latents: float32 in [0, 1], `factor` times as high and wide.
+
+    Raises `torch.OutOfMemoryError` if several do not fit at once; one alone is tried in tiles before.
+    """
+    latents = latents.to(vae.dtype)
+    width, height = latents.shape[-1] * factor, latents.shape[-2] * factor
+    pictures = []
+    for slice_ in torch.split(latents, max(1, DECODED_PIXELS // (width * height))):
+        whole = vae.tiled_decode if width * height > DECODED_PIXELS else vae.decode
+        try:
+            decoded = whole(slice_, return_dict=False)[0]
+        except torch.OutOfMemoryError:
+            if len(slice_) > 1:
+                raise
+            log.warning("a picture of %dx%d does not fit the VAE whole: decoding it in tiles", width, height)
+            decoded = vae.tiled_decode(slice_, return_dict=False)[0]
+        pictures.append((decoded.float() / 2 + 0.5).clamp(0, 1))
+    return torch.cat(pictures)
+
+
+def shrunk(latents: torch.Tensor) -> torch.Tensor:
+    """Latents at most `PREVIEW_SIZE` wide and high: what they decode to is small, and cheap."""
+    longest = max(latents.shape[-2:])
+    return (
+        nn.interpolate(latents, scale_factor=PREVIEW_SIZE / longest, mode="area") if longest > PREVIEW_SIZE else latents
+    )
