@@ -2,20 +2,23 @@
 
 import getpass
 import logging
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Iterator
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
 from farm.broker import Broker
 from farm.db import Database
 from farm.dispatch import Dispatcher
-from farm.errors import BrokerUnavailable, InvalidInput, Problem
+from farm.errors import BrokerUnavailable, Problem
+from farm.estimates import DryRun, dry_run, speeds
 from farm.handles import Batch, Job
 from farm.held import held_kinds, sampler_problem
 from farm.jobs import JobStore
 from farm.records import BatchStatus, WorkerInfo
 from farm.settings import Settings
-from farm.sources import Row, specs
+from farm.sources import Expansion, Given, Grid, Problems, specs
 from farm.spec import RenderSpec
 from farm.storage import Storage
 
@@ -47,42 +50,90 @@ class Farm:
 
     def submit(
         self,
-        what: str | RenderSpec | Iterable[str | RenderSpec | Mapping[str, Any] | Row],
+        what: Given | Iterable[Given],
         *,
         name: str | None = None,
         priority: int = 50,
         owner: str | None = None,
+        grid: Grid | None = None,
+        seeds: str | Iterable[int] | None = None,
+        template: str | None = None,
+        wildcards: bool | str | os.PathLike[str] = False,
+        wildcard_seed: int | None = None,
         **defaults: Any,
     ) -> Batch:
-        """Hand in prompts, specs, or mappings of a spec's fields; all of them are accepted, or none.
+        """Hand in prompts, specs, mappings of a spec's fields, or files of those (`Path`); all are accepted, or none.
 
         Further keyword arguments are defaults for the fields that a prompt or mapping leaves out, such as
         `num_inference_steps=30, model="sd15"`; a whole `RenderSpec` stays as it is. `priority` is 0 to 100, the
         higher the sooner. When this returns, the jobs are safe in SQL, and the first of them in Redis, unless that
-        is away: then they start when it is back, and a warning is logged.
+        is away: then they start when it is back, and a warning is logged. Generators are read as they go, a row at a
+        time.
+
+        - `grid={"steps": [20, 30], "guidance": [5, 7.5]}` renders each row with each combination of these, and
+          `seeds=range(10)` each of those with each seed, whatever the row says itself.
+        - `template="a {animal} in {style}"` makes the prompt of the columns of a file, or of a mapping's names.
+        - `wildcards=True` draws one of `{red|blue}` in prompts and a line of `wildcards/animal.txt` for `__animal__`;
+          a folder here is where these files are. The same submission draws the same: from `wildcard_seed`, or else
+          from the spec's own seed, if it has one.
 
         A sampler that the model of a spec can't use, as the workers hold that now, is refused; a model that none holds
         is not. Raises `InvalidInput` with everything that is wrong, and `DatabaseUnavailable`.
         """
-        rows = [what] if isinstance(what, str | RenderSpec) else what
-        kinds = held_kinds(self._store.workers())
-        made = specs(rows, defaults, lambda spec, where: sampler_problem(spec, where, kinds))
-        problems = []
-        if not made:
-            problems.append(Problem("", "", "there is nothing to render: no prompts"))
-        if not 0 <= priority <= 100:
-            problems.append(Problem("", "priority", f"should be 0 to 100, not {priority}"))
-        name = (name or "").strip() or "batch"
-        if len(name) > 200 or "\x00" in name:
-            problems.append(Problem("", "name", "should be at most 200 characters, without NUL"))
-        if problems:
-            raise InvalidInput(problems)
+        name, made = self._read(
+            what,
+            name=name,
+            priority=priority,
+            grid=grid,
+            seeds=seeds,
+            template=template,
+            wildcards=wildcards,
+            wildcard_seed=wildcard_seed,
+            **defaults,
+        )
         batch_id = self._store.submit(name, owner or self.settings.owner or getpass.getuser(), priority, made)
         try:
             Dispatcher(self._store, self._broker, self._storage, self.settings).fill()
         except BrokerUnavailable as error:
             log.warning("the jobs are safe in SQL and start when Redis is back: %s", error)
         return self.batch(batch_id)
+
+    def dry_run(self, what: Given | Iterable[Given], **options: Any) -> DryRun:
+        """What `submit` would do with the same arguments: how many pictures, which first, how long; nothing is written.
+
+        Raises what `submit` raises.
+        """
+        _, made = self._read(what, **options)
+        return dry_run(made, speeds(self._db))
+
+    def _read(
+        self,
+        what: Given | Iterable[Given],
+        *,
+        name: str | None = None,
+        priority: int = 50,
+        owner: str | None = None,
+        grid: Grid | None = None,
+        seeds: str | Iterable[int] | None = None,
+        template: str | None = None,
+        wildcards: bool | str | os.PathLike[str] = False,
+        wildcard_seed: int | None = None,
+        **defaults: Any,
+    ) -> tuple[str, Iterator[RenderSpec]]:
+        """A batch's name and its specs, which raise `InvalidInput` at their end."""
+        problems = Problems()
+        if not 0 <= priority <= 100:
+            problems.add(Problem("", "priority", f"should be 0 to 100, not {priority}"))
+        name = (name or "").strip() or "batch"
+        if len(name) > 200 or "\x00" in name:
+            problems.add(Problem("", "name", "should be at most 200 characters, without NUL"))
+        expansion = Expansion.read(
+            problems, grid=grid, seeds=seeds, template=template, wildcards=wildcards, wildcard_seed=wildcard_seed
+        )
+        if problems:
+            raise problems.error()
+        kinds = held_kinds(self._store.workers())
+        return name, specs(what, defaults, partial(sampler_problem, kinds=kinds), expansion=expansion)
 
     def batch(self, name_or_id: str) -> Batch:
         """A batch by its id, or the newest of that name; raises `NotFound`."""

@@ -8,7 +8,7 @@ from farm.spec import RenderSpec
 
 
 def read(*arguments: object, **defaults: object) -> list[RenderSpec]:
-    return sources.specs(sources.rows(map(str, arguments)), defaults)
+    return list(sources.specs(sources.rows(map(str, arguments)), defaults))
 
 
 def complaints(*arguments: object) -> list[str]:
@@ -89,7 +89,7 @@ def test_every_error_has_its_file_and_line(file) -> None:
         ("prompt,seed,seed\na,1,2\n", "names a column twice"),
         ("", "no column `prompt`"),
         ('prompt\n"never closed\n', "is not CSV"),
-        (b"prompt\nok\n\xff\xfe\n", "p.csv:3: is not UTF-8"),
+        (b"prompt\nok\n\xff\xfe\n", "p.csv:3: prompt: is not UTF-8"),
     ],
 )
 def test_a_csv_that_can_not_be_read_says_why(file, data: str | bytes, said: str) -> None:
@@ -103,13 +103,13 @@ def test_a_folder_and_a_file_without_permission_are_errors_not_tracebacks(file, 
 
 def test_whole_specs_keep_their_values_over_defaults() -> None:
     spec = RenderSpec(prompt="a", num_inference_steps=5)
-    assert sources.specs([spec, "b", {"prompt": "c"}], {"num_inference_steps": 9})[0] is spec
+    assert next(sources.specs([spec, "b", {"prompt": "c"}], {"num_inference_steps": 9})) is spec
     assert [made.num_inference_steps for made in sources.specs([spec, "b"], {"num_inference_steps": 9})] == [5, 9]
 
 
 def test_problems_of_an_iterable_name_the_spec_by_number() -> None:
     with pytest.raises(InvalidInput, match="spec 2: seed"):
-        sources.specs(["fine", {"prompt": "a", "seed": -1}], {})
+        list(sources.specs(["fine", {"prompt": "a", "seed": -1}], {}))
 
 
 def test_what_a_check_says_of_a_spec_stands_among_the_other_problems() -> None:
@@ -118,7 +118,7 @@ def test_what_a_check_says_of_a_spec_stands_among_the_other_problems() -> None:
 
     given = [{"prompt": "a", "scheduler": "ddim"}, {"prompt": "b", "seed": -1}, {"prompt": "c", "scheduler": "euler"}]
     with pytest.raises(InvalidInput) as caught:
-        sources.specs(given, {}, check)
+        list(sources.specs(given, {}, check))
     first, second = map(str, caught.value.problems)
     assert first == "spec 1: scheduler: no good"
     assert second.startswith("spec 2: seed: ")

@@ -1,0 +1,177 @@
+"""The one way from prompts to specs: rows in, specs out one by one, every problem at the end."""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from farm.errors import InvalidInput, Problem
+from farm.sources.grid import MAX_SPECS, Axis, Grid, combinations, read_axes
+from farm.sources.problems import Problems
+from farm.sources.rows import Row, file_rows
+from farm.sources.templates import Template, write
+from farm.sources.texts import BadText
+from farm.sources.wildcards import Draws, Wildcards
+from farm.spec import RenderSpec
+
+Given = Row | str | os.PathLike[str] | Mapping[str, Any] | RenderSpec
+"""What can be handed in: a prompt, a spec's fields, a whole spec, a file of those, or a row of one."""
+
+WILDCARD_FOLDER = Path("wildcards")
+"""Where files of choices are when nobody says otherwise."""
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """What makes other specs of a row, and more than one; `Expansion()` leaves it alone."""
+
+    axes: tuple[Axis, ...] = ()
+    template: Template | None = None
+    wildcards: Wildcards | None = None
+    wildcard_seed: int | None = None
+    """What the draws come from; None means the spec's own seed, and 0 where it has none."""
+
+    @classmethod
+    def read(
+        cls,
+        problems: Problems,
+        *,
+        grid: Grid | None = None,
+        seeds: str | Iterable[int] | None = None,
+        template: str | None = None,
+        wildcards: bool | str | os.PathLike[str] = False,
+        wildcard_seed: int | None = None,
+    ) -> "Expansion":
+        """An expansion as people write it; what is wrong with it is added to the problems, and left out."""
+        folder = WILDCARD_FOLDER if isinstance(wildcards, bool) else Path(wildcards)
+        choices = Wildcards(folder) if wildcards is not False else None
+        if not isinstance(wildcards, bool) and not folder.is_dir():
+            problems.add(Problem("wildcards", "", f"there is no folder {folder}"))
+        made = None
+        try:
+            made = Template(template, choices) if template is not None else None
+        except BadText as error:
+            problems.add(Problem("template", "", str(error)))
+        axes = read_axes(grid, seeds, made.names if made else (), problems)
+        return cls(axes, made, choices, wildcard_seed)
+
+    def __bool__(self) -> bool:
+        return bool(self.axes or self.template or self.wildcards)
+
+    def fields(self, row: Mapping[str, Any], extra: Iterable[str], number: int) -> dict[str, Any]:
+        """The fields of the spec that one place of the grid makes of the row of that number.
+
+        `extra` are the columns that a template may use, and that are no fault. Raises `BadText`.
+        """
+        values = dict(row)
+        if self.template is not None:
+            values["prompt"] = self.template.fill(row, self._draws(row, number, "prompt"))
+            for name in (*extra, *self.template.names):
+                if name not in RenderSpec.model_fields:
+                    values.pop(name, None)
+        if self.wildcards is not None:
+            for name in ("negative_prompt",) if self.template else ("prompt", "negative_prompt"):
+                if isinstance(values.get(name), str):
+                    values[name] = write(self.wildcards.parse(values[name]), {}, self._draws(row, number, name))
+        return values
+
+    def _draws(self, row: Mapping[str, Any], number: int, name: str) -> Draws | None:
+        if self.wildcards is None:
+            return None
+        seed = row.get("seed", 0) if self.wildcard_seed is None else self.wildcard_seed
+        return Draws(self.wildcards, f"{seed}/{number}/{name}")
+
+
+def specs(
+    found: Given | Iterable[Given],
+    defaults: Mapping[str, Any],
+    check: Callable[[RenderSpec, str], Problem | None] = lambda _spec, _where: None,
+    *,
+    expansion: Expansion = Expansion(),
+) -> Iterator[RenderSpec]:
+    """A spec of each row and each place of the grid, the rows outermost; with the defaults where the row says nothing.
+
+    `check` is asked about every spec and where it stands, and says what is wrong with it beyond its bounds.
+    From the first problem on nothing more is yielded, but all rows are read. At the end, raises `InvalidInput`
+    with everything that is wrong: whoever takes the specs must keep none of them then. Holds one row at a time.
+    """
+    problems = Problems()
+    count = 0
+    for number, row in enumerate(_rows(found, variables=expansion.template is not None), 1):
+        if isinstance(row.values, Problem):
+            problems.add(row.values)
+            continue
+        for spec in _of_row(row, row.values, number, defaults, check, expansion, problems):
+            count += 1
+            if count > MAX_SPECS:
+                problems.add(Problem(row.where, "", f"a submission has {MAX_SPECS:,} pictures at most"))
+                raise problems.error()
+            if not problems:
+                yield spec
+    if not count and not problems:
+        problems.add(Problem("", "", "there is nothing to render: no prompts"))
+    if problems:
+        raise problems.error()
+
+
+def _rows(found: Given | Iterable[Given], *, variables: bool) -> Iterator[Row]:
+    if isinstance(found, Row | str | os.PathLike | Mapping | RenderSpec):
+        found = [found]
+    for number, given in enumerate(found, 1):
+        if isinstance(given, Row):
+            yield given
+        elif isinstance(given, os.PathLike):
+            yield from file_rows(Path(given), variables=variables)
+        else:
+            yield Row(f"spec {number}", given)
+
+
+def _of_row(
+    row: Row,
+    values: Mapping[str, Any] | str | RenderSpec,
+    number: int,
+    defaults: Mapping[str, Any],
+    check: Callable[[RenderSpec, str], Problem | None],
+    expansion: Expansion,
+    problems: Problems,
+) -> Iterator[RenderSpec]:
+    """The specs of one row; what is wrong is added to the problems, once for all places of the grid."""
+    said: set[Problem] = set()
+    for place in combinations(expansion.axes):
+        try:
+            spec = RenderSpec.parse(_spec_values(values, place, number, defaults, expansion), where=row.where)
+            problem = check(spec, row.where)
+            wrong = [] if problem is None else [problem]
+        except InvalidInput as error:
+            wrong = list(error.problems)
+        except BadText as error:
+            wrong = [Problem(row.where, "prompt", str(error))]
+        except (ValueError, RecursionError) as error:  # an integer of 5,000 digits can't even be shown
+            wrong = [Problem(row.where, "", f"has a value that can't be read: {error}")]
+        if not wrong:
+            yield spec
+            continue
+        problems.add(*(problem for problem in wrong if problem not in said))
+        said.update(wrong)
+        if any(problem.field not in place for problem in wrong):
+            return  # the row's own fault, which every place of the grid would repeat
+
+
+def _spec_values(
+    values: Any, place: Mapping[str, Any], number: int, defaults: Mapping[str, Any], expansion: Expansion
+) -> Any:
+    if isinstance(values, RenderSpec):
+        if not expansion:
+            return values
+        own: Mapping[str, Any] = values.model_dump()
+    elif isinstance(values, str):
+        own = {"prompt": values}
+    elif isinstance(values, Mapping):
+        own = values
+    else:
+        return values
+    merged = {**defaults, **own, **place}
+    if merged.get("seed", 0) is None:
+        del merged["seed"]  # as good as not given, and then whoever stores it may draw it
+    return expansion.fields(merged, own, number) if expansion else merged
