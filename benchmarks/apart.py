@@ -35,6 +35,18 @@ class Run:
         return quantiles(self.latencies, n=100, method="inclusive")[percent - 1]
 
 
+@dataclass(frozen=True)
+class Checkpoints:
+    """What was written of running requests during a run."""
+
+    rounds: int
+    """How often all that ran were written down."""
+    objects: int
+    bytes: int
+    cpu_seconds: float
+    """Of this process's threads that pack, upload and delete."""
+
+
 class Apart:
     """An object that lives in a new process: its methods are called by name, one at a time."""
 

@@ -76,6 +76,16 @@ class Diffusers:
             done.update({place: now - arrivals[place] for place in together})
         return Run(len(specs), time.monotonic() - began, peak.bytes, tuple(done.values()), calls)
 
+    def product(self, side: int) -> float:
+        """FLOP a second of torch's own product of two square matrices, at its best."""
+        left, right = torch.rand(2, side, side, device=self._device, dtype=self._pipe.unet.dtype)
+        took: list[float] = []
+        for _ in range(6):  # the first warms up
+            began = time.monotonic()
+            left @ right
+            took.append(time.monotonic() - began)
+        return 2 * side**3 / min(took[1:])
+
     def stop(self) -> None:
         """Nothing runs beside."""
 

@@ -1,14 +1,18 @@
 """The eight measurements: what each compares, and the goal it is held against."""
 
 import logging
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
 from functools import partial
 from statistics import median
 from typing import Any
 
 from benchmarks import work
-from benchmarks.apart import Run
+from benchmarks.apart import Checkpoints, Run
+from benchmarks.ceiling import PRODUCT_SIDE, ceiling
+from benchmarks.rows import Row, faster, rate
+from farm.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -16,56 +20,31 @@ CHECKPOINT_SECONDS = 30.0
 """How often a worker writes a running request's state down, if its settings do not say otherwise."""
 _LONG = 900
 """Steps of work that is not to end; with 1000 and an offset of 1 DDIM leaves its table."""
+_SERIAL_GOAL = 4.0
+_CEILING_STEPS = 10
+"""Enough that all slots are full for some of them."""
 _OVERLOAD = 1.2
 """Arrivals come by so much faster than the farm renders them."""
-
-
-@dataclass(frozen=True)
-class Counts:
-    """How much is rendered; each side is given enough work for its clock and its batches, not the same amount."""
-
-    repeats: int = 3
-    farm: int = 64
-    serial: int = 6
-    batches: tuple[int, ...] = (4, 8, 16, 32)
-    mixed: int = 64
-    loads: tuple[int, ...] = (1, 2, 4, 16)
-    urgent: int = 12
-    steps: int = work.STEPS
-    most_steps: int = 50
-    checkpoint_every: float = 0.25
-
-
-QUICK = Counts(farm=16, serial=2, batches=(8, 16), mixed=8, loads=(1, 4), urgent=10, steps=10, most_steps=15)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table."""
-
-    number: int
-    what: str
-    value: float
-    unit: str
-    goal: str
-    met: bool | None
-    """None where there is no goal."""
-    spread: tuple[float, float] | None = None
-    """Of the repeats: the lowest and the highest."""
-    farm: str = ""
-    other: str = ""
-    farm_bytes: int = 0
-    other_bytes: int = 0
 
 
 class Cases:
     """The measurements over a farm and a diffusers side with the same model."""
 
-    def __init__(self, farm: Any, diffusers: Any, side: int, sizes: Sequence[int], counts: Counts) -> None:
-        """Pictures of `side` pixels squared; the sweep of loads goes over `sizes`."""
+    def __init__(
+        self,
+        farm: Any,
+        diffusers: Any,
+        side: int,
+        sizes: Sequence[int],
+        counts: work.Counts,
+        object_store: Callable[[], AbstractContextManager[Settings]],
+    ) -> None:
+        """Pictures of `side` pixels squared; the sweep of loads goes over `sizes`. Checkpoints go to `object_store`."""
         self._farm, self._diffusers, self._side, self._sizes, self._counts = farm, diffusers, side, sizes, counts
+        self._object_store = object_store
         self._seed = 0
         self._best = 0
+        self._serial_rate: float | None = None
 
     def run(self, number: int) -> Row:
         """One of them by its number in the table."""
@@ -87,13 +66,22 @@ class Cases:
         pictures = zip(self._farm.picture(spec), self._diffusers.picture(spec), strict=True)
         return max((abs(ours - theirs) for ours, theirs in pictures), default=0)
 
+    def ceiling(self) -> list[str]:
+        """What stands under the table about the first row, if that was measured. For a CPU."""
+        if self._serial_rate is None:
+            return []
+        forward = self._farm.full_forward(self._uniform(self._counts.farm, steps=_CEILING_STEPS))
+        product_rate = self._diffusers.product(PRODUCT_SIDE)
+        return [ceiling(forward, self._counts.steps, self._serial_rate, _SERIAL_GOAL, product_rate)]
+
     def _serial(self) -> Row:
         self._warm(self._side)
         farm, other = self._interleaved(
             lambda: self._farm.render(self._uniform(self._counts.farm)),
             lambda: self._diffusers.render(self._uniform(self._counts.serial)),
         )
-        return _faster(1, "farm / diffusers one by one", 4.0, farm, other)
+        self._serial_rate = rate(other)
+        return faster(1, "farm / diffusers one by one", _SERIAL_GOAL, farm, other)
 
     def _static(self) -> Row:
         self._warm(self._side)
@@ -103,7 +91,7 @@ class Cases:
             lambda: self._farm.render(self._uniform(count)),
             lambda: self._diffusers.render(self._uniform(count), best),
         )
-        return _faster(2, f"farm / diffusers in static batches of {best}", 0.97, farm, other)
+        return faster(2, f"farm / diffusers in static batches of {best}", 0.97, farm, other)
 
     def _mixed(self) -> Row:
         count, most = self._counts.mixed, self._best_batch()
@@ -118,7 +106,7 @@ class Cases:
         farm, other = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
         together = median(run.images / run.calls for run in other)
         what = f"farm / request-level batching, mixed work at {per_second:.2f} a second ({together:.1f} a call)"
-        return _faster(3, what, 3.0, farm, other, latency=True)
+        return faster(3, what, 3.0, farm, other, latency=True)
 
     def _denoising(self) -> Row:
         specs = [
@@ -128,7 +116,7 @@ class Cases:
         ]
         self._farm.warm(specs[:1])
         found = [self._farm.busy(specs) for _ in range(self._counts.repeats)]
-        shares = [denoising / wall for denoising, wall, _ in found]
+        shares = [denoising / wall for denoising, wall, _, _ in found]
         share = median(shares)
         return Row(
             4,
@@ -138,24 +126,33 @@ class Cases:
             "≥ 0.95",
             share >= 0.95,
             (min(shares), max(shares)),
-            f"{sum(denoising for denoising, _, _ in found):.1f} s of {sum(wall for _, wall, _ in found):.1f} s",
+            f"{sum(denoising for denoising, *_ in found):.1f} s of {sum(wall for _, wall, *_ in found):.1f} s",
+            farm_bytes=max(run.peak_bytes for *_, run in found),
         )
 
     def _sweep(self) -> Row:
         worst: tuple[float, str, list[Run], list[Run]] | None = None
-        few, steps = max(2, self._counts.serial // 2), self._counts.steps
-        for side in self._sizes:
-            self._warm(side)
-            calls = [partial(self._serially, few, side, steps)]
-            calls += [partial(self._loaded, max(few, load), side, steps, load) for load in self._counts.loads]
-            serial, *loads = self._interleaved(*calls)
+        few = max(2, self._counts.serial // 2)
+        warmed = 0
+        kinds = [(side, self._counts.steps) for side in self._sizes]
+        for side, steps in [*((self._side, steps) for steps in self._counts.few_steps), *kinds]:
+            if side != warmed:
+                self._warm(side)
+                warmed = side
+            calls = [(partial(self._serially, side, steps), few)]
+            calls += [(partial(self._loaded, side, steps, load), max(few, load)) for load in self._counts.loads]
+            repeats = self._counts.repeats
+            if steps < self._counts.steps:
+                calls, repeats = [(call, self._enough(call, least)) for call, least in calls], self._counts.few_repeats
+            serial, *loads = self._interleaved(*(partial(call, count) for call, count in calls), repeats=repeats)
             for load, runs in zip(self._counts.loads, loads, strict=True):
-                ratio = _rate(runs) / _rate(serial)
-                log.info("   %dx%d, %d at once: %.2f of serial", side, side, load, ratio)
+                ratio = rate(runs) / rate(serial)
+                kind = f"{load} at once, {side}x{side}, {steps} step{'s'[: steps > 1]}"
+                log.info("   %s: %.2f of serial", kind, ratio)
                 if worst is None or ratio < worst[0]:
-                    worst = ratio, f"{load} at once, {side}x{side}", runs, serial
+                    worst = ratio, kind, runs, serial
         assert worst is not None
-        return _faster(5, f"worst farm / one by one ({worst[1]})", 1.0, worst[2], worst[3])
+        return faster(5, f"worst farm / one by one ({worst[1]})", 1.0, worst[2], worst[3])
 
     def _urgent(self) -> Row:
         bulk = self._uniform(self._counts.farm, steps=_LONG)
@@ -167,7 +164,7 @@ class Cases:
         ]
         for side in others:
             self._warm(side)
-        waits = self._farm.urgent(bulk, urgent)
+        waits, peak_bytes = self._farm.urgent(bulk, urgent)
         steps = [wait[0] for wait in waits]
         milliseconds = [1000 * wait[1] for wait in waits]
         encoded = 1000 * max(wait[2] for wait in waits)
@@ -180,6 +177,7 @@ class Cases:
             max(steps) <= 2,
             (min(steps), max(steps)),
             f"{median(milliseconds):.0f} ms median, {max(milliseconds):.0f} ms worst; {encoded:.0f} ms with its texts",
+            farm_bytes=peak_bytes,
         )
 
     def _deterministic(self) -> Row:
@@ -189,44 +187,52 @@ class Cases:
             lambda: self._farm.render(self._uniform(count)),
             lambda: self._farm.render(self._uniform(count, deterministic=True)),
         )
-        return _faster(7, "plain / deterministic: the price of fixed bytes", None, plain, fixed)
+        return faster(7, "plain / deterministic: the price of fixed bytes", None, plain, fixed)
 
     def _checkpoints(self) -> Row:
         self._warm(self._side)
         every, count = self._counts.checkpoint_every, self._counts.farm
         plain: list[Run] = []
-        packed: list[tuple[Run, int, float]] = []
-        for _ in range(self._counts.repeats):
-            plain.append(self._farm.render(self._uniform(count)))
-            packed.append(self._farm.checkpointed(self._uniform(count), every))
-        packs = sum(found[1] for found in packed)
-        if not packs:
+        found: list[tuple[Run, Checkpoints]] = []
+        with self._object_store() as settings:
+            for _ in range(self._counts.repeats):
+                plain.append(self._farm.render(self._uniform(count)))
+                found.append(self._farm.checkpointed(self._uniform(count), every, settings))
+        runs = [run for run, _ in found]
+        rounds, objects = sum(done.rounds for _, done in found), sum(done.objects for _, done in found)
+        if not objects:
             raise ValueError(f"no checkpoint was made in {every} s: more work is needed")
-        each = sum(found[2] for found in packed) / packs
-        running = packs / sum(found[0].seconds for found in packed) * every
-        lost = 1 - _rate([found[0] for found in packed]) / _rate(plain)
-        measured, counted = lost * every / CHECKPOINT_SECONDS, running * each / CHECKPOINT_SECONDS
-        worst = max(measured, counted)
+        interval = sum(run.seconds for run in runs) / rounds
+        lost = 1 - rate(runs) / rate(plain)
+        each = sum(done.cpu_seconds for _, done in found) / objects
+        worst = max(lost * interval, each * objects / rounds) / CHECKPOINT_SECONDS
+        size = sum(done.bytes for _, done in found) / objects
         return Row(
             8,
-            f"checkpoints every {CHECKPOINT_SECONDS:.0f} s (written nowhere)",
+            f"checkpoints every {CHECKPOINT_SECONDS:.0f} s, each packed, uploaded and deleted; S3 on the same cores",
             100 * worst,
             " %",
             "≤ 1 %",
             worst <= 0.01,
             None,
-            f"{100 * lost:.1f} % slower at every {every} s; {1000 * each:.2f} ms CPU a pack, {packs} packs",
-            "",
-            max(found[0].peak_bytes for found in packed),
+            f"{rate(runs):.2f} images/s with one every {interval:.2f} s ({100 * lost:.1f} % less); "
+            f"{1000 * each:.1f} ms CPU each, {objects} of {size / 1024:.1f} KiB",
+            f"{rate(plain):.2f} images/s without",
+            max(run.peak_bytes for run in runs),
+            max(run.peak_bytes for run in plain),
         )
 
     # --- what they share
 
-    def _serially(self, count: int, side: int, steps: int) -> Run:
+    def _enough(self, call: Callable[[int], Run], least: int) -> int:
+        """How many pictures make a run long enough to be told from noise."""
+        return max(least, math.ceil(call(least).rate * self._counts.few_seconds))
+
+    def _serially(self, side: int, steps: int, count: int) -> Run:
         run: Run = self._diffusers.render(self._uniform(count, side, steps))
         return run
 
-    def _loaded(self, count: int, side: int, steps: int, load: int) -> Run:
+    def _loaded(self, side: int, steps: int, load: int, count: int) -> Run:
         run: Run = self._farm.render(self._uniform(count, side, steps), load)
         return run
 
@@ -255,39 +261,10 @@ class Cases:
             self._best = max(rates, key=lambda batch: rates[batch])
         return self._best
 
-    def _interleaved(self, *calls: Callable[[], Run]) -> list[list[Run]]:
+    def _interleaved(self, *calls: Callable[[], Run], repeats: int | None = None) -> list[list[Run]]:
         """The runs of each, taken in turns, so that whatever else the machine does hits all of them."""
-        turns = [[call() for call in calls] for _ in range(self._counts.repeats)]
+        turns = [[call() for call in calls] for _ in range(repeats or self._counts.repeats)]
         return [list(runs) for runs in zip(*turns, strict=True)]
-
-
-def _faster(
-    number: int, what: str, goal: float | None, farm: Sequence[Run], other: Sequence[Run], *, latency: bool = False
-) -> Row:
-    ratios = [ours.rate / theirs.rate for ours, theirs in zip(farm, other, strict=True)]
-    ratio = _rate(farm) / _rate(other)
-    shown = [f"{_rate(runs):.2f} images/s" for runs in (farm, other)]
-    if latency:
-        for place, runs in enumerate((farm, other)):
-            for percent in (50, 95):
-                shown[place] += f", p{percent} {median(run.latency(percent) for run in runs):.1f} s"
-    return Row(
-        number,
-        what,
-        ratio,
-        "",
-        "" if goal is None else f"≥ {goal:g}",
-        None if goal is None else ratio >= goal,
-        (min(ratios), max(ratios)),
-        shown[0],
-        shown[1],
-        max(run.peak_bytes for run in farm),
-        max(run.peak_bytes for run in other),
-    )
-
-
-def _rate(runs: Sequence[Run]) -> float:
-    return median(run.rate for run in runs)
 
 
 def _split(count: int, parts: int) -> list[int]:

@@ -4,17 +4,23 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import closing, contextmanager, suppress
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from benchmarks.apart import Peak, Run
+from benchmarks.apart import Checkpoints, Peak, Run
+from benchmarks.ceiling import FullForward
 from farm.errors import BadImage, FarmError
+from farm.settings import Settings
 from farm.spec import RenderSpec
+from farm.storage import Storage, checkpoint_key
 from workers import state
 from workers.device import keep_freed_memory, use_threads
 from workers.engine import Engine
@@ -22,9 +28,12 @@ from workers.forward_sizes import ForwardSizes
 from workers.pins import Pins
 from workers.pipelines import load
 from workers.request import Rendered, RenderRequest, Snapshot
+from workers.warming import warm
 
 _MODEL = RenderSpec.model_fields["model"].default
 _LINE = 4096
+_FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001 - so it is called
+"""Attention as torch has it on a CPU; its FLOP counter knows the GPU's kernels only."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +52,15 @@ class Watched:
         self._pipeline = pipeline
         self.forwards: list[Forward] = []
         self.encoded: dict[str, float] = {}
+        self.fullest: Sequence[RenderRequest] = ()
+        """Of the forward with the most requests, the last one of them."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._pipeline, name)
+
+    def forget(self) -> None:
+        self.forwards.clear()
+        self.fullest = ()
 
     def encode(self, request: RenderRequest) -> None:
         self._pipeline.encode(request)
@@ -60,9 +75,15 @@ class Watched:
         if cuda:
             events[1].record()
         took = time.monotonic() - began
+        if len(requests) >= len(self.fullest):
+            self.fullest = requests
         seconds = (lambda: events[0].elapsed_time(events[1]) / 1000) if cuda else (lambda: took)
         self.forwards.append(Forward(began, tuple(request.id for request in requests), seconds))
         return outputs
+
+
+def _attention_flop(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
 
 
 class Farm:
@@ -73,11 +94,10 @@ class Farm:
         keep_freed_memory()
         self._device = device
         self._watched = Watched(load(str(folder), torch.device(device), getattr(torch, dtype)))
-        self._engine = Engine(
-            Pins.of({_MODEL: self._watched}), slots, _LINE, sizes=ForwardSizes(sizes), threads=threads
-        )
+        pins = Pins.of({_MODEL: self._watched})
+        self._engine = Engine(pins, slots, _LINE, sizes=ForwardSizes(sizes), threads=threads)
         self._engine.start()
-        self._engine.warm()
+        warm(self._engine, pins)
         self._names = 0
 
     def picture(self, spec: RenderSpec) -> bytes:
@@ -113,10 +133,10 @@ class Farm:
             future.result()
         return Run(len(specs), time.monotonic() - began, peak.bytes, tuple(ended))
 
-    def busy(self, specs: Sequence[RenderSpec]) -> tuple[float, float, int]:
+    def busy(self, specs: Sequence[RenderSpec]) -> tuple[float, float, int, Run]:
         """Denoiser seconds, wall seconds and requests a forward while the slots are full and somebody waits."""
-        self._watched.forwards.clear()
-        self.render(specs)
+        self._watched.forget()
+        run = self.render(specs)
         forwards = list(self._watched.forwards)
         most = max(len(forward.ids) for forward in forwards)
         full = [place for place, forward in enumerate(forwards) if len(forward.ids) == most]
@@ -124,14 +144,33 @@ class Farm:
             raise ValueError("the slots were never full: more specs are needed")
         window = forwards[full[0] : full[-1]]
         wall = forwards[full[-1]].began - window[0].began
-        return sum(forward.seconds() for forward in window), wall, most
+        return sum(forward.seconds() for forward in window), wall, most, run
 
-    def urgent(self, bulk: Sequence[RenderSpec], urgent: Sequence[RenderSpec]) -> list[tuple[int, float, float]]:
+    def full_forward(self, specs: Sequence[RenderSpec]) -> FullForward:
+        """The largest forward that these specs get on a CPU: what it computes, and how long it takes."""
+        self._watched.forget()
+        self.render(specs)
+        requests = [copy(request) for request in self._watched.fullest]
+        for request in requests:
+            request.step_index = 0  # they are at their end
+        # Here and not in the loop: the counter hooks into whatever module runs, and beside the loop others do.
+        with torch.inference_mode():
+            self._watched.denoise(requests)  # makes the keys and values that later forwards find
+            with FlopCounterMode(display=False, custom_mapping={_FUSED: _attention_flop}) as counter:
+                self._watched.denoise(requests)
+        # The last two are those of this thread.
+        took = [forward.seconds() for forward in self._watched.forwards[:-2] if len(forward.ids) == len(requests)]
+        rows = sum(request.rows for request in requests)
+        return FullForward(len(requests), rows, counter.get_total_flops(), median(took))
+
+    def urgent(
+        self, bulk: Sequence[RenderSpec], urgent: Sequence[RenderSpec]
+    ) -> tuple[list[tuple[int, float, float]], int]:
         """Each urgent one's wait while bulk work runs: (forwards begun before its first, seconds, with its encoding).
 
-        Counted from the end of its encoding, which is just before it stands in line.
+        Counted from the end of its encoding, which is just before it stands in line. Also the peak memory.
         """
-        chosen, waits = random.Random(0), []
+        peak, chosen, waits = Peak(self._device), random.Random(0), []
         with self._background(bulk):
             for spec in urgent:
                 time.sleep(chosen.random() / 10)  # at any point of a step
@@ -143,34 +182,45 @@ class Farm:
                 after = [forward for forward in list(self._watched.forwards) if forward.began >= entered]
                 before = next(place for place, forward in enumerate(after) if name in forward.ids)
                 waits.append((before, after[before].began - entered, after[before].began - asked))
-        return waits
+            peak_bytes = peak.bytes
+        return waits, peak_bytes
 
-    def checkpointed(self, specs: Sequence[RenderSpec], every: float) -> tuple[Run, int, float]:
-        """Render while every running request is looked at and packed so often; also the packs and their CPU time."""
-        pool, over, took = ThreadPoolExecutor(2), threading.Event(), list[float]()
+    def checkpointed(self, specs: Sequence[RenderSpec], every: float, settings: Settings) -> tuple[Run, Checkpoints]:
+        """Render while the state of every running request is written down, `every` so many seconds after the last time.
 
-        def pack(snapshot: Snapshot) -> None:
-            began = time.thread_time()
-            state.pack(snapshot)
+        By as many threads as a worker has for it. Each object is deleted again at once: a worker writes it anew under
+        the same key and deletes it when the job ends, so that one for each is the most it can come to.
+        """
+        over, took, sizes = threading.Event(), list[float](), list[int]()
+
+        def write(name: str, look: Future[Snapshot]) -> None:
+            began, key = time.thread_time(), checkpoint_key(name, 1, 1)
+            data = state.pack(look.result())
+            storage.put(key, data)
+            storage.delete_many([key])
             took.append(time.thread_time() - began)
+            sizes.append(len(data))
 
-        def seen(look: Future[Snapshot]) -> None:
-            if not look.cancelled():
-                pool.submit(pack, look.result())
-
-        def beat() -> None:
+        def beat() -> int:
+            rounds = 0
             while not over.wait(every):
-                for name, progress in self._engine.progress().items():
-                    if progress.seconds is not None:
-                        self._engine.look(name).add_done_callback(seen)
+                running = [name for name, progress in self._engine.progress().items() if progress.seconds is not None]
+                looks = {name: self._engine.look(name) for name in running}
+                wait(looks.values())
+                writing = [pool.submit(write, name, look) for name, look in looks.items() if not look.cancelled()]
+                for future in writing:
+                    future.result()
+                rounds += bool(writing)
+            return rounds
 
-        beating = threading.Thread(target=beat)
-        beating.start()
-        run = self.render(specs)
-        over.set()
-        beating.join()
-        pool.shutdown()
-        return run, len(took), sum(took)
+        with closing(Storage(settings)) as storage, ThreadPoolExecutor(2) as pool, ThreadPoolExecutor(1) as heart:
+            storage.ping()  # boto3 takes a third of a second to get ready
+            beating = heart.submit(beat)
+            try:
+                run = self.render(specs)
+            finally:
+                over.set()
+            return run, Checkpoints(beating.result(), len(sizes), sum(sizes), sum(took))
 
     def stop(self) -> None:
         """Stop the engine."""

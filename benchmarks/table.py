@@ -5,7 +5,7 @@ import platform
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from benchmarks.cases import Row
+from benchmarks.rows import Row
 
 _PACKAGES = ("torch", "diffusers", "transformers")
 

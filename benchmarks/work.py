@@ -1,6 +1,7 @@
-"""What is rendered while it is timed: specs and when they come in, the same for both sides."""
+"""What is rendered while it is timed: how much, which specs, and when they come in; the same for both sides."""
 
 import random
+from dataclasses import dataclass
 from itertools import accumulate
 
 from farm.spec import RenderSpec
@@ -8,6 +9,42 @@ from farm.spec import RenderSpec
 STEPS, GUIDANCE = 25, 5.0
 SAMPLERS = ("ddim", "euler", "dpmpp_2m", "euler_a")
 _SHAPES, _COLOURS = ("circle", "square", "triangle", "star"), ("red", "green", "blue", "yellow", "white")
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How much is rendered; each side is given enough work for its clock and its batches, not the same amount."""
+
+    repeats: int = 3
+    farm: int = 64
+    serial: int = 6
+    batches: tuple[int, ...] = (4, 8, 16, 32)
+    mixed: int = 64
+    loads: tuple[int, ...] = (1, 2, 4, 16)
+    urgent: int = 12
+    steps: int = STEPS
+    most_steps: int = 50
+    few_steps: tuple[int, ...] = (1, 4)
+    """Where it shows what a request costs beside its steps."""
+    few_repeats: int = 7
+    few_seconds: float = 0.6
+    """How long a run of few steps takes at least."""
+    checkpoint_every: float = 0.5
+
+
+QUICK = Counts(
+    farm=16,
+    serial=2,
+    batches=(8, 16),
+    mixed=8,
+    loads=(1, 4),
+    urgent=10,
+    steps=10,
+    most_steps=15,
+    few_repeats=2,
+    few_seconds=0.3,
+    checkpoint_every=0.25,
+)
 
 
 def uniform(count: int, seed: int, *, side: int, steps: int = STEPS, deterministic: bool = False) -> list[RenderSpec]:

