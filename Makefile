@@ -21,7 +21,7 @@ up: $(VENV)/.farm  ## start the embedded farm and keep it running until Ctrl-C
 test: $(VENV)/.dev  ## run all tests, against real servers (ten minutes at most on two cores)
 	$(BIN)/python -m pytest $(ARGS)
 
-bench-engine: $(VENV)/.dev  ## the engine beside diffusers' own pipeline, on this machine (eight minutes on two cores)
+bench-engine: $(VENV)/.dev  ## the engine beside diffusers' own pipeline, on this machine (ten minutes at most on two cores)
 	$(BIN)/python -m benchmarks.engine $(ARGS)
 
 lint: $(VENV)/.dev  ## ruff, mypy, import-linter
