@@ -19,7 +19,8 @@
     │   └── EngineFailed        the loop broke under the request
     ├── RenderCancelled         the render was stopped because its job was cancelled
     ├── RenderHandedBack        the render was stopped because its worker drains
-    └── JobNotSucceeded         a picture was asked of a job that has none
+    ├── JobNotSucceeded         a picture was asked of a job that has none
+    └── KeyUsed                 a submission's key that belongs to another one
 
 Whether another try can help is `retryable` on the class; no code reads messages to decide.
 """
@@ -141,3 +142,7 @@ class RenderHandedBack(FarmError):
 
 class JobNotSucceeded(FarmError):
     """Raised when the picture of a job is asked for that did not succeed; says why."""
+
+
+class KeyUsed(FarmError):
+    """Raised when a submission's key was used before, for something else."""

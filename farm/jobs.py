@@ -5,9 +5,7 @@ whoever comes second matches no row and learns that it was too late.
 """
 
 import logging
-import secrets
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Sequence
 
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
@@ -19,23 +17,15 @@ from farm.queries import ACCEPTED, STALE, in_state, models_in
 from farm.records import WorkerInfo
 from farm.schema import BatchRow, JobRow, OwnerRow, WorkerRow
 from farm.settings import Settings
-from farm.spec import RenderSpec
 from farm.states import ACTIVE, JobState
-from farm.storage import slug
+from farm.submissions import Submissions
 
 log = logging.getLogger(__name__)
 
-_INSERT_CHUNK = 1000
 _DISPATCH_LOCK = 0x66617264
 
 
-def new_batch_id(name: str) -> str:
-    """An id that reminds of the batch's name and is nobody else's."""
-    alphabet = "23456789abcdefghjkmnpqrstuvwxyz"
-    return "-".join((slug(name)[:30].strip("-") or "batch", "".join(secrets.choice(alphabet) for _ in range(8))))
-
-
-class JobStore(Attempts):
+class JobStore(Submissions, Attempts):
     """Jobs in SQL: submitted, dispatched, claimed, renewed, ended."""
 
     def __init__(self, db: Database, settings: Settings) -> None:
@@ -43,35 +33,6 @@ class JobStore(Attempts):
         self._max_lost_leases = settings.max_lost_leases
 
     # --- the producer ---------------------------------------------------------------------------------------
-
-    def submit(self, name: str, owner: str, priority: int, specs: Iterable[RenderSpec]) -> str:
-        """Write a batch and all its jobs in one transaction, as pending; returns the batch's id."""
-        batch_id = new_batch_id(name)
-        with self._db.write() as session:
-            batch = BatchRow(id=batch_id, name=name, owner=owner, priority=priority, total=0)
-            batch.created_at = batch.accepted_at = now()
-            session.add(batch)
-            session.flush()
-            total = 0
-            for chunk in _chunks(specs, _INSERT_CHUNK):
-                session.execute(
-                    sa.insert(JobRow),
-                    [
-                        {
-                            "id": f"{batch_id}-{index}",
-                            "batch_id": batch_id,
-                            "index": index,
-                            "spec": spec.model_dump(mode="json"),
-                            "model": spec.model,
-                            "priority": priority,
-                        }
-                        for index, spec in enumerate(chunk, total + 1)
-                    ],
-                )
-                total += len(chunk)
-            session.execute(sa.update(BatchRow).where(BatchRow.id == batch_id).values(total=total))
-        log.info("submitted batch_id=%s name=%r jobs=%d", batch_id, name, total)
-        return batch_id
 
     def cancel(self, *, batch_id: str | None = None, job_id: str | None = None) -> int:
         """Cancel what has not ended of a batch or a job; returns how many jobs that were.
@@ -250,9 +211,3 @@ class JobStore(Attempts):
 def _shortened(text: str, most: int) -> str:
     text = " ".join(text.split())
     return text if len(text) <= most else text[: most - 1] + "…"
-
-
-def _chunks(specs: Iterable[RenderSpec], size: int) -> Iterator[list[RenderSpec]]:
-    iterator = iter(specs)
-    while chunk := list(islice(iterator, size)):
-        yield chunk

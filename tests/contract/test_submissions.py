@@ -1,0 +1,213 @@
+"""How a batch comes in, on every database: whole or not at all, once under one key, a million in small memory."""
+
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+
+import pytest
+import sqlalchemy as sa
+
+from farm.db import Database, now_plus
+from farm.errors import InvalidInput, KeyUsed, NotFound
+from farm.jobs import JobStore
+from farm.schema import BatchRow, JobCountRow, JobRow
+from farm.settings import Settings
+from farm.spec import RenderSpec
+from farm.states import JobState
+
+
+@pytest.fixture
+def store(database: Database) -> JobStore:
+    return JobStore(database, Settings(database_url="", broker_url="", s3_bucket=""))
+
+
+def some(count: int, **fields: object) -> Iterator[RenderSpec]:
+    return (RenderSpec(prompt=f"prompt {n}", **fields) for n in range(1, count + 1))
+
+
+def rows(database: Database) -> tuple[int, int, int]:
+    """How many batches, jobs and counts there are, seen or not."""
+    with database.read() as session:
+        batches, jobs, counts = (
+            session.scalar(sa.select(sa.func.count()).select_from(table)) for table in (BatchRow, JobRow, JobCountRow)
+        )
+    return batches or 0, jobs or 0, counts or 0
+
+
+def test_specs_come_back_as_they_were(store: JobStore) -> None:
+    specs = [
+        RenderSpec(prompt='tab\t newline\n quote " backslash \\ \\N 🎨 \u2028', seed=1, scheduler="euler_a"),
+        RenderSpec(prompt="", width=64, height=128, model="org/name", trajectory=True),
+    ]
+    jobs = store.jobs(store.submit("batch", "me", 50, specs))
+    assert [job.spec for job in jobs] == specs
+    assert [(job.state, job.attempt, job.tries) for job in jobs] == [(JobState.PENDING, 0, 0)] * 2
+
+
+def test_nobody_sees_a_submission_before_its_end(store: JobStore, database: Database) -> None:
+    def looking() -> Iterator[RenderSpec]:
+        for n, spec in enumerate(some(5000)):
+            yield spec
+            if n % 1000 == 999:
+                assert store.batches() == []
+                assert store.waiting_by_model() == {}
+        assert rows(database)[1] > 0
+        assert store.enqueue(10) == []
+
+    status = store.batch(store.submit("batch", "me", 50, looking()))
+    assert status.counts[JobState.PENDING] == status.total == 5000
+
+
+@pytest.mark.parametrize("after", [1, 4500])
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_submission_that_breaks_midway_leaves_nothing(
+    store: JobStore, database: Database, after: int, error: type[BaseException]
+) -> None:
+    def broken() -> Iterator[RenderSpec]:
+        yield from some(after)
+        raise error("the source broke")
+
+    with pytest.raises(error, match="the source broke"):
+        store.submit("half", "me", 50, broken())
+    assert rows(database) == (0, 0, 0)
+
+
+def test_a_submission_of_nothing_is_refused(store: JobStore, database: Database) -> None:
+    with pytest.raises(InvalidInput, match="nothing to render"):
+        store.submit("none", "me", 50, [])
+    assert rows(database) == (0, 0, 0)
+
+
+def test_what_a_crash_left_is_found_after_an_hour_and_discarded(store: JobStore, database: Database) -> None:
+    def crashing() -> Iterator[RenderSpec]:
+        yield from some(4500)
+        # As a killed process leaves it: nothing is tidied up.
+        store.discard = lambda batch_id: None  # type: ignore[method-assign]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        store.submit("half", "me", 50, crashing())
+    del store.discard
+    whole = store.submit("whole", "me", 50, some(3))
+    assert rows(database)[1] > 3
+    assert store.abandoned() == []
+    with database.write() as session:
+        session.execute(sa.update(BatchRow).values(created_at=now_plus(sa.literal(-3700.0))))
+    (half,) = store.abandoned()
+    with pytest.raises(NotFound):
+        store.batch(half)
+    store.discard(half)
+    assert rows(database)[:2] == (1, 3)
+    assert store.batch(whole).total == 3
+
+
+def test_a_submission_that_was_swept_away_under_its_writer_is_refused(store: JobStore, database: Database) -> None:
+    def slow() -> Iterator[RenderSpec]:
+        yield from some(4001)
+        with database.read() as session:
+            batch_id = session.scalars(sa.select(BatchRow.id)).one()
+        store.discard(batch_id)
+
+    with pytest.raises(NotFound, match="try again"):
+        store.submit("slow", "me", 50, slow())
+    assert rows(database)[:2] == (0, 0)
+
+
+def test_the_same_key_and_specs_are_the_same_batch(store: JobStore, database: Database) -> None:
+    first = store.submit("batch", "me", 50, some(2500), key="monday")
+    assert store.submit("batch", "me", 50, some(2500), key="monday") == first
+    assert rows(database)[:2] == (1, 2500)
+    # Nobody else's key, and no key, is the same.
+    assert store.submit("batch", "you", 50, some(3), key="monday") != first
+    assert store.submit("batch", "me", 50, some(2500)) != first
+
+
+@pytest.mark.parametrize("others", [2499, 2501])
+def test_the_same_key_for_other_specs_is_refused(store: JobStore, database: Database, others: int) -> None:
+    first = store.submit("batch", "me", 50, some(2500), key="monday")
+    with pytest.raises(KeyUsed, match=f"'monday' was used for batch {first} of 2500 jobs"):
+        store.submit("batch", "me", 50, some(others), key="monday")
+    with pytest.raises(KeyUsed):
+        store.submit("batch", "me", 50, some(2500, num_inference_steps=3), key="monday")
+    assert rows(database)[:2] == (1, 2500)
+
+
+def test_seeds_nobody_chose_are_drawn_from_key_and_place(store: JobStore) -> None:
+    specs = [RenderSpec(prompt="a"), RenderSpec(prompt="a"), RenderSpec(prompt="a", seed=7)]
+    seeds = [job.spec.seed for job in store.jobs(store.submit("batch", "me", 50, specs, key="monday"))]
+    assert seeds[2] == 7
+    assert len(set(seeds)) == 3
+    other = [job.spec.seed for job in store.jobs(store.submit("batch", "me", 50, specs, key="tuesday"))]
+    assert not set(seeds[:2]) & set(other[:2])
+
+
+def test_two_submissions_at_once_under_one_key_become_one_batch(store: JobStore, database: Database) -> None:
+    half_way, accepted = threading.Event(), threading.Event()
+    ids = []
+
+    def slow() -> Iterator[RenderSpec]:
+        for n, spec in enumerate(some(4500)):
+            if n == 4400:
+                half_way.set()
+                assert accepted.wait(60)
+            yield spec
+
+    slower = threading.Thread(target=lambda: ids.append(store.submit("slow", "me", 50, slow(), key="monday")))
+    slower.start()
+    assert half_way.wait(60)
+    first = store.submit("quick", "me", 50, some(4500), key="monday")
+    accepted.set()
+    slower.join()
+    assert ids == [first]
+    assert rows(database)[:2] == (1, 4500)
+
+
+def test_work_is_known_by_its_hash_where_a_seed_was_chosen_and_it_may_be_reused(
+    store: JobStore, database: Database
+) -> None:
+    spec = RenderSpec(prompt="a", seed=1)
+    store.submit("a", "me", 50, [spec, RenderSpec(prompt="a")])
+    store.submit("b", "me", 50, [spec], reuse=False)
+    with database.read() as session:
+        found = session.scalars(sa.select(JobRow.work_sha256).join(BatchRow).order_by(BatchRow.name, JobRow.index))
+        assert found.all() == [spec.sha256(), None, None]
+
+
+def test_workers_go_on_writing_while_a_large_batch_comes_in(store: JobStore) -> None:
+    batch_id = store.submit("small", "me", 50, some(200))
+    bells = store.enqueue(200)
+    writer = threading.Thread(target=lambda: store.submit("large", "me", 50, some(60_000)))
+    writer.start()
+    claimed = 0
+    while writer.is_alive() and claimed < 200:
+        assert store.claim(bells[claimed].job_id, "w1@host")
+        claimed += 1
+    writer.join()
+    assert claimed >= 10
+    assert store.batch(batch_id).counts[JobState.RUNNING] == claimed
+
+
+MEMORY = """
+import resource, sys
+from farm.db import Database
+from farm.jobs import JobStore
+from farm.settings import Settings
+from farm.spec import RenderSpec
+database = Database(sys.argv[1])
+store = JobStore(database, Settings(database_url="", broker_url="", s3_bucket=""))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+store.submit("large", "me", 50, (RenderSpec(prompt=f"prompt {n}", seed=n) for n in range(int(sys.argv[2]))))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_memory_does_not_grow_with_the_submission(database_url: str) -> None:
+    def grown(count: int) -> int:
+        told = subprocess.run(
+            [sys.executable, "-c", MEMORY, database_url, str(count)], check=True, capture_output=True, text=True
+        )
+        return int(told.stdout)
+
+    small, large = grown(10_000), grown(40_000)
+    assert large < small + 10_000  # KiB; forty thousand specs alone are 60 MB
