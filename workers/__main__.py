@@ -43,7 +43,8 @@ def main() -> None:
     app = make_app(settings)
     app.conf.worker_pool = "workers.pool:TaskPool"
     app.conf.worker_enable_remote_control = True
-    app.conf.broker_transport_options["queue_order_strategy"] = HeldFirst(lambda: worker.pins.held)
+    order = HeldFirst(lambda: worker.pins.held, lambda: worker.pins.failures)
+    app.conf.broker_transport_options["queue_order_strategy"] = order
     app.steps["consumer"].add(UrgentConsumer)
     signals.setup_logging.connect(lambda **_: None, weak=False)  # ours stands already
     tasks.register(app, worker)

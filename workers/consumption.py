@@ -1,6 +1,6 @@
 """Which message a worker takes next: from which model's queue, and urgent ones also while its threads are busy."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from celery import bootsteps
@@ -14,13 +14,21 @@ from farm.broker import URGENT_STEP, queue_name
 class HeldFirst:
     """kombu's `queue_order_strategy` of a worker: queues of held models come first, so that few models are reloaded.
 
-    `held` names the models held now. Held ones take turns, and so do the others. For every `rounds`-th message the
-    others come first, so that their jobs do not starve. Priority goes before all that: kombu's Redis transport looks
-    into every queue for an urgent message before it looks into any for a less urgent one.
+    `held` names the models held now, most recently used first, and `failed` those that can't be loaded. Held ones take
+    turns, and so do the others; but one that has begun to be loaded, because a message of it was taken, is next until
+    it is held, and the held one that it will most likely replace comes after it: jobs of that one would only wait for
+    it to be loaded again, and so would have the two replace each other for ever. For every `rounds`-th message the
+    others come first, so that their jobs do not starve.
+
+    Priority goes before all that: kombu's Redis transport looks into every queue for an urgent message before it looks
+    into any for a less urgent one.
     """
 
-    def __init__(self, held: Callable[[], Collection[str]], rounds: int = 32) -> None:
+    def __init__(
+        self, held: Callable[[], Sequence[str]], failed: Callable[[], Collection[str]] = tuple, rounds: int = 32
+    ) -> None:
         self.held = held
+        self.failed = failed
         self.rounds = rounds
 
     def __call__(self) -> "_Cycle":
@@ -37,16 +45,26 @@ class _Cycle(round_robin_cycle):  # type: ignore[type-arg]  # generic in its stu
         super().__init__()
         self._order = order
         self._taken = 0
+        self._coming: str | None = None
 
     def consume(self, n: int) -> Any:
         """The queues, in the order in which the next message is looked for."""
-        held = {queue_name(model) for model in self._order.held()}
-        others_first = self._taken % self._order.rounds == self._order.rounds - 1
-        return sorted(super().consume(n), key=lambda queue: (queue in held) is others_first)
+        held = [queue_name(model) for model in self._order.held()]
+        if self._coming in [*held, *map(queue_name, self._order.failed())]:
+            self._coming = None
+        places = dict.fromkeys(held, 0)
+        if self._coming is not None:
+            if held:
+                places[held[-1]] = 2
+            places[self._coming] = 1
+        others = -1 if self._taken % self._order.rounds == self._order.rounds - 1 else 3
+        return sorted(super().consume(n), key=lambda queue: places.get(queue, others))
 
     def rotate(self, last_used: str) -> None:
         """Called with the queue that a message came from: it is the last of its kind to be looked into again."""
         self._taken += 1
+        if last_used not in [queue_name(model) for model in self._order.held()]:
+            self._coming = last_used
         super().rotate(last_used)
 
 

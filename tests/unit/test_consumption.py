@@ -18,50 +18,80 @@ def take(cycle, waiting: Counter[str]) -> str:
 
 
 @pytest.fixture
-def held() -> set[str]:
-    return {"c"}
+def held() -> list[str]:
+    """What the worker holds, most recently used first."""
+    return ["c"]
 
 
 @pytest.fixture
-def cycle(held: set[str]):
-    cycle = HeldFirst(lambda: held, rounds=4)()
+def failed() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def cycle(held: list[str], failed: list[str]):
+    cycle = HeldFirst(lambda: held, lambda: failed, rounds=4)()
     cycle.update(["render.a", "render.b", "render.c", "render.d"])
     return cycle
 
 
+def order(cycle) -> str:
+    return "".join(queue.removeprefix("render.") for queue in cycle.consume(4))
+
+
 def test_the_queue_of_a_held_model_comes_first(cycle) -> None:
-    assert cycle.consume(4) == ["render.c", "render.a", "render.b", "render.d"]
+    assert order(cycle) == "cabd"
 
 
-def test_an_evicted_model_loses_its_place_at_once(cycle, held: set[str]) -> None:
-    held.clear()
-    held.add("d")
-    assert cycle.consume(4)[0] == "render.d"
+def test_an_evicted_model_loses_its_place_at_once(cycle, held: list[str]) -> None:
+    held[:] = ["d"]
+    assert order(cycle) == "dabc"
 
 
-def test_with_no_model_held_every_queue_has_its_turn(cycle, held: set[str]) -> None:
-    held.clear()
+def test_with_no_model_held_every_queue_has_its_turn_when_the_one_before_is_empty() -> None:
+    cycle = HeldFirst(list)()
+    cycle.update(["render.a", "render.b", "render.c", "render.d"])
     waiting = Counter({f"render.{model}": 2 for model in "abcd"})
-    assert [take(cycle, waiting) for _ in range(8)] == list("abcd") * 2
+    assert [take(cycle, waiting) for _ in range(8)] == list("aabbccdd")
 
 
-def test_held_models_take_turns(cycle, held: set[str]) -> None:
-    held.add("a")
+def test_held_models_take_turns(cycle, held: list[str]) -> None:
+    held.append("a")
     waiting = Counter({"render.a": 2, "render.c": 2})
     assert [take(cycle, waiting) for _ in range(4)] == ["a", "c", "a", "c"]
 
 
-def test_a_model_that_is_not_held_goes_first_once_in_so_many_rounds_and_they_take_turns(cycle) -> None:
+def test_a_model_that_is_not_held_goes_first_once_in_so_many_rounds_and_they_take_turns(cycle, held: list[str]) -> None:
     waiting = Counter({f"render.{model}": 100 for model in "abcd"})
-    rounds = ["".join(take(cycle, waiting) for _ in range(4)) for _ in range(4)]
-    assert rounds == ["ccca", "cccb", "cccd", "ccca"]
+    taken = ""
+    for _ in range(16):
+        taken += take(cycle, waiting)
+        held[:] = taken[-1]  # loaded in place of the other
+    assert taken == "cccaaaabbbbddddc"
 
 
 def test_a_model_that_is_not_held_is_served_at_once_when_the_held_ones_have_no_jobs(cycle) -> None:
     assert take(cycle, Counter({"render.b": 1})) == "b"
 
 
-def test_an_unused_turn_of_the_others_is_no_credit(cycle) -> None:
+def test_a_model_on_its_way_in_is_next_until_it_is_held_and_goes_before_the_one_that_it_replaces(
+    cycle, held: list[str]
+) -> None:
+    held[:] = ["d", "c"]
+    assert take(cycle, Counter({"render.b": 1})) == "b"
+    assert order(cycle) == "dbca"
+    held[:] = ["b", "d"]
+    assert order(cycle) == "dbac"
+
+
+def test_a_model_that_can_not_be_loaded_is_not_on_its_way_in(cycle, failed: list[str]) -> None:
+    assert take(cycle, Counter({"render.b": 1})) == "b"
+    failed.append("b")
+    assert order(cycle) == "cadb"
+
+
+def test_an_unused_turn_of_the_others_is_no_credit(cycle, failed: list[str]) -> None:
+    failed.append("a")
     waiting = Counter({"render.c": 100})
     for _ in range(8):
         take(cycle, waiting)
@@ -70,7 +100,7 @@ def test_an_unused_turn_of_the_others_is_no_credit(cycle) -> None:
 
 
 def test_each_channel_has_an_order_of_its_own() -> None:
-    strategy = HeldFirst(set)
+    strategy = HeldFirst(list)
     first, second = strategy(), strategy()
     first.update(["render.a"])
     assert second.consume(1) == []
