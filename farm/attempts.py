@@ -1,113 +1,52 @@
-"""`Attempts`: what a worker may do with a job, from its claim to its end.
+"""`Attempts`: what a worker may do with a job that it has claimed, to its end; and what became of each attempt.
 
 Each move names the state that it leaves and the attempt that makes it: a worker that comes too late matches no row.
 """
 
 import logging
-from collections.abc import Mapping
 from typing import Any
 
 import sqlalchemy as sa
 
 from farm.db import Database, now, now_plus
-from farm.queries import JobQueries, in_state
-from farm.records import Beat, Claim, Pace, Picture
-from farm.schema import BatchRow, JobRow, WorkerRow
+from farm.errors import ErrorClass
+from farm.leases import Leases, end_attempts, leave_running
+from farm.queries import in_state
+from farm.records import AttemptInfo, Claim, Picture
+from farm.schema import AttemptRow, JobRow
 from farm.settings import Settings
-from farm.spec import RenderSpec
-from farm.states import JobState
+from farm.states import JobState, Outcome
 
 log = logging.getLogger(__name__)
 
 
-class Attempts(JobQueries):
-    """Jobs as they are claimed, renewed and ended by workers."""
+class Attempts(Leases):
+    """Jobs as workers end them."""
 
     def __init__(self, db: Database, settings: Settings) -> None:
         super().__init__(db, settings)
         self._max_tries = settings.max_tries
 
-    def claim(self, job_id: str, worker: str) -> Claim | None:
-        """Take a queued job under a new lease; None if it is not queued (a duplicate message, or cancelled)."""
-        with self._db.write() as session:
-            row = session.execute(
-                sa.update(JobRow)
-                .where(JobRow.id == job_id, in_state(JobState.QUEUED))
-                .values(
-                    state=JobState.RUNNING.value,
-                    attempt=JobRow.attempt + 1,
-                    worker=worker,
-                    lease_until=now_plus(sa.literal(self._lease_seconds)),
-                    started_at=now(),
-                    steps_done=0,
-                )
-                .returning(
-                    JobRow.attempt,
-                    JobRow.spec,
-                    JobRow.batch_id,
-                    JobRow.index.label("place"),
-                    JobRow.priority,
-                    JobRow.checkpoint_key,
-                )
-            ).one_or_none()
-            if row is None:
-                return None
-            batch = session.get_one(BatchRow, row.batch_id)
-            claim = Claim(
-                job_id=job_id,
-                attempt=row.attempt,
-                spec=RenderSpec.model_validate(row.spec),
-                batch_id=row.batch_id,
-                batch_name=batch.name,
-                index=row.place,
-                total=batch.total,
-                priority=row.priority,
-                checkpoint_key=row.checkpoint_key,
+    def attempts(self, job_id: str) -> list[AttemptInfo]:
+        """What became of each attempt of a job that has ended, in order; the one under way is in the job itself."""
+        with self._db.read() as session:
+            rows = session.scalars(
+                sa.select(AttemptRow).where(AttemptRow.job_id == job_id).order_by(AttemptRow.attempt)
             )
-        log.info("claimed job_id=%s attempt=%d worker=%s", job_id, claim.attempt, worker)
-        return claim
-
-    def beat(self, worker: str, paces: Mapping[tuple[str, int], Pace]) -> Beat:
-        """Renew the leases a worker holds, keyed by job id and attempt, and write how far each render is.
-
-        Also the worker's sign of life. One statement for all its jobs.
-        """
-        held = {job_id for job_id, _ in paces}
-        with self._db.write() as session:
-            session.execute(sa.update(WorkerRow).where(WorkerRow.name == worker).values(seen_at=now()))
-            rows = (
-                session.execute(
-                    sa.update(JobRow)
-                    .where(in_state(JobState.RUNNING), sa.tuple_(JobRow.id, JobRow.attempt).in_(list(paces)))
-                    .values(
-                        lease_until=now_plus(sa.literal(self._lease_seconds)),
-                        steps_done=sa.case(
-                            {job_id: pace.steps_done for (job_id, _), pace in paces.items()}, value=JobRow.id
-                        ),
-                        seconds_per_step=sa.case(
-                            {
-                                # PostgreSQL takes a NULL without a type for text.
-                                job_id: sa.cast(pace.seconds_per_step, sa.Double())
-                                for (job_id, _), pace in paces.items()
-                            },
-                            value=JobRow.id,
-                        ),
-                    )
-                    .returning(
-                        JobRow.id,
-                        JobRow.cancel_requested,
-                        (JobRow.preview_until > now()).label("watched"),
-                        JobRow.preview_vae,
-                    )
-                ).all()
-                if paces
-                else []
-            )
-        return Beat(
-            cancelled=frozenset(row.id for row in rows if row.cancel_requested),
-            lost=frozenset(held - {row.id for row in rows}),
-            previews={row.id: row.preview_vae for row in rows if row.watched},
-        )
+            return [
+                AttemptInfo(
+                    attempt=row.attempt,
+                    worker=row.worker,
+                    started_at=row.started_at,
+                    ended_at=row.ended_at,
+                    outcome=Outcome(row.outcome),
+                    error_class=ErrorClass(row.error_class) if row.error_class else None,
+                    reason=row.reason,
+                    steps_done=row.steps_done,
+                    device_seconds=row.device_seconds,
+                )
+                for row in rows
+            ]
 
     def checkpointed(self, claim: Claim, key: str) -> bool:
         """Record the object that a later attempt can go on from; False if the claim no longer holds."""
@@ -124,6 +63,11 @@ class Attempts(JobQueries):
         """
         return self._end(
             claim,
+            {
+                "outcome": Outcome.SUCCEEDED.value,
+                "steps_done": claim.spec.num_inference_steps,
+                "device_seconds": picture.device_seconds,
+            },
             state=JobState.SUCCEEDED.value,
             finished_at=now(),
             lease_until=None,
@@ -137,54 +81,71 @@ class Attempts(JobQueries):
             height=picture.height,
             model_sha256=picture.model_sha256,
             render_seconds=picture.render_seconds,
+            device_seconds=picture.device_seconds,
             warnings=list(picture.warnings),
         )
 
-    def fail(self, claim: Claim, error: str, *, retryable: bool) -> bool:
-        """Record a claimed job's error: back to the backlog while it has tries left and another may help.
+    def fail(self, claim: Claim, error: str, error_class: ErrorClass = ErrorClass.TRANSIENT) -> bool:
+        """Record a claimed job's error: back to the backlog, for a while, if it has tries left and another may help.
 
         The next try starts afresh, since what was checkpointed may be what went wrong: the worker deletes its
-        checkpoint before it calls this. False if the claim no longer holds.
+        checkpoint before it calls this. Where there was no memory for it, it is left to another worker, if there is
+        one. False if the claim no longer holds.
         """
-        again = (JobRow.tries + 1 < self._max_tries) if retryable else sa.false()
-        state = sa.case((again, JobState.PENDING.value), else_=JobState.FAILED.value)
-        left = leave_running(state, sa.literal(error))
-        kept = sa.case((left["state"] == JobState.PENDING.value, None), else_=JobRow.checkpoint_key)
-        return self._end(claim, tries=JobRow.tries + 1, checkpoint_key=kept, **left)
+        tries = claim.tries + 1  # nobody else counts them while the claim holds
+        again = error_class.retryable and tries < self._max_tries
+        left = leave_running(sa.literal((JobState.PENDING if again else JobState.FAILED).value), sa.literal(error))
+        back = left["state"] == JobState.PENDING.value
+        if error_class is ErrorClass.OUT_OF_MEMORY:
+            left["avoid_worker"] = JobRow.worker
+        return self._end(
+            claim,
+            {
+                "outcome": _unless_cancelled(Outcome.RETRIED if again else Outcome.FAILED),
+                "error_class": error_class.value,
+                "reason": error,
+            },
+            tries=tries,
+            checkpoint_key=sa.case((back, None), else_=JobRow.checkpoint_key),
+            not_before=now_plus(sa.literal(self._backoff.seconds(tries))) if again else None,
+            **left,
+        )
 
-    def hand_back(self, claim: Claim) -> bool:
+    def hand_back(self, claim: Claim, why: str = "its worker stops") -> bool:
         """Give a claimed job back to the backlog, unrendered, at no cost; False if the claim no longer holds."""
-        return self._end(claim, **leave_running(sa.literal(JobState.PENDING.value), JobRow.error))
+        return self._end(
+            claim,
+            {"outcome": _unless_cancelled(Outcome.HANDED_BACK), "reason": why},
+            **leave_running(sa.literal(JobState.PENDING.value), JobRow.error),
+        )
 
     def stopped(self, claim: Claim) -> bool:
         """Record that a claimed job is no longer rendered because it was cancelled; False if the claim is void."""
-        return self._end(claim, **leave_running(sa.literal(JobState.CANCELLED.value), JobRow.error))
+        return self._end(
+            claim,
+            {"outcome": Outcome.CANCELLED.value},
+            **leave_running(sa.literal(JobState.CANCELLED.value), JobRow.error),
+        )
 
-    def _end(self, claim: Claim, **values: Any) -> bool:
+    def _end(self, claim: Claim, ending: dict[str, Any], **values: Any) -> bool:
         with self._db.write() as session:
-            row = session.execute(
-                sa.update(JobRow).where(*_holds(claim)).values(**values).returning(JobRow.state, JobRow.worker)
-            ).one_or_none()
-        if row is None:
+            held = end_attempts(session, *_claimed(claim), **ending)
+            moved = sa.update(JobRow).where(*_holds(claim)).values(**values).returning(JobRow.state)
+            state = session.scalar(moved) if held else None
+        if state is None:
             log.warning("too late job_id=%s attempt=%d", claim.job_id, claim.attempt)
             return False
-        log.info("ended job_id=%s attempt=%d now=%s", claim.job_id, claim.attempt, row.state)
+        log.info("ended job_id=%s attempt=%d now=%s", claim.job_id, claim.attempt, state)
         return True
 
 
+def _claimed(claim: Claim) -> tuple[sa.ColumnElement[bool], ...]:
+    return JobRow.id == claim.job_id, JobRow.attempt == claim.attempt
+
+
 def _holds(claim: Claim) -> tuple[sa.ColumnElement[bool], ...]:
-    return JobRow.id == claim.job_id, JobRow.attempt == claim.attempt, in_state(JobState.RUNNING)
+    return *_claimed(claim), in_state(JobState.RUNNING)
 
 
-def leave_running(state: sa.ColumnElement[str], error: Any) -> dict[str, Any]:
-    """What changes when a running job is rendered no longer: a wish to cancel it comes first."""
-    state = sa.case((JobRow.cancel_requested, JobState.CANCELLED.value), else_=state)
-    return {
-        "state": state,
-        "error": error,
-        "worker": None,
-        "lease_until": None,
-        "queued_at": None,
-        "steps_done": 0,
-        "finished_at": sa.case((state == JobState.PENDING.value, None), else_=now()),
-    }
+def _unless_cancelled(outcome: Outcome) -> sa.ColumnElement[str]:
+    return sa.case((JobRow.cancel_requested, Outcome.CANCELLED.value), else_=outcome.value)

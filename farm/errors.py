@@ -12,6 +12,7 @@
     │   ├── BrokerUnavailable
     │   └── StorageUnavailable
     ├── ModelError              a checkpoint can't be found, read, or used
+    │   └── ModelUnavailable    not just now: where it lies does not answer
     ├── RenderError             one render went wrong
     │   ├── BadRequest          the request itself is at fault: another try can't help
     │   ├── BadImage            NaN or nothing in the latents
@@ -22,19 +23,42 @@
     ├── JobNotSucceeded         a picture was asked of a job that has none
     └── KeyUsed                 a submission's key that belongs to another one
 
-Whether another try can help is `retryable` on the class; no code reads messages to decide.
+Whether and where another try can help is `error_class` on the class; no code reads messages to decide.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import ClassVar
+
+
+class ErrorClass(StrEnum):
+    """What a failed render needs to succeed."""
+
+    # Time: a service was away, a device or the render loop broke.
+    TRANSIENT = "transient"
+    # Another worker, one with more memory.
+    OUT_OF_MEMORY = "out_of_memory"
+    # Another spec, or another model: tried again, unchanged, it fails again.
+    BAD_INPUT = "bad_input"
+    # A person's look: it kept losing its workers, and may be what kills them.
+    POISON = "poison"
+
+    @property
+    def retryable(self) -> bool:
+        """Whether the same thing may succeed when tried again, unchanged."""
+        return self in (ErrorClass.TRANSIENT, ErrorClass.OUT_OF_MEMORY)
 
 
 class FarmError(Exception):
     """Base of everything the farm raises on purpose."""
 
-    retryable: ClassVar[bool] = False
-    """Whether the same thing may succeed when tried again, unchanged."""
+    error_class: ClassVar[ErrorClass] = ErrorClass.BAD_INPUT
+
+    @property
+    def retryable(self) -> bool:
+        """Whether the same thing may succeed when tried again, unchanged."""
+        return self.error_class.retryable
 
 
 @dataclass(frozen=True)
@@ -84,7 +108,7 @@ class SchemaMismatch(FarmError):
 class ServiceUnavailable(FarmError):
     """Raised when a service the farm stands on does not answer."""
 
-    retryable = True
+    error_class = ErrorClass.TRANSIENT
 
 
 class DatabaseUnavailable(ServiceUnavailable):
@@ -103,22 +127,28 @@ class ModelError(FarmError):
     """Raised when a checkpoint can't be found, read or used; names the part at fault."""
 
 
+class ModelUnavailable(ModelError):
+    """Raised when a checkpoint can't be had just now: where it lies does not answer, or a device is out of memory."""
+
+    error_class = ErrorClass.TRANSIENT
+
+
 class RenderError(FarmError):
     """Raised when one render goes wrong."""
 
-    retryable = True
+    error_class = ErrorClass.TRANSIENT
 
 
 class BadRequest(RenderError):
     """Raised when the request itself is at fault, such as a sampler its model can't use."""
 
-    retryable = False
+    error_class = ErrorClass.BAD_INPUT
 
 
 class BadImage(RenderError):
     """Raised when a request's latents hold NaN or infinity; names the step."""
 
-    retryable = False
+    error_class = ErrorClass.BAD_INPUT
 
 
 class OutOfMemory(RenderError):
@@ -126,6 +156,8 @@ class OutOfMemory(RenderError):
 
     Another worker may have more.
     """
+
+    error_class = ErrorClass.OUT_OF_MEMORY
 
 
 class EngineFailed(RenderError):

@@ -5,9 +5,10 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
+from farm.errors import ErrorClass
 from farm.schema import JobRow
 from farm.spec import RenderSpec
-from farm.states import JobState
+from farm.states import JobState, Outcome
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class Claim:
     priority: int
     checkpoint_key: str | None
     """What an earlier attempt left to go on from; None means from the first step."""
+    tries: int = 0
+    """Errors before this attempt."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,8 @@ class Picture:
     model_sha256: str
     render_seconds: float
     warnings: Sequence[str] = ()
+    device_seconds: float | None = None
+    """Its own part of the device's time."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,15 @@ class JobInfo:
     finished_at: datetime | None
     picture: Picture | None
     """Set when it succeeded."""
+    lost_leases: int = 0
+    not_before: datetime | None = None
+    """Until then it stays in the backlog."""
+    avoid_worker: str | None = None
+    """Where there was no memory for it."""
+    paused: bool = False
+    """Whether it is paused by itself; its batch or its owner may be as well."""
+    reused_from: str | None = None
+    """The job whose picture its own is a copy of."""
 
     @property
     def eta_seconds(self) -> float | None:
@@ -113,6 +127,26 @@ class JobInfo:
         if self.state is not JobState.RUNNING or self.seconds_per_step is None:
             return None
         return max(0, self.spec.num_inference_steps - self.steps_done) * self.seconds_per_step
+
+
+@dataclass(frozen=True)
+class AttemptInfo:
+    """What became of one attempt of a job."""
+
+    attempt: int
+    worker: str | None
+    started_at: datetime | None
+    ended_at: datetime
+    outcome: Outcome
+    error_class: ErrorClass | None
+    reason: str | None
+    steps_done: int
+    device_seconds: float | None
+
+    @property
+    def seconds(self) -> float | None:
+        """How long it took."""
+        return None if self.started_at is None else (self.ended_at - self.started_at).total_seconds()
 
 
 @dataclass(frozen=True)
@@ -143,6 +177,7 @@ def job_info(row: JobRow) -> JobInfo:
             model_sha256=row.model_sha256 or "",
             render_seconds=row.render_seconds or 0.0,
             warnings=tuple(row.warnings or ()),
+            device_seconds=row.device_seconds,
         )
     return JobInfo(
         id=row.id,
@@ -160,4 +195,9 @@ def job_info(row: JobRow) -> JobInfo:
         started_at=row.started_at,
         finished_at=row.finished_at,
         picture=picture,
+        lost_leases=row.lost_leases,
+        not_before=row.not_before,
+        avoid_worker=row.avoid_worker,
+        paused=row.paused,
+        reused_from=row.reused_from,
     )

@@ -61,8 +61,12 @@ class Settings(BaseSettings):
     """How long a worker may hold a job without a sign of life."""
     beat_seconds: float = Field(default=2.0, gt=0)
     """How often a worker renews its leases; well below `lease_seconds`."""
-    max_tries: int = Field(default=3, ge=1)
+    max_tries: int = Field(default=5, ge=1)
     """After how many errors a job is failed."""
+    retry_seconds: float = Field(default=2.0, ge=0)
+    """How long a job waits after its first error, at most; four times as long after each further one."""
+    retry_max_seconds: float = Field(default=300.0, ge=0)
+    """The longest that a job waits after an error."""
     max_lost_leases: int = Field(default=5, ge=1)
     """After how many lost leases a job is set aside as failed: it may be what kills the workers."""
 

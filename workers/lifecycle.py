@@ -13,7 +13,7 @@ from celery import Celery, signals
 
 from farm import __version__
 from farm.db import Database
-from farm.errors import FarmError, ModelError, ServiceUnavailable
+from farm.errors import FarmError, ModelError, ModelUnavailable, ServiceUnavailable
 from farm.jobs import JobStore
 from farm.records import Pace, WorkerInfo
 from farm.settings import Settings
@@ -66,7 +66,8 @@ def fetched(source: str, storage: Storage, cache: Path) -> str:
     try:
         count = storage.fetch_folder(bucket, prefix, folder)
     except FarmError as error:
-        raise ModelError(f"can't fetch {source}: {error}") from error
+        kind = ModelUnavailable if error.retryable else ModelError
+        raise kind(f"can't fetch {source}: {error}") from error
     log.info("fetched %s, %d files", source, count)
     return str(folder)
 

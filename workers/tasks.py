@@ -12,6 +12,7 @@ from celery.exceptions import Ignore
 from farm.broker import RENDER_TASK
 from farm.errors import (
     DatabaseUnavailable,
+    ErrorClass,
     FarmError,
     RenderCancelled,
     RenderHandedBack,
@@ -86,16 +87,16 @@ def _render(worker: Worker, held: Held) -> str:
         _insist(lambda: store.hand_back(claim), seconds=worker.settings.drain_seconds / 4)
         return "handed back: the worker stops"
     except FarmError as error:
-        reason, retryable = str(error), error.retryable
+        reason, error_class = str(error), error.error_class
         log.warning("render failed job_id=%s attempt=%d: %s", claim.job_id, claim.attempt, error)
         _forget(worker, held)
-        _insist(lambda: store.fail(claim, reason, retryable=retryable))
+        _insist(lambda: store.fail(claim, reason, error_class))
         raise
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         log.exception("render broke job_id=%s attempt=%d", claim.job_id, claim.attempt)
         _forget(worker, held)
-        _insist(lambda: store.fail(claim, reason, retryable=True))
+        _insist(lambda: store.fail(claim, reason, ErrorClass.TRANSIENT))
         raise
 
 
@@ -136,6 +137,7 @@ def _deliver(worker: Worker, held: Held, rendered: Rendered) -> str:
         model_sha256=rendered.model_sha256,
         render_seconds=rendered.render_seconds,
         warnings=rendered.warnings,
+        device_seconds=rendered.device_seconds,
     )
     objects = [(key, data, "image/png")]
     if rendered.frames:

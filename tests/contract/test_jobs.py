@@ -7,7 +7,7 @@ import pytest
 import sqlalchemy as sa
 
 from farm.db import Database, now_plus
-from farm.errors import NotFound
+from farm.errors import ErrorClass, NotFound
 from farm.jobs import JobStore
 from farm.records import Claim, Pace, Picture, WorkerInfo
 from farm.schema import JobRow
@@ -21,7 +21,9 @@ WORKER = WorkerInfo("w1@host", "cpu", "float32", 8, "0", ({"name": "tiny", "sha2
 
 @pytest.fixture
 def store(database: Database) -> JobStore:
-    settings = Settings(database_url="", broker_url="", s3_bucket="", max_tries=2, max_lost_leases=3)
+    settings = Settings(
+        database_url="", broker_url="", s3_bucket="", max_tries=2, max_lost_leases=3, retry_seconds=0
+    )
     return JobStore(database, settings)
 
 
@@ -137,7 +139,7 @@ def test_only_the_current_attempt_writes(store: JobStore, lapse: Callable[[], No
     assert claim.attempt == 2
     for late in (
         store.succeed(zombie, PICTURE),
-        store.fail(zombie, "no", retryable=False),
+        store.fail(zombie, "no", ErrorClass.BAD_INPUT),
         store.hand_back(zombie),
         store.stopped(zombie),
     ):
@@ -153,7 +155,7 @@ def test_a_terminal_state_never_changes(store: JobStore, lapse: Callable[[], Non
     if ending == "succeed":
         store.succeed(claim, PICTURE)
     elif ending == "fail":
-        store.fail(claim, "bad spec", retryable=False)
+        store.fail(claim, "bad spec", ErrorClass.BAD_INPUT)
     else:
         store.cancel(job_id=claim.job_id)
         store.stopped(claim)
@@ -164,7 +166,7 @@ def test_a_terminal_state_never_changes(store: JobStore, lapse: Callable[[], Non
     assert store.expire_leases() == 0
     assert store.unqueue([claim.job_id]) == 0
     assert store.claim(claim.job_id, "w2@host") is None
-    assert not store.fail(claim, "again", retryable=True)
+    assert not store.fail(claim, "again", ErrorClass.TRANSIENT)
     assert not store.succeed(claim, replace(PICTURE, key="other"))
     assert replace(store.job(claim.job_id), queued_at=None) == replace(before, queued_at=None)
 
@@ -205,19 +207,19 @@ def test_a_job_that_keeps_losing_its_worker_is_set_aside(store: JobStore, lapse:
 
 def test_an_error_is_tried_again_until_the_tries_are_used_up(store: JobStore) -> None:
     (claim,) = claimed(store)
-    assert store.fail(claim, "S3 hiccup", retryable=True)
+    assert store.fail(claim, "S3 hiccup", ErrorClass.TRANSIENT)
     assert state(store, claim) is JobState.PENDING
     (bell,) = store.enqueue(1)
     again = store.claim(bell.job_id, "w1@host")
     assert again is not None
-    assert store.fail(again, "S3 hiccup again", retryable=True)
+    assert store.fail(again, "S3 hiccup again", ErrorClass.TRANSIENT)
     job = store.job(claim.job_id)
     assert (job.state, job.tries, job.error) == (JobState.FAILED, 2, "S3 hiccup again")
 
 
 def test_an_error_that_no_other_try_can_help_fails_at_once(store: JobStore) -> None:
     (claim,) = claimed(store)
-    store.fail(claim, "bad spec", retryable=False)
+    store.fail(claim, "bad spec", ErrorClass.BAD_INPUT)
     assert state(store, claim) is JobState.FAILED
 
 
@@ -252,7 +254,7 @@ def test_a_cancelled_render_never_goes_back_to_the_backlog(
     if how == "hand_back":
         store.hand_back(claim)
     elif how == "fail":
-        store.fail(claim, "hiccup", retryable=True)
+        store.fail(claim, "hiccup", ErrorClass.TRANSIENT)
     else:
         lapse()
         store.expire_leases()
@@ -290,7 +292,7 @@ def test_an_attempt_after_a_lost_worker_goes_on_from_the_checkpoint(
 def test_a_try_after_an_error_starts_afresh(store: JobStore) -> None:
     (claim,) = claimed(store)
     store.checkpointed(claim, "b/1.a1.checkpoint.safetensors")
-    store.fail(claim, "hiccup", retryable=True)
+    store.fail(claim, "hiccup", ErrorClass.TRANSIENT)
     assert again(store, claim).checkpoint_key is None
 
 
@@ -318,10 +320,10 @@ def test_a_job_that_ends_otherwise_leaves_its_checkpoint_to_the_sweep(
     (claim,) = claimed(store)
     store.checkpointed(claim, "b/1.a1.checkpoint.safetensors")
     if how == "fail":
-        store.fail(claim, "bad spec", retryable=False)
+        store.fail(claim, "bad spec", ErrorClass.BAD_INPUT)
     elif how == "fail_cancelled":
         store.cancel(job_id=claim.job_id)
-        store.fail(claim, "hiccup", retryable=True)
+        store.fail(claim, "hiccup", ErrorClass.TRANSIENT)
     elif how == "stop":
         store.cancel(job_id=claim.job_id)
         store.stopped(claim)
@@ -443,3 +445,4 @@ def test_every_move_the_store_makes_is_a_transition_that_the_states_allow() -> N
         JobState.CANCELLED,
     }
     assert all(following in JobState for states in TRANSITIONS.values() for following in states)
+    assert {state for state in JobState if state.terminal and TRANSITIONS[state]} == {JobState.FAILED}

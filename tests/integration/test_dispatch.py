@@ -11,7 +11,7 @@ from farm.broker import Broker, queue_name
 from farm.client import Farm
 from farm.db import Database
 from farm.dispatch import Dispatcher
-from farm.errors import BrokerUnavailable
+from farm.errors import BrokerUnavailable, ErrorClass
 from farm.jobs import JobStore
 from farm.settings import Settings
 from farm.spec import RenderSpec
@@ -86,7 +86,7 @@ def checkpointed(farm: Farm, store: JobStore, storage: Storage, count: int) -> l
         keys.append(checkpoint_key(claim.batch_id, claim.index, claim.attempt))
         storage.put(keys[-1], b"state")
         assert store.checkpointed(claim, keys[-1])
-        store.fail(claim, "bad spec", retryable=False)
+        store.fail(claim, "bad spec", ErrorClass.BAD_INPUT)
     return keys
 
 

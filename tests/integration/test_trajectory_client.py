@@ -16,6 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from farm import Farm, InvalidInput, Job, JobNotSucceeded, NotFound, Settings
 from farm.db import Database
+from farm.errors import ErrorClass
 from farm.jobs import JobStore
 from farm.records import Claim, Pace, Picture, WorkerInfo
 from farm.storage import Storage, image_key, preview_key, trajectory_keys
@@ -152,7 +153,7 @@ def test_a_job_that_was_not_asked_for_its_trajectory_says_so_at_once(farm: Farm)
 
 
 def test_a_job_that_failed_has_no_trajectory(job: Job, worker: Stand) -> None:
-    worker.store.fail(worker.claim(job), "bad spec", retryable=False)
+    worker.store.fail(worker.claim(job), "bad spec", ErrorClass.BAD_INPUT)
     for ask in (job.trajectory, job.film_strip, job.preview):
         with pytest.raises(JobNotSucceeded, match="bad spec"):
             ask()
