@@ -29,6 +29,8 @@ class Counts:
     few_repeats: int = 7
     few_seconds: float = 0.6
     """How long a run of few steps takes at least."""
+    again: int = 4
+    """How often the sweep measures whatever is lowest so far again."""
     checkpoint_every: float = 0.5
 
 
@@ -37,6 +39,7 @@ QUICK = Counts(
     serial=2,
     batches=(8, 16),
     mixed=8,
+    again=1,
     loads=(1, 4),
     urgent=10,
     steps=10,
