@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from farm.errors import InvalidInput, Problem
-from farm.sources.problems import Problems
+from farm.sources.problems import Problems, parsed, shown
 from farm.spec import RenderSpec
 
 MAX_SPECS = 10_000_000
@@ -106,7 +106,7 @@ def _written_axes(grid: Grid | None, problems: Problems) -> Iterator[tuple[str, 
         while text[end:].strip():
             found = _AXIS.match(text, end)
             if found is None:
-                problems.add(Problem("grid", "", f"write NAME=VALUE,VALUE…, not {text[end:].strip()!r:.80}"))
+                problems.add(Problem("grid", "", f"write NAME=VALUE,VALUE…, not {shown(text[end:].strip())}"))
                 break
             end = found.end()
             yield found[1], found[2]
@@ -122,7 +122,7 @@ def _values(where: str, called: str, name: str, given: Any) -> Sequence[Any]:
     elif isinstance(given, Iterable) and not isinstance(given, bytes | Mapping):
         values = tuple(given)
     else:
-        raise InvalidInput([Problem(where, called, f"should be several values, not {given!r:.80}")])
+        raise InvalidInput([Problem(where, called, f"should be several values, not {shown(given)}")])
     if not values:
         raise InvalidInput([Problem(where, called, "has no values")])
     if name != SIZE:
@@ -130,7 +130,7 @@ def _values(where: str, called: str, name: str, given: Any) -> Sequence[Any]:
     sizes = [_size(value) for value in values]
     wrong = [value for value, size in zip(values, sizes, strict=True) if size is None]
     if wrong:
-        raise InvalidInput([Problem(where, called, f"write WIDTHxHEIGHT, not {value!r:.80}") for value in wrong])
+        raise InvalidInput([Problem(where, called, f"write WIDTHxHEIGHT, not {shown(value)}") for value in wrong])
     return [size for size in sizes if size is not None]
 
 
@@ -138,9 +138,9 @@ def _written_values(where: str, called: str, name: str, text: str) -> Sequence[A
     try:
         cells = [cell.strip() for cell in next(csv.reader([text], strict=True, skipinitialspace=True), [])]
     except csv.Error as error:
-        raise InvalidInput([Problem(where, called, f"{text!r:.80} is no list of values: {error}")]) from None
+        raise InvalidInput([Problem(where, called, f"{shown(text)} is no list of values: {error}")]) from None
     if "" in cells:
-        raise InvalidInput([Problem(where, called, f"has an empty value in {text!r:.80}")])
+        raise InvalidInput([Problem(where, called, f"has an empty value in {shown(text)}")])
     parts: list[Sequence[Any]] = []
     for cell in cells:
         ends = _RANGE.fullmatch(cell) if name in _INTEGERS else None
@@ -171,7 +171,7 @@ def _check(where: str, called: str, axis: Axis) -> None:
     found: dict[str, None] = {}
     for value in values:
         try:
-            RenderSpec.parse({"prompt": "", **axis.fields(value)}, where)
+            parsed({"prompt": "", **axis.fields(value)}, where)
         except InvalidInput as error:
             found.update(dict.fromkeys(problem.message for problem in error.problems))
             if ranged:  # of 1..100000 the first is enough

@@ -1,8 +1,10 @@
 """All that is wrong with a submission, as it is found: the first of it kept, the rest counted."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from farm.errors import InvalidInput, Problem
+from farm.spec import RenderSpec
 
 MAX_KEPT = 1000
 """How many problems are kept word for word, so that a million bad rows take no more memory than a thousand."""
@@ -34,6 +36,22 @@ class Problems:
     def error(self) -> InvalidInput:
         """The error that says all of it."""
         return InvalidInput([*self._kept, *([more(self._more)] if self._more else [])])
+
+
+def parsed(values: Any, where: str) -> RenderSpec:
+    """The spec of these fields; raises `InvalidInput`, also for values that can't even be shown in a message."""
+    try:
+        return RenderSpec.parse(values, where)
+    except (ValueError, RecursionError) as error:  # an integer of 5,000 digits, a list 10,000 deep
+        raise InvalidInput([Problem(where, "", f"has a value that can't be read: {error}")]) from error
+
+
+def shown(value: object) -> str:
+    """The beginning of a value, as a message says it."""
+    try:
+        return f"{value!r:.80}"
+    except (ValueError, RecursionError):
+        return f"such a {type(value).__name__}"
 
 
 def more(count: int) -> MoreProblems:

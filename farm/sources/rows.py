@@ -171,8 +171,9 @@ def _header_problems(where: str, header: list[str], variables: bool) -> Iterator
     elif "prompt" not in header and not variables:
         yield _wrong(where, "", "the header has no column `prompt`; `--template` makes prompts of other columns")
     for name in header:
-        if not name or (not variables and name not in RenderSpec.model_fields):
-            known = ", ".join(RenderSpec.model_fields)
-            yield _wrong(where, name or "(empty)", f"no such column; known are {known}")
+        if not name:
+            yield _wrong(where, "(empty)", "a column needs a name")
+        elif not variables and name not in RenderSpec.model_fields:
+            yield _wrong(where, name, f"no such column; known are {', '.join(RenderSpec.model_fields)}")
     if len(set(header)) < len(header):
         yield _wrong(where, "", "the header names a column twice")

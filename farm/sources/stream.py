@@ -8,7 +8,7 @@ from typing import Any
 
 from farm.errors import InvalidInput, Problem
 from farm.sources.grid import MAX_SPECS, Axis, Grid, combinations, read_axes
-from farm.sources.problems import Problems
+from farm.sources.problems import Problems, parsed
 from farm.sources.rows import Row, file_rows
 from farm.sources.templates import Template, write
 from farm.sources.texts import BadText
@@ -59,22 +59,30 @@ class Expansion:
     def __bool__(self) -> bool:
         return bool(self.axes or self.template or self.wildcards)
 
-    def fields(self, row: Mapping[str, Any], extra: Iterable[str], number: int) -> dict[str, Any]:
-        """The fields of the spec that one place of the grid makes of the row of that number.
+    def fields(
+        self, row: Mapping[str, Any], columns: Iterable[str], number: int, where: str
+    ) -> tuple[dict[str, Any], list[Problem]]:
+        """The fields of the spec that the row of that number makes at one place of the grid, and what is wrong.
 
-        `extra` are the columns that a template may use, and that are no fault. Raises `BadText`.
+        `columns` are those that the row itself has: a template needs not use them all.
         """
         values = dict(row)
+        wrong: list[Problem] = []
         if self.template is not None:
-            values["prompt"] = self.template.fill(row, self._draws(row, number, "prompt"))
-            for name in (*extra, *self.template.names):
+            for name in (*columns, *self.template.names):
                 if name not in RenderSpec.model_fields:
                     values.pop(name, None)
-        if self.wildcards is not None:
-            for name in ("negative_prompt",) if self.template else ("prompt", "negative_prompt"):
-                if isinstance(values.get(name), str):
-                    values[name] = write(self.wildcards.parse(values[name]), {}, self._draws(row, number, name))
-        return values
+        for name in ("prompt", "negative_prompt"):
+            draws = self._draws(row, number, name)
+            try:
+                if self.template is not None and name == "prompt":
+                    values[name] = self.template.fill(row, draws)
+                elif draws is not None and isinstance(values.get(name), str):
+                    values[name] = write(draws.wildcards.parse(values[name]), {}, draws)
+            except BadText as error:
+                wrong.append(Problem(where, name, str(error)))
+                values[name] = ""
+        return values, wrong
 
     def _draws(self, row: Mapping[str, Any], number: int, name: str) -> Draws | None:
         if self.wildcards is None:
@@ -140,15 +148,11 @@ def _of_row(
     said: set[Problem] = set()
     for place in combinations(expansion.axes):
         try:
-            spec = RenderSpec.parse(_spec_values(values, place, number, defaults, expansion), where=row.where)
-            problem = check(spec, row.where)
-            wrong = [] if problem is None else [problem]
+            fields, wrong = _fields(row, values, place, number, defaults, expansion)
+            spec = parsed(fields, row.where)
+            wrong += filter(None, [check(spec, row.where)])
         except InvalidInput as error:
-            wrong = list(error.problems)
-        except BadText as error:
-            wrong = [Problem(row.where, "prompt", str(error))]
-        except (ValueError, RecursionError) as error:  # an integer of 5,000 digits can't even be shown
-            wrong = [Problem(row.where, "", f"has a value that can't be read: {error}")]
+            wrong += error.problems
         if not wrong:
             yield spec
             continue
@@ -158,20 +162,20 @@ def _of_row(
             return  # the row's own fault, which every place of the grid would repeat
 
 
-def _spec_values(
-    values: Any, place: Mapping[str, Any], number: int, defaults: Mapping[str, Any], expansion: Expansion
-) -> Any:
+def _fields(
+    row: Row, values: Any, place: Mapping[str, Any], number: int, defaults: Mapping[str, Any], expansion: Expansion
+) -> tuple[Any, list[Problem]]:
     if isinstance(values, RenderSpec):
         if not expansion:
-            return values
+            return values, []
         own: Mapping[str, Any] = values.model_dump()
     elif isinstance(values, str):
         own = {"prompt": values}
     elif isinstance(values, Mapping):
         own = values
     else:
-        return values
+        return values, []
     merged = {**defaults, **own, **place}
     if merged.get("seed", 0) is None:
         del merged["seed"]  # as good as not given, and then whoever stores it may draw it
-    return expansion.fields(merged, own, number) if expansion else merged
+    return expansion.fields(merged, own, number, row.where) if expansion else (merged, [])

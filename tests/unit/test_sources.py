@@ -107,6 +107,21 @@ def test_whole_specs_keep_their_values_over_defaults() -> None:
     assert [made.num_inference_steps for made in sources.specs([spec, "b"], {"num_inference_steps": 9})] == [5, 9]
 
 
+def nested() -> list[object]:
+    made: list[object] = []
+    for _ in range(10_000):
+        made = [made]
+    return made
+
+
+@pytest.mark.parametrize("field", list(RenderSpec.model_fields))
+@pytest.mark.parametrize("value", [10**5000, -(10**5000), nested(), object(), float("nan")], ids=range(5))
+def test_a_value_that_can_not_even_be_shown_is_a_problem(field: str, value: object) -> None:
+    with pytest.raises(InvalidInput, match="spec 1: ") as caught:
+        list(sources.specs([{"prompt": "a", field: value}], {}))
+    assert caught.value.problems
+
+
 def test_problems_of_an_iterable_name_the_spec_by_number() -> None:
     with pytest.raises(InvalidInput, match="spec 2: seed"):
         list(sources.specs(["fine", {"prompt": "a", "seed": -1}], {}))
