@@ -7,7 +7,7 @@ with nothing submitted; 3 a service does not answer.
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,16 +15,19 @@ from typing import Annotated, Any
 import typer
 from rich.console import Group
 from rich.live import Live
+from rich.table import Table
 from rich.text import Text
 
-from farm import __version__, operating
+from farm import __version__, managing, operating
 from farm.client import Farm
 from farm.console import Json, batch_json, complain, err, find, job_json, open_farm, out, say_json
 from farm.errors import FarmError, InvalidInput, JobNotSucceeded, ServiceUnavailable
+from farm.estimates import FIRST, DryRun
 from farm.handles import Batch
 from farm.previews import Preview
 from farm.records import JobInfo
-from farm.sources import rows
+from farm.sources import MoreProblems, is_axis, is_file, rows
+from farm.spec import RenderSpec
 from farm.states import JobState
 from farm.tables import batch_table, job_table, printable, worker_table
 
@@ -35,6 +38,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(managing.app)
 app.add_typer(operating.app)
 
 _WATCH_SECONDS = 0.5
@@ -47,7 +51,8 @@ def main() -> None:
     except InvalidInput as error:
         for problem in error.problems:
             complain(str(problem))
-        complain(f"{len(error.problems)} problem{'s' * (len(error.problems) > 1)}; nothing was submitted")
+        count = sum(problem.count if isinstance(problem, MoreProblems) else 1 for problem in error.problems)
+        complain(f"{count:,} problem{'s' * (count > 1)}; nothing was submitted")
         sys.exit(2)
     except ServiceUnavailable as error:
         complain(f"{error}; `farm doctor` looks at every part")
@@ -84,6 +89,32 @@ def submit(
     width: Annotated[int | None, typer.Option(help="Pixels, a multiple of 8.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels, a multiple of 8.")] = None,
     seed: Annotated[int | None, typer.Option(help="0 to 4294967295; drawn for each job if left out.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Each prompt with each of these, such as 0..9 or 1,5,7.")] = None,
+    grid: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE,…",
+            help="Each prompt with each combination, such as steps=20,30 guidance=5,7.5; also size=512x512,768x512, "
+            "sampler, and any field by its name. Outweighs what a row says.",
+        ),
+    ] = None,
+    template: Annotated[
+        str | None, typer.Option(help='Make prompts of the columns of CSV or JSONL: "a {animal} in {style}".')
+    ] = None,
+    wildcards: Annotated[
+        bool,
+        typer.Option(
+            "--wildcards",
+            help="Draw one of {red|blue} in prompts, and a line of wildcards/animal.txt for __animal__. Without this, "
+            "braces in prompts stay as they are.",
+        ),
+    ] = False,
+    choices: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where the files of --wildcards are, if not in wildcards/.")
+    ] = None,
+    wildcard_seed: Annotated[
+        int | None, typer.Option(help="Draw from this instead of from each spec's seed (or 0, where it has none).")
+    ] = None,
     scheduler: Annotated[str | None, typer.Option("--scheduler", "--sampler", help="Such as euler_a.")] = None,
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="The same bytes, whatever is rendered beside it; slower.")
@@ -91,11 +122,18 @@ def submit(
     trajectory: Annotated[
         bool, typer.Option("--trajectory", help="Keep the picture of every step; at most 200 steps.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Submit nothing; say how many pictures, which first, and how long.")
+    ] = False,
     wait: Annotated[bool, typer.Option("--wait", help="Wait until every job has ended.")] = False,
     folder: Annotated[Path | None, typer.Option("--out", help="Wait, and put the pictures here.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Hand in prompts: as arguments, or from text (a prompt a line), CSV or JSONL files."""
+    """Hand in prompts: as arguments, or from text (a prompt a line), CSV or JSONL files.
+
+    Files are UTF-8. Each line or cell overrules the options for all. Everything that is wrong is said, with file and
+    line, and then nothing is submitted.
+    """
     fields = {
         "model": model,
         "negative_prompt": negative_prompt,
@@ -112,11 +150,28 @@ def submit(
         "deterministic": deterministic or None,
         "trajectory": trajectory or None,
     }
-    defaults: dict[str, Any] = {key: value for key, value in fields.items() if value is not None}
+    options: dict[str, Any] = {key: value for key, value in fields.items() if value is not None}
+    if grid is not None:
+        # The shell has split `--grid steps=20,30 guidance=5,7.5` into an option and an argument.
+        grid += [text for text in what if is_axis(text) and not is_file(text)]
+        what = [text for text in what if text not in grid]
+        options["grid"] = grid
+    options |= {
+        "name": name or _name_from(what),
+        "priority": priority,
+        "seeds": seeds,
+        "template": template,
+        "wildcards": choices or wildcards,
+        "wildcard_seed": wildcard_seed,
+    }
+    found = rows(what, variables=template is not None)
     with open_farm() as farm:
+        if dry_run:
+            _say_dry_run(farm.dry_run(found, **options), as_json=as_json)
+            return
         farm.check()  # rather than leave a batch in SQL that a person believes was refused
         with err.status("submitting …"):
-            batch = farm.submit(rows(what), name=name or _name_from(what), priority=priority, **defaults)
+            batch = farm.submit(found, **options)
         if not as_json:
             out.print(Text(f"{batch.total} jobs submitted as {printable(batch.id)}"), soft_wrap=True)
             _warn_unheld(farm, batch)
@@ -219,17 +274,33 @@ def get(
             out.print(Text(f"{len(paths)} files in {folder}"), soft_wrap=True)
 
 
-@app.command()
-def cancel(which: Annotated[str, typer.Argument(metavar="BATCH|JOB", help="Its name or id.")]) -> None:
-    """Cancel what has not ended of a batch or a job."""
-    with open_farm() as farm:
-        found = find(farm, which)
-        count = int(farm.job(found.id).cancel()) if isinstance(found, JobInfo) else found.cancel()
-        out.print(f"{count} job{'s' * (count != 1)} cancelled" if count else "nothing to cancel: all have ended")
+def _say_dry_run(found: DryRun, *, as_json: bool) -> None:
+    if as_json:
+        say_json({**vars(found), "first": [spec.model_dump(mode="json", exclude_unset=True) for spec in found.first]})
+        return
+    out.print(f"{found.count:,} picture{'s' * (found.count > 1)}; nothing was submitted")
+    out.print(_spec_table(found.first))
+    for model in found.unmeasured[:FIRST]:
+        out.print(Text(f"device seconds of {model} unknown: nothing rendered yet with this model"), soft_wrap=True)
+    if found.device_seconds is not None:
+        others = " for the other models" * bool(found.unmeasured)
+        out.print(f"about {found.device_seconds:,.0f} device seconds{others}, by what was rendered lately")
+
+
+def _spec_table(specs: Sequence[RenderSpec]) -> Table:
+    """A line a spec, of what somebody asked for: first the fields in which they differ."""
+    asked = [spec.model_dump(exclude_unset=True) for spec in specs]
+    names = [name for name in RenderSpec.model_fields if any(name in fields for fields in asked)]
+    names.sort(key=lambda name: all(fields.get(name) == asked[0].get(name) for fields in asked))
+    table = Table(*names, box=None, header_style="bold")
+    for fields in asked:
+        values = (printable(str(fields.get(name, ""))) for name in names)
+        table.add_row(*(Text(value if len(value) < 60 else value[:59] + "…") for value in values))
+    return table
 
 
 def _name_from(what: list[str]) -> str:
-    first = what[0]
+    first = what[0] if what else ""
     return Path(first).stem if first.endswith((".txt", ".csv", ".jsonl")) else " ".join(first.split()[:5])[:60]
 
 

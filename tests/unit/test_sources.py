@@ -1,3 +1,4 @@
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -137,3 +138,80 @@ def test_what_a_check_says_of_a_spec_stands_among_the_other_problems() -> None:
     first, second = map(str, caught.value.problems)
     assert first == "spec 1: scheduler: no good"
     assert second.startswith("spec 2: seed: ")
+
+
+def test_specs_leave_one_by_one_and_none_is_held() -> None:
+    read = []
+
+    def prompts():
+        for number in range(3):
+            read.append(number)
+            yield f"prompt {number}"
+
+    stream = sources.specs(prompts(), {})
+    assert read == []
+    assert [(next(stream).prompt, list(read)) for _ in range(2)] == [("prompt 0", [0]), ("prompt 1", [0, 1])]
+
+
+def test_a_long_file_takes_no_more_memory_than_a_short_one(file) -> None:
+    path = file("p.csv", "prompt,seed\n" + "".join(f'"a long prompt, number {n}",{n}\n' for n in range(20_000)))
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in sources.specs(path, {"num_inference_steps": 5})) == 20_000
+        assert tracemalloc.get_traced_memory()[1] < 2_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_after_the_first_problem_nothing_comes_but_all_rows_are_checked() -> None:
+    stream = sources.specs(["a", {"seed": -1}, "b", {"prompt": 5}], {})
+    assert next(stream).prompt == "a"
+    with pytest.raises(InvalidInput) as caught:
+        next(stream)
+    assert [problem.where for problem in caught.value.problems] == ["spec 2", "spec 2", "spec 4"]
+
+
+def test_of_very_many_problems_the_first_thousand_are_said_and_the_rest_counted() -> None:
+    with pytest.raises(InvalidInput) as caught:
+        list(sources.specs(({"prompt": 5} for _ in range(13_345)), {}))
+    *said, more = caught.value.problems
+    assert (len(said), str(said[-1]).split(":")[0], str(more)) == (1000, "spec 1000", "… and 12,345 more")
+
+
+def test_no_rows_are_nothing_to_render(file) -> None:
+    for nothing in ([], file("p.txt", "# only a comment\n"), file("p.csv", "prompt\n")):
+        with pytest.raises(InvalidInput, match="there is nothing to render"):
+            list(sources.specs(nothing, {}))
+
+
+def test_paths_stand_among_prompts_and_one_thing_stands_alone(file) -> None:
+    path = file("p.txt", "b\nc\n")
+    assert [spec.prompt for spec in sources.specs(["a", path, {"prompt": "d"}], {})] == ["a", "b", "c", "d"]
+    for one in ("a", {"prompt": "a"}, RenderSpec(prompt="a"), file("q.txt", "a")):
+        assert [spec.prompt for spec in sources.specs(one, {})] == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "said"),
+    [
+        ("p.txt", b"ok\ncaf\xe9\n", "p.txt:2: prompt: is not UTF-8"),
+        ("p.txt", b"a\rb\r", "p.txt:1: prompt: has a carriage return inside"),
+        ("p.txt", "a\n".encode("utf-16"), "p.txt:1: is UTF-16; save the file as UTF-8"),
+        ("p.txt", b"x" * (1 << 21), "p.txt:1: is longer than 1 MiB"),
+        ("p.csv", b"prompt,negative_prompt\nok,\nok,\xff\n", "p.csv:3: negative_prompt: is not UTF-8"),
+        ("p.csv", b"prompt,caf\xe9\nok,\n", "p.csv:1: is not UTF-8"),
+        ("p.csv", 'prompt\n"' + "x" * 200_000 + '"\n', "p.csv:2: is not CSV: field larger than field limit"),
+        ("p.jsonl", b'"ok"\n"caf\xe9"\n', "p.jsonl:2: is not UTF-8"),
+        ("p.jsonl", "[" * 100_000, "p.jsonl:1: is not JSON"),
+        ("p.jsonl", '{"prompt": "a", "seed": [1]}', "p.jsonl:1: seed: should be text, a number, true, false or null"),
+        ("p.jsonl", '{"prompt": "a", "seed": ' + "9" * 5000 + "}", "p.jsonl:1: is not JSON"),
+    ],
+)
+def test_what_can_not_be_read_is_told_with_its_line_and_column(file, name: str, data: str | bytes, said: str) -> None:
+    (found,) = complaints(file(name, data))
+    assert found.startswith(said)
+
+
+def test_bad_bytes_in_one_row_do_not_hide_the_problems_of_the_next(file) -> None:
+    path = file("p.csv", b"prompt,seed\n\xff,1\n\xe9,x\nok,-1\n")
+    assert [line[:13] for line in complaints(path)] == ["p.csv:2: prom", "p.csv:3: prom", "p.csv:4: seed"]

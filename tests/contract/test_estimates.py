@@ -1,0 +1,77 @@
+"""How long a submission would take a device, from what was rendered, on both kinds of database."""
+
+import pytest
+import sqlalchemy as sa
+
+from farm.db import Database, now
+from farm.estimates import dry_run, speeds
+from farm.jobs import JobStore
+from farm.schema import JobRow
+from farm.settings import Settings
+from farm.spec import RenderSpec
+
+
+@pytest.fixture
+def store(database: Database) -> JobStore:
+    url = database.url.render_as_string(hide_password=False)
+    return JobStore(database, Settings(database_url=url, broker_url="redis://nowhere", s3_bucket="b"))
+
+
+def rendered(store: JobStore, database: Database, spec: RenderSpec, **values: object) -> None:
+    batch = store.submit("done", "me", 50, [spec])
+    with database.write() as session:
+        session.execute(
+            sa.update(JobRow)
+            .where(JobRow.batch_id == batch)
+            .values(state="succeeded", finished_at=now(), **{"width": 64, "height": 64, **values})
+        )
+
+
+def test_nothing_rendered_is_nothing_known(store: JobStore, database: Database) -> None:
+    store.submit("waiting", "me", 50, [RenderSpec(prompt="a")])
+    assert speeds(database) == {}
+    found = dry_run([RenderSpec(prompt=str(n)) for n in range(12)], {})
+    assert (found.count, len(found.first), found.device_seconds, found.unmeasured) == (12, 10, None, ("tiny",))
+
+
+def test_seconds_go_by_steps_pixels_and_guidance(store: JobStore, database: Database) -> None:
+    rendered(store, database, RenderSpec(prompt="a", num_inference_steps=10), device_seconds=2.0, render_seconds=20.0)
+    rendered(store, database, RenderSpec(prompt="a", num_inference_steps=30), device_seconds=6.0, render_seconds=60.0)
+    known = speeds(database)
+
+    def seconds(**fields: object) -> float | None:
+        return dry_run([RenderSpec(prompt="a", **fields)], known).device_seconds
+
+    assert seconds(num_inference_steps=10) == pytest.approx(2)
+    assert seconds(num_inference_steps=100) == pytest.approx(20)
+    assert seconds(num_inference_steps=10, width=128, height=128) == pytest.approx(8)
+    assert seconds(num_inference_steps=10, guidance_scale=1) == pytest.approx(1)
+
+
+def test_a_render_that_shared_its_device_counts_whole_when_its_share_is_not_known(
+    store: JobStore, database: Database
+) -> None:
+    rendered(store, database, RenderSpec(prompt="a", num_inference_steps=10), render_seconds=3.0)
+    assert dry_run([RenderSpec(prompt="a", num_inference_steps=10)], speeds(database)).device_seconds == pytest.approx(
+        3
+    )
+
+
+def test_models_are_told_apart_and_have_their_own_size(store: JobStore, database: Database) -> None:
+    own = RenderSpec(prompt="a", model="big", num_inference_steps=10)
+    rendered(store, database, own, device_seconds=5.0, width=1024, height=1024)
+    rendered(
+        store,
+        database,
+        own.model_copy(update={"width": 512, "height": 512}),
+        device_seconds=1.25,
+        width=512,
+        height=512,
+    )
+    rendered(store, database, RenderSpec(prompt="a", num_inference_steps=10), device_seconds=0.5)
+    known = speeds(database)
+    assert (known["big"].width, known["big"].height) == (1024, 1024)
+    tiny = RenderSpec(prompt="a", num_inference_steps=10)
+    found = dry_run([own, tiny, RenderSpec(prompt="a", model="new")], known)
+    assert found.device_seconds == pytest.approx(5.5)
+    assert found.unmeasured == ("new",)
