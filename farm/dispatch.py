@@ -36,13 +36,13 @@ class Dispatcher:
         self._missed_since: dict[str, float] = {}
 
     def fill(self) -> int:
-        """Move jobs from the backlog into Redis until the window is full; returns how many.
+        """Move jobs from the backlog into Redis until each model has what its live workers need; returns how many.
 
         Raises `BrokerUnavailable`, with everything that could not be published back in the backlog.
         """
         # Committed first, published second: a worker that is quicker than the commit would find nothing to claim.
         # Should this process die between the two, `recover` finds jobs without a message.
-        bells = self._store.enqueue(self._window)
+        bells = self._store.enqueue(self._window, slots=self._store.slots())
         if bells:
             try:
                 self._broker.publish(bells)

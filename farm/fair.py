@@ -109,12 +109,16 @@ class FairLine:
         """Undo what a batch was charged for a job that it did not have, and take no more from it."""
         if served.batch_id in self.shares:
             self._out[served.batch_id] = self.shares.pop(served.batch_id)
-        share = self._out[served.batch_id]
+        share = self.share(served.batch_id)
         owner = self.owners[share.owner]
         share.virtual_time -= served.seconds / share.weight
         owner.virtual_time -= served.seconds / owner.weight
         if owner.room is not None:
             owner.room += 1
+
+    def share(self, batch_id: str) -> Share:
+        """A batch's share, whether it still is in line or not."""
+        return self.shares.get(batch_id) or self._out[batch_id]
 
     def _take_level(self, priority: int, count: int, taken: list[Served]) -> None:
         level = _Level()

@@ -120,6 +120,14 @@ class JobQueries:
                 for row, lives in session.execute(sa.select(WorkerRow, alive).order_by(WorkerRow.name))
             ]
 
+    def slots(self) -> dict[str, int]:
+        """How many slots the living workers that serve a model have, by model."""
+        found: dict[str, int] = {}
+        for worker in self.workers():
+            for name in {model["name"] for model in worker.models} if worker.alive else ():
+                found[name] = found.get(name, 0) + worker.slots
+        return found
+
     def waiting_by_model(self) -> dict[str, int]:
         """How many jobs of each model wait, in the backlog or in Redis."""
         states = (JobState.PENDING, JobState.QUEUED)

@@ -57,6 +57,10 @@ class Settings(BaseSettings):
     """Who new batches belong to."""
     window: int = Field(default=128, ge=1)
     """How many jobs of one model lie in Redis at once; the rest wait in SQL."""
+    most_queued: int | None = Field(default=None, ge=1)
+    """How many jobs of one owner lie in Redis at once, where nothing else is set for them; None means any number."""
+    starvation_seconds: float = Field(default=300.0, gt=0)
+    """After how long without a turn a batch gets one whatever its priority."""
     lease_seconds: float = Field(default=10.0, gt=0)
     """How long a worker may hold a job without a sign of life."""
     beat_seconds: float = Field(default=2.0, gt=0)

@@ -223,9 +223,10 @@ def test_an_error_that_no_other_try_can_help_fails_at_once(store: JobStore) -> N
     assert state(store, claim) is JobState.FAILED
 
 
-def test_a_job_handed_back_costs_nothing_and_goes_to_the_front(store: JobStore) -> None:
-    first, *_ = claimed(store, 5)
-    store.submit("later", "me", 50, some(5))
+def test_a_job_handed_back_costs_nothing_and_goes_to_the_front_of_its_batch(store: JobStore) -> None:
+    store.submit("batch", "me", 50, some(9))
+    first, *_ = [store.claim(bell.job_id, "w1@host") for bell in store.enqueue(5)]
+    assert first is not None
     assert store.hand_back(first)
     assert store.job(first.job_id).tries == 0
     assert store.enqueue(1)[0].job_id == first.job_id

@@ -94,7 +94,7 @@ def counted(database: Database) -> dict[str, dict[str, int]]:
 def test_the_jobs_in_each_state_are_counted_whatever_moves_them(database: Database) -> None:
     store = JobStore(database, Settings(database_url="", broker_url="", s3_bucket=""))
     first = store.submit("first", "me", 50, [RenderSpec(prompt=str(n)) for n in range(1500)])
-    second = store.submit("second", "me", 50, [RenderSpec(prompt=str(n)) for n in range(3)])
+    second = store.submit("second", "me", 40, [RenderSpec(prompt=str(n)) for n in range(3)])
     with ThreadPoolExecutor(4) as pool:  # on PostgreSQL by connections of their own, and so in shards of their own
         claims = list(pool.map(lambda bell: store.claim(bell.job_id, "w1@host"), store.enqueue(20)))
     assert None not in claims

@@ -12,12 +12,16 @@ from farm.client import Farm
 from farm.db import Database
 from farm.dispatch import Dispatcher
 from farm.errors import BrokerUnavailable, ErrorClass
+from farm.fair import LEAST_WINDOW
 from farm.jobs import JobStore
+from farm.records import WorkerInfo
 from farm.settings import Settings
 from farm.spec import RenderSpec
 from farm.states import JobState
 from farm.storage import Storage, checkpoint_key
 from tests.integration.conftest import wait_until
+
+WORKER = WorkerInfo("w1@host", "cpu", "float32", 8, "0", ({"name": "tiny"},))
 
 
 @pytest.fixture
@@ -25,7 +29,8 @@ def settings(settings: Settings) -> Settings:
     return settings.model_copy(update={"window": 10, "lease_seconds": 0.2})
 
 
-def test_submit_puts_a_window_of_jobs_into_redis_before_it_returns(settings: Settings) -> None:
+def test_submit_puts_a_window_of_jobs_into_redis_before_it_returns(settings: Settings, database: Database) -> None:
+    JobStore(database, settings).introduce(WORKER)
     with Farm(settings) as farm:
         batch = farm.submit([f"prompt {n}" for n in range(25)], priority=100)
         counts = batch.status().counts
@@ -35,6 +40,12 @@ def test_submit_puts_a_window_of_jobs_into_redis_before_it_returns(settings: Set
         # BRPOP takes from the far end.
         assert [message["headers"]["id"] for message in reversed(messages)] == [f"{batch.id}-{n}" for n in range(1, 11)]
         assert all(message["content-type"] == "application/json" for message in messages)
+
+
+def test_a_few_jobs_wait_in_redis_for_a_worker_that_is_not_there_yet(settings: Settings) -> None:
+    with Farm(settings) as farm:
+        batch = farm.submit([f"prompt {n}" for n in range(25)])
+        assert batch.status().counts[JobState.QUEUED] == LEAST_WINDOW
 
 
 def test_an_urgent_job_overtakes_what_lies_in_redis(settings: Settings) -> None:
