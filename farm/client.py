@@ -13,7 +13,7 @@ from farm.db import Database
 from farm.dispatch import Dispatcher
 from farm.errors import BrokerUnavailable, Problem
 from farm.estimates import DryRun, dry_run, speeds
-from farm.handles import Batch, Job
+from farm.handles import Batch, Job, Owner
 from farm.held import held_kinds, sampler_problem
 from farm.jobs import JobStore
 from farm.records import BatchStatus, WorkerInfo
@@ -146,6 +146,10 @@ class Farm:
     def job(self, job_id: str) -> Job:
         """A job by its id; raises `NotFound`."""
         return Job(self._store, self._storage, self.settings, self._store.job(job_id))
+
+    def owner(self, name: str) -> Owner:
+        """Whoever submits under that name, whether or not there is anything of theirs yet."""
+        return Owner(self._store, name)
 
     def workers(self) -> list[WorkerInfo]:
         """The workers, what they render on, and the models they hold."""

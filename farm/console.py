@@ -12,7 +12,7 @@ from rich.text import Text
 from farm.client import Farm
 from farm.errors import NotFound, ServiceUnavailable
 from farm.handles import Batch
-from farm.records import BatchStatus, JobInfo
+from farm.records import AttemptInfo, BatchStatus, JobInfo
 from farm.settings import Settings
 from farm.tables import printable
 
@@ -88,8 +88,17 @@ def job_json(job: JobInfo) -> dict[str, Any]:
         "seconds_per_step": job.seconds_per_step,
         "eta_seconds": job.eta_seconds,
         "error": job.error,
+        "paused": job.paused,
+        "not_before": job.not_before,
+        "lost_leases": job.lost_leases,
+        "reused_from": job.reused_from,
         "spec": job.spec.model_dump(mode="json"),
         "picture": vars(job.picture) if job.picture else None,
         "started_at": job.started_at,
         "finished_at": job.finished_at,
     }
+
+
+def attempt_json(attempt: AttemptInfo) -> dict[str, Any]:
+    """An attempt that has ended as `--json` says it."""
+    return {**vars(attempt), "seconds": attempt.seconds}

@@ -3,10 +3,12 @@
 import logging
 import threading
 import time
+from contextlib import suppress
 
 from farm.broker import Broker
 from farm.errors import BrokerUnavailable, ServiceUnavailable
 from farm.jobs import JobStore
+from farm.leadership import RENEW_SECONDS, Leadership
 from farm.settings import Settings
 from farm.storage import Storage
 
@@ -23,7 +25,8 @@ _SWEEP_CHUNK = 1000
 class Dispatcher:
     """Keeps a window of jobs in Redis, in the order the farm wants them served.
 
-    Any number may run at once, standing or inline in producers: each pass moves jobs under one lock.
+    Any number may run at once, standing or inline in producers: each pass moves jobs under one lock. Of those that
+    stand only one acts.
     """
 
     def __init__(self, store: JobStore, broker: Broker, storage: Storage, settings: Settings) -> None:
@@ -81,17 +84,21 @@ class Dispatcher:
             swept += len(stale)
         return swept
 
-    def run(self, stop: threading.Event) -> None:
-        """Fill, and recover twice a beat, until `stop` is set; an outage is logged once and waited out.
+    def run(self, stop: threading.Event, leadership: Leadership) -> None:
+        """Fill, and recover twice a beat, while it leads, until `stop` is set; an outage is logged once and waited out.
 
         It sweeps beside that, in a thread of its own: an object store that hangs holds up no job.
         """
-        threading.Thread(target=self._sweep_on, args=(stop,), name="sweep", daemon=True).start()
+        threading.Thread(target=self._sweep_on, args=(stop, leadership), name="sweep", daemon=True).start()
         log.info("dispatching, window %d", self._window)
         recover_seconds = self._beat_seconds / 2
         since_recovery, away = recover_seconds, ""
         while not stop.is_set():
             try:
+                # Here and not in a thread of its own: who hangs in a pass leads no longer.
+                if not leadership.keep():
+                    stop.wait(RENEW_SECONDS)
+                    continue
                 moved = self.fill()
                 if since_recovery >= recover_seconds:
                     since_recovery = 0.0
@@ -105,13 +112,16 @@ class Dispatcher:
                 pause, away = _OUTAGE_SECONDS, type(error).__name__
             since_recovery += pause
             stop.wait(pause)
+        with suppress(ServiceUnavailable):
+            leadership.resign()
         log.info("dispatcher stopped")
 
-    def _sweep_on(self, stop: threading.Event) -> None:
+    def _sweep_on(self, stop: threading.Event, leadership: Leadership) -> None:
         pause = 0.0
         while not stop.wait(pause):
             try:
-                self.sweep()
+                if leadership.leads:
+                    self.sweep()
                 pause = _SWEEP_SECONDS
             except ServiceUnavailable as error:
                 log.warning("can't sweep checkpoints, trying again in %.0f s: %s", _SWEEP_OUTAGE_SECONDS, error)

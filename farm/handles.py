@@ -1,4 +1,4 @@
-"""Handles on what was handed in: `Batch` and `Job`, to watch and to fetch what comes of them."""
+"""Handles on what was handed in: `Batch`, `Job`, `Owner`, to watch, to steer, and to fetch what comes of them."""
 
 import html
 import os
@@ -13,7 +13,7 @@ from farm import pictures
 from farm import progress as bars
 from farm.jobs import JobStore
 from farm.previews import Preview, watch
-from farm.records import BatchStatus, JobInfo, Picture
+from farm.records import AttemptInfo, BatchStatus, JobInfo, Picture
 from farm.settings import Settings
 from farm.sheet import contact_sheet
 from farm.spec import RenderSpec
@@ -130,6 +130,21 @@ class Batch:
     def cancel(self) -> int:
         """Cancel what has not ended; returns how many jobs that were. A running one stops within a beat."""
         return self._store.cancel(batch_id=self.id)
+
+    def pause(self) -> int:
+        """Render nothing of it until `resume`; returns how many jobs that holds up.
+
+        Running ones stop within a beat and go on later from the step they were at.
+        """
+        return self._store.pause(batch_id=self.id)
+
+    def resume(self) -> int:
+        """Go on with it; returns how many jobs have not ended."""
+        return self._store.resume(batch_id=self.id)
+
+    def retry(self) -> int:
+        """Give its failed jobs all their tries anew; returns how many jobs that were."""
+        return self._store.retry(batch_id=self.id)
 
     def __repr__(self) -> str:
         return f"<Batch {self.id}: {self.total} jobs>"
@@ -263,6 +278,22 @@ class Job:
         """Cancel it; False if it had ended. If it is running, it stops within a beat."""
         return bool(self._store.cancel(job_id=self.id))
 
+    def pause(self) -> bool:
+        """Do not render it until `resume`; False if it had ended. If it is running, it stops within a beat."""
+        return bool(self._store.pause(job_id=self.id))
+
+    def resume(self) -> bool:
+        """Go on with it, from the step it was at; False if it had ended."""
+        return bool(self._store.resume(job_id=self.id))
+
+    def retry(self) -> bool:
+        """Give it all its tries anew; False unless it had failed."""
+        return bool(self._store.retry(job_id=self.id))
+
+    def attempts(self) -> list[AttemptInfo]:
+        """What became of each attempt that has ended: its worker, its times, its outcome and the reason."""
+        return self._store.attempts(self.id)
+
     def _looked_at(self) -> JobInfo:
         """What SQL says of it, again unless it had ended."""
         return self._info if self.state.terminal else self.refresh().info
@@ -272,3 +303,30 @@ class Job:
 
     def _repr_png_(self) -> bytes | None:
         return self.png() if self.picture is not None else None
+
+
+class Owner:
+    """Whoever submits under a name: all batches of theirs, those to come included."""
+
+    def __init__(self, store: JobStore, name: str) -> None:
+        self._store = store
+        self.name = name
+
+    def cancel(self) -> int:
+        """Cancel what has not ended of theirs; returns how many jobs that were."""
+        return self._store.cancel(owner=self.name)
+
+    def pause(self) -> int:
+        """Render nothing of theirs until `resume`; returns how many jobs that holds up now."""
+        return self._store.pause(owner=self.name)
+
+    def resume(self) -> int:
+        """Go on with what is theirs; returns how many jobs have not ended."""
+        return self._store.resume(owner=self.name)
+
+    def retry(self) -> int:
+        """Give all their failed jobs all their tries anew; returns how many jobs that were."""
+        return self._store.retry(owner=self.name)
+
+    def __repr__(self) -> str:
+        return f"<Owner {self.name!r}>"

@@ -17,12 +17,23 @@ from farm.db import Database, now, now_plus
 from farm.errors import ErrorClass
 from farm.queries import JobQueries, in_state
 from farm.records import Beat, Claim, Pace, WorkerInfo
-from farm.schema import AttemptRow, BatchRow, JobRow, WorkerRow
+from farm.schema import AttemptRow, BatchRow, JobRow, OwnerRow, WorkerRow
 from farm.settings import Settings
 from farm.spec import RenderSpec
 from farm.states import JobState, Outcome
 
 log = logging.getLogger(__name__)
+
+_PAUSED = sa.or_(
+    JobRow.paused,
+    sa.exists()
+    .where(
+        BatchRow.id == JobRow.batch_id,
+        sa.or_(BatchRow.paused, sa.exists().where(OwnerRow.name == BatchRow.owner, OwnerRow.paused)),
+    )
+    .correlate(JobRow),
+)
+"""That a job is paused: by itself, with its batch, or with its owner."""
 
 _TAKEN = (
     JobRow.attempt,
@@ -71,31 +82,17 @@ class Leases(JobQueries):
     def claim(self, job_id: str, worker: str) -> Claim | None:
         """Take a queued job under a new lease; None if it is not queued (a duplicate message, or cancelled).
 
-        A job that ran out of memory here goes back to the backlog instead, while another live worker serves its model.
+        One that was paused on its way here goes back to the backlog instead, and so does one that ran out of memory
+        here, while another live worker serves its model.
         """
         queued = (JobRow.id == job_id, in_state(JobState.QUEUED))
         elsewhere = sa.or_(JobRow.avoid_worker.is_(None), JobRow.avoid_worker != worker)
         with self._db.write() as session:
-            row = self._take(session, worker, *queued, elsewhere)
+            row = self._take(session, worker, *queued, elsewhere, ~_PAUSED)
+            if row is None and not self._put_back(session, job_id, worker, *queued):
+                row = self._take(session, worker, *queued, ~_PAUSED)
             if row is None:
-                model = session.scalar(sa.select(JobRow.model).where(*queued).with_for_update())
-                if model is None:
-                    return None
-                if self._served_elsewhere(session, model, worker):
-                    session.execute(
-                        sa.update(JobRow)
-                        .where(*queued)
-                        .values(
-                            state=JobState.PENDING.value,
-                            queued_at=None,
-                            not_before=now_plus(sa.literal(self._backoff.seconds(1))),
-                        )
-                    )
-                    log.info("left to another worker, no memory for it here: job_id=%s worker=%s", job_id, worker)
-                    return None
-                row = self._take(session, worker, *queued)
-                if row is None:
-                    return None
+                return None
             batch = session.get_one(BatchRow, row.batch_id)
             claim = Claim(
                 job_id=job_id,
@@ -126,6 +123,23 @@ class Leases(JobQueries):
             )
             .returning(*_TAKEN)
         ).one_or_none()
+
+    def _put_back(self, session: Session, job_id: str, worker: str, *queued: sa.ColumnElement[bool]) -> bool:
+        """Whether a queued job is not for this worker to take now, and is back in the backlog if it was there."""
+        found = session.execute(
+            sa.select(JobRow.model, _PAUSED.label("paused")).where(*queued).with_for_update()
+        ).one_or_none()
+        if found is None:
+            return True
+        if not found.paused and not self._served_elsewhere(session, found.model, worker):
+            return False
+        later = None if found.paused else now_plus(sa.literal(self._backoff.seconds(1)))
+        session.execute(
+            sa.update(JobRow).where(*queued).values(state=JobState.PENDING.value, queued_at=None, not_before=later)
+        )
+        why = "it is paused" if found.paused else "no memory for it here, and another worker serves its model"
+        log.info("put back job_id=%s worker=%s: %s", job_id, worker, why)
+        return True
 
     def _served_elsewhere(self, session: Session, model: str, worker: str) -> bool:
         alive = WorkerRow.seen_at > now_plus(sa.literal(-self._lease_seconds))
@@ -161,6 +175,7 @@ class Leases(JobQueries):
                     .returning(
                         JobRow.id,
                         JobRow.cancel_requested,
+                        _PAUSED.label("paused"),
                         (JobRow.preview_until > now()).label("watched"),
                         JobRow.preview_vae,
                     )
@@ -170,6 +185,7 @@ class Leases(JobQueries):
             )
         return Beat(
             cancelled=frozenset(row.id for row in rows if row.cancel_requested),
+            paused=frozenset(row.id for row in rows if row.paused),
             lost=frozenset(held - {row.id for row in rows}),
             previews={row.id: row.preview_vae for row in rows if row.watched},
         )

@@ -43,6 +43,7 @@ def dispatcher() -> None:
     from farm.db import Database
     from farm.dispatch import Dispatcher
     from farm.jobs import JobStore
+    from farm.leadership import Leadership
     from farm.storage import Storage
 
     configure()
@@ -55,7 +56,7 @@ def dispatcher() -> None:
     broker = Broker(settings)
     storage = Storage(settings)
     try:
-        Dispatcher(JobStore(db, settings), broker, storage, settings).run(stop)
+        Dispatcher(JobStore(db, settings), broker, storage, settings).run(stop, Leadership(db, "dispatcher"))
     finally:
         broker.close()
         storage.close()

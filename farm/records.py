@@ -59,6 +59,8 @@ class Beat:
 
     cancelled: frozenset[str]
     """Jobs somebody wants stopped."""
+    paused: frozenset[str]
+    """Jobs to be handed back with their state, until somebody lets them go on."""
     lost: frozenset[str]
     """Jobs whose lease was no longer this worker's."""
     previews: Mapping[str, bool]

@@ -20,6 +20,11 @@ _STYLES = {
 }
 
 
+def state_style(state: JobState) -> str:
+    """The colour of a state."""
+    return _STYLES[state]
+
+
 def printable(text: str) -> str:
     """A text without what a terminal would take for a command."""
     return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)

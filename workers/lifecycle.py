@@ -206,15 +206,19 @@ class Worker:
         progress = self.engine.progress()
         paces = {}
         for held in mine:
-            seen = progress.get(held.claim.job_id)
-            pace = Pace(seen.steps_done, seen.seconds_per_step) if seen else Pace(0, None)
-            paces[held.claim.job_id, held.claim.attempt] = pace
+            if seen := progress.get(held.claim.job_id):  # else it is not there yet, or has left
+                held.pace = Pace(seen.steps_done, seen.seconds_per_step)
+            paces[held.claim.job_id, held.claim.attempt] = held.pace
         beat = self.store.beat(self.name, paces)
         for held in mine:
             if held.claim.job_id in beat.cancelled:
                 self._stop_render(held, held.cancelled)
             elif held.claim.job_id in beat.lost:
                 self._stop_render(held, held.lost)
+            elif held.claim.job_id in beat.paused:
+                held.paused.set()
+                # On every beat anew, as with a cancel. Who is denoised already gets its picture.
+                self.engine.hand_back(held.claim.job_id, "it is paused")
         self.observer.beat(mine, beat.previews)
         return asked
 

@@ -12,7 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from farm.errors import FarmError
 from farm.jobs import JobStore
-from farm.records import Claim
+from farm.records import Claim, Pace
 from farm.settings import Settings
 from farm.storage import Storage, checkpoint_key, preview_key
 from workers import state
@@ -29,11 +29,15 @@ class Held:
     claim: Claim
     cancelled: threading.Event = field(default_factory=threading.Event)
     """Set when somebody wants it stopped."""
+    paused: threading.Event = field(default_factory=threading.Event)
+    """Set when it is to be handed back until somebody lets it go on."""
     lost: threading.Event = field(default_factory=threading.Event)
     """Set when the lease is no longer ours, or could not be renewed in time."""
     writing: threading.Lock = field(default_factory=threading.Lock)
     """Held while an object of it is written; after `ended` is set none is."""
     ended: bool = False
+    pace: Pace = field(default_factory=lambda: Pace(0, None))
+    """As the engine told last."""
     objects: set[str] = field(default_factory=set)
     """Keys of what lies in the object store for it and goes with it."""
     checkpointed: float = field(default_factory=time.monotonic)

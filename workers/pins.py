@@ -15,10 +15,13 @@ from typing import Self
 
 import torch
 
-from farm.errors import FarmError, ModelError
+from farm.errors import FarmError, ModelError, ModelUnavailable
 from workers.pipelines import Pipeline
 
 log = logging.getLogger(__name__)
+
+_PASSING_SECONDS = 5.0
+"""How long a model is refused whose object store was away, or that found no memory."""
 
 
 class Pins:
@@ -40,7 +43,8 @@ class Pins:
 
         `memory_bytes` bounds the parameters of all held models together; None leaves it to the device. `size(source)`
         guesses the bytes of a model that was never loaded, so that room is made before its load and not after. A
-        model that can't be loaded is refused for `retry_seconds`, then tried again.
+        model that can't be loaded is refused for `retry_seconds`, then tried again; one that can't be had just now, for
+        a few seconds.
         """
         self._sources = dict(sources)
         self.names = tuple(sources)
@@ -58,7 +62,7 @@ class Pins:
         self._leaving: frozenset[str] = frozenset()  # still in use, but closed to new users
         self._line: dict[str, list[Future[Pipeline]]] = {}  # of those who wait for it; first come, first loaded
         self._sizes: dict[str, int] = {}  # of every model that was ever loaded
-        self._failures: dict[str, tuple[str, float]] = {}  # why, and when
+        self._failures: dict[str, tuple[str, type[ModelError], float]] = {}  # why, how to say it, until when
 
     @classmethod
     def of(cls, pipelines: Mapping[str, Pipeline]) -> Self:
@@ -90,7 +94,7 @@ class Pins:
     def failures(self) -> Mapping[str, str]:
         """Why a model could not be loaded, by model; until it is loaded after all."""
         with self._changed:
-            return {name: why for name, (why, _) in self._failures.items()}
+            return {name: why for name, (why, _, _) in self._failures.items()}
 
     @property
     def memory_used(self) -> dict[str, int]:
@@ -102,17 +106,18 @@ class Pins:
         """The pipeline of a model, held until `release`; keep no reference to it beyond that.
 
         A model that is not held is loaded: others are evicted for it, least recently used first, and those in use are
-        waited for. Whoever uses a model must not wait for another one. Raises `ModelError` for a model that is not
-        served here, can't be loaded, or is too large for the budget even alone.
+        waited for. Whoever uses a model must not wait for another one. Raises `ModelUnavailable` for one that can't be
+        had just now, and `ModelError` for one that is not served here, can't be loaded, or is too large for the budget
+        even alone.
         """
         with self._changed:
             if name not in self._sources:
                 raise ModelError(f"model {name!r} is not served here; served: {', '.join(self._sources) or 'none'}")
             if name in self._held and name not in self._leaving:
                 return self._enter(name)
-            why, when = self._failures.get(name, ("", -math.inf))
-            if time.monotonic() - when < self._retry_seconds:
-                raise ModelError(f"model {name!r}: {why}")
+            why, kind, until = self._failures.get(name, ("", ModelError, -math.inf))
+            if time.monotonic() < until:
+                raise kind(f"model {name!r}: {why}")
             waiting = self._line.setdefault(name, [])
             loaded = Future[Pipeline]()
             waiting.append(loaded)
@@ -167,11 +172,14 @@ class Pins:
         except Exception as error:
             traceback.clear_frames(error.__traceback__)
             why = str(error) if isinstance(error, FarmError) else f"{type(error).__name__}: {error}"
+            passes = isinstance(error, torch.OutOfMemoryError) or (isinstance(error, FarmError) and error.retryable)
+            kind = ModelUnavailable if passes else ModelError
+            refused_seconds = min(self._retry_seconds, _PASSING_SECONDS) if passes else self._retry_seconds
             with self._changed:
-                self._failures[name] = why, time.monotonic()
+                self._failures[name] = why, kind, time.monotonic() + refused_seconds
             _free_memory()
             log.warning("can't pin model=%s: %s", name, why, exc_info=not isinstance(error, FarmError))
-            raise ModelError(f"model {name!r}: {why}") from error
+            raise kind(f"model {name!r}: {why}") from error
 
     def _fits(self, name: str, *, evict: bool) -> bool:
         pipeline = None

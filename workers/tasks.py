@@ -83,9 +83,10 @@ def _render(worker: Worker, held: Held) -> str:
         if snapshot is not None and not claim.spec.trajectory:
             worker.observer.checkpoint(held, snapshot)
         worker.observer.end(held)
+        why = "paused" if held.paused.is_set() else "its worker stops"
         # If SQL is away now, the lease runs out and does the same.
-        _insist(lambda: store.hand_back(claim), seconds=worker.settings.drain_seconds / 4)
-        return "handed back: the worker stops"
+        _insist(lambda: store.hand_back(claim, why), seconds=worker.settings.drain_seconds / 4)
+        return f"handed back: {why}"
     except FarmError as error:
         reason, error_class = str(error), error.error_class
         log.warning("render failed job_id=%s attempt=%d: %s", claim.job_id, claim.attempt, error)

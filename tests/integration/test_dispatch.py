@@ -14,6 +14,7 @@ from farm.dispatch import Dispatcher
 from farm.errors import BrokerUnavailable, ErrorClass
 from farm.fair import LEAST_WINDOW
 from farm.jobs import JobStore
+from farm.leadership import Leadership
 from farm.records import WorkerInfo
 from farm.settings import Settings
 from farm.spec import RenderSpec
@@ -130,7 +131,9 @@ def test_an_object_store_that_is_away_holds_up_no_job(settings: Settings, databa
     store, stop = JobStore(database, settings), threading.Event()
     with Farm(settings) as farm:
         checkpointed(farm, store, storage, 1)
-    standing = threading.Thread(target=Dispatcher(store, broker, away, settings).run, args=(stop,))
+    standing = threading.Thread(
+        target=Dispatcher(store, broker, away, settings).run, args=(stop, Leadership(database, "dispatcher"))
+    )
     standing.start()
     batch_id = store.submit("later", "me", 50, [RenderSpec(prompt="later")])
     wait_until(lambda: store.queued("tiny") == [f"{batch_id}-1"], "the job is queued", seconds=40)  # S3 hangs for sixty

@@ -10,7 +10,7 @@ from typing import TypeVar
 import pytest
 import torch
 
-from farm.errors import ModelError
+from farm.errors import ModelError, ModelUnavailable
 from workers.device import choose_device, choose_dtype
 from workers.null import NullPipeline
 from workers.pins import Pins
@@ -217,6 +217,26 @@ def test_a_failed_model_is_tried_again_later_and_then_serves() -> None:
         pins.use("a")
     touch(pins, "a")
     assert pins.failures == {}
+
+
+@pytest.mark.parametrize(
+    ("error", "passes"),
+    [
+        (ModelUnavailable("S3 does not answer"), True),
+        (torch.OutOfMemoryError("no room"), True),
+        (ModelError("no model_index.json"), False),
+        (OSError("not a checkpoint"), False),
+    ],
+)
+def test_a_model_that_can_not_be_had_just_now_is_told_from_one_that_is_wrong(error: Exception, passes: bool) -> None:
+    shelf = Shelf(a=1)
+    shelf.on_load["a"] = raising(error)
+    pins = shelf.pins()
+    for _ in range(2):  # when it is loaded, and while it is refused
+        with pytest.raises(ModelError) as caught:
+            pins.use("a")
+        assert isinstance(caught.value, ModelUnavailable) == caught.value.retryable == passes
+    assert shelf.loading == ["a"]
 
 
 def test_a_model_too_large_even_alone_is_refused_unloaded_and_not_loaded_again() -> None:

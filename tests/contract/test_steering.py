@@ -1,0 +1,150 @@
+"""What people do with what they have handed in, on every database: cancel, pause, resume."""
+
+import pytest
+
+from farm.db import Database
+from farm.jobs import JobStore
+from farm.leadership import Leadership
+from farm.records import Claim, Pace
+from farm.settings import Settings
+from farm.spec import RenderSpec
+from farm.states import JobState
+
+
+@pytest.fixture
+def store(database: Database) -> JobStore:
+    return JobStore(database, Settings(database_url="", broker_url="", s3_bucket="", retry_seconds=0))
+
+
+def submitted(store: JobStore, count: int = 1, owner: str = "me") -> str:
+    return store.submit("batch", owner, 50, (RenderSpec(prompt=f"prompt {n}") for n in range(count)))
+
+
+def claim(store: JobStore, job_id: str) -> Claim:
+    held = store.claim(job_id, "w1@host")
+    assert held is not None
+    return held
+
+
+def which(kind: str, batch_id: str) -> dict[str, str]:
+    return {"batch": {"batch_id": batch_id}, "job": {"job_id": f"{batch_id}-1"}, "owner": {"owner": "me"}}[kind]
+
+
+KINDS = pytest.mark.parametrize("kind", ["batch", "job", "owner"])
+
+
+@KINDS
+def test_what_is_paused_waits_in_the_backlog_until_it_goes_on(store: JobStore, kind: str) -> None:
+    batch_id = submitted(store, 1)
+    other = submitted(store, 1, owner="somebody else")
+    assert store.pause(**which(kind, batch_id)) == 1
+    assert [bell.job_id for bell in store.enqueue(9)] == [f"{other}-1"]
+    assert store.resume(**which(kind, batch_id)) == 1
+    assert [bell.job_id for bell in store.enqueue(9)] == [f"{batch_id}-1"]
+
+
+@KINDS
+def test_what_lies_in_redis_comes_back_and_its_message_rings_in_vain(store: JobStore, kind: str) -> None:
+    batch_id = submitted(store, 1)
+    (bell,) = store.enqueue(9)
+    assert store.pause(**which(kind, batch_id)) == 1
+    assert store.job(bell.job_id).state is JobState.PENDING
+    assert store.claim(bell.job_id, "w1@host") is None
+    assert store.enqueue(9) == []
+
+
+@KINDS
+def test_a_worker_learns_with_its_beat_what_to_hand_back_and_it_goes_on_later(store: JobStore, kind: str) -> None:
+    batch_id = submitted(store, 1)
+    (bell,) = store.enqueue(9)
+    held = claim(store, bell.job_id)
+    assert store.beat("w1@host", {(held.job_id, 1): Pace(3, 0.1)}).paused == frozenset()
+    store.pause(**which(kind, batch_id))
+    beat = store.beat("w1@host", {(held.job_id, 1): Pace(4, 0.1)})
+    assert (beat.paused, beat.cancelled, beat.lost) == ({held.job_id}, frozenset(), frozenset())
+    store.checkpointed(held, "state")
+    assert store.hand_back(held, "paused")
+    assert store.enqueue(9) == []
+    store.resume(**which(kind, batch_id))
+    (bell,) = store.enqueue(9)
+    again = claim(store, bell.job_id)
+    assert (again.attempt, again.tries, again.checkpoint_key) == (2, 0, "state")
+    assert [(one.outcome, one.reason) for one in store.attempts(held.job_id)] == [("handed_back", "paused")]
+
+
+@KINDS
+def test_a_job_that_is_paused_between_its_dispatch_and_its_claim_is_put_back(
+    store: JobStore, database: Database, kind: str
+) -> None:
+    batch_id = submitted(store, 1)
+    (bell,) = store.enqueue(9)
+    store.pause(**which(kind, batch_id))
+    # As if a pass of a dispatcher that began before the pause had ended after it.
+    with database.write() as session:
+        session.connection().exec_driver_sql("UPDATE jobs SET state = 'queued'")
+    assert store.claim(bell.job_id, "w1@host") is None
+    assert store.job(bell.job_id).state is JobState.PENDING
+    store.resume(**which(kind, batch_id))
+    assert len(store.enqueue(9)) == 1
+
+
+def test_each_pause_ends_by_itself(store: JobStore) -> None:
+    batch_id = submitted(store, 2)
+    store.pause(owner="me")
+    store.pause(batch_id=batch_id)
+    store.pause(job_id=f"{batch_id}-1")
+    assert store.job(f"{batch_id}-1").paused
+    store.resume(owner="me")
+    assert store.enqueue(9) == []
+    store.resume(batch_id=batch_id)
+    assert [bell.job_id for bell in store.enqueue(9)] == [f"{batch_id}-2"]
+    store.resume(job_id=f"{batch_id}-1")
+    assert [bell.job_id for bell in store.enqueue(9)] == [f"{batch_id}-1"]
+
+
+def test_what_a_paused_owner_hands_in_later_waits_too(store: JobStore) -> None:
+    assert store.pause(owner="me") == 0
+    submitted(store)
+    assert store.enqueue(9) == []
+    store.resume(owner="me")
+    assert len(store.enqueue(9)) == 1
+
+
+@KINDS
+def test_what_is_paused_can_be_cancelled(store: JobStore, kind: str) -> None:
+    batch_id = submitted(store, 1)
+    store.pause(**which(kind, batch_id))
+    assert store.cancel(**which(kind, batch_id)) == 1
+    assert store.job(f"{batch_id}-1").state is JobState.CANCELLED
+    assert store.resume(**which(kind, batch_id)) == 0
+    assert store.enqueue(9) == []
+
+
+def test_an_owner_is_cancelled_whole_and_nobody_else(store: JobStore) -> None:
+    mine, too, other = submitted(store, 2), submitted(store, 1), submitted(store, 1, owner="other")
+    assert store.cancel(owner="me") == 3
+    assert [store.batch(batch_id).done for batch_id in (mine, too, other)] == [True, True, False]
+
+
+def test_one_thing_at_a_time_is_steered(store: JobStore) -> None:
+    with pytest.raises(ValueError, match="exactly one"):
+        store.cancel()
+    with pytest.raises(ValueError, match="exactly one"):
+        store.pause(batch_id="b", owner="me")
+
+
+def test_one_leads_until_its_lease_runs_out_or_it_resigns(database: Database) -> None:
+    first, second = (Leadership(database, "dispatcher", lease_seconds=60) for _ in range(2))
+    elsewhere = Leadership(database, "another office", lease_seconds=60)
+    assert first.seek()
+    assert not second.seek()
+    assert elsewhere.seek()
+    assert first.seek()
+    with database.write() as session:
+        session.connection().exec_driver_sql("UPDATE leaders SET until = '2000-01-01 00:00:00.000000'")
+    assert second.seek()
+    assert not first.seek()
+    second.resign()
+    assert first.seek()
+    second.resign()  # what it does not hold it can't give away
+    assert not second.seek()

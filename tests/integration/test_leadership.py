@@ -1,0 +1,45 @@
+"""Of two standing dispatchers one acts; when it dies the other does."""
+
+import time
+
+from farm.client import Farm
+from farm.db import Database
+from farm.jobs import JobStore
+from farm.leadership import LEASE_SECONDS, RENEW_SECONDS
+from farm.schema import LeaderRow
+from farm.spec import RenderSpec
+from tests.integration.conftest import Crew, wait_until
+
+
+def leader(database: Database) -> int:
+    """The process id of who leads."""
+    with database.read() as session:
+        row = session.get(LeaderRow, "dispatcher")
+        return int(row.holder.split(":")[1]) if row else 0
+
+
+def test_a_dispatcher_that_is_killed_is_replaced_within_seconds(crew: Crew, database: Database, farm: Farm) -> None:
+    store = JobStore(database, crew.settings)
+    processes = {process.popen.pid: process for process in (crew.dispatcher(), crew.dispatcher())}
+    wait_until(lambda: leader(database) in processes, "one leads")
+    first = leader(database)
+    batch_id = store.submit("before", "me", 50, [RenderSpec(prompt="x")])  # not by the client, which fills inline
+    wait_until(lambda: store.queued("tiny") == [f"{batch_id}-1"], "the leader dispatches")
+    processes.pop(first).kill()
+    died = time.monotonic()
+    inline = farm.submit("handed in while nobody leads")
+    assert f"{inline.id}-1" in store.queued("tiny")
+    later = store.submit("after", "me", 50, [RenderSpec(prompt="y")])
+    wait_until(lambda: f"{later}-1" in store.queued("tiny"), "the other dispatches", seconds=20)
+    took = time.monotonic() - died
+    (survivor,) = processes
+    assert leader(database) == survivor
+    assert took < LEASE_SECONDS + RENEW_SECONDS + 3, f"{took:.1f} s"  # 3 s for a busy machine
+
+
+def test_a_dispatcher_that_stops_in_good_order_is_replaced_at_once(crew: Crew, database: Database) -> None:
+    processes = {process.popen.pid: process for process in (crew.dispatcher(), crew.dispatcher())}
+    wait_until(lambda: leader(database) in processes, "one leads")
+    assert processes.pop(leader(database)).stop() == 0
+    (survivor,) = processes
+    wait_until(lambda: leader(database) == survivor, "the other leads", seconds=LEASE_SECONDS)
