@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
 
 import redis
 from celery import Celery
@@ -12,6 +12,7 @@ from kombu.exceptions import OperationalError
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from farm.envelopes import Envelopes
 from farm.errors import BrokerUnavailable, NotConfigured
 from farm.settings import Settings
 from farm.spec import URGENT
@@ -44,6 +45,11 @@ def queue_name(model: str) -> str:
 def priority_step(priority: int) -> int:
     """The priority step in Redis for a priority of 0 to 100: `URGENT_STEP`, or 1 to 9, the lower the sooner."""
     return URGENT_STEP if priority >= URGENT else 9 - priority * 9 // URGENT
+
+
+def _line(queue: str, step: int) -> str:
+    """The list in Redis where messages of a queue and a priority step lie, as kombu calls it."""
+    return f"{queue}{_SEPARATOR}{step}" if step else queue
 
 
 def make_app(settings: Settings) -> Celery:
@@ -97,6 +103,7 @@ class Broker:
 
     def __init__(self, settings: Settings) -> None:
         self._app = make_app(settings)
+        self._envelopes: Envelopes | None = None  # made when something is published: it takes a moment
         try:
             self._redis = redis.Redis.from_url(
                 settings.broker_url,
@@ -116,29 +123,27 @@ class Broker:
 
         An error can leave some of them in Redis; ringing again for a job that was taken already does no harm.
         """
-        self.ping()  # Celery's own connection tries for many seconds before it gives up
-        with self._reached(), self._app.producer_pool.acquire(block=True) as held:
-            producer: Any = held  # the type stubs do not know batch() yet
-            with producer.batch(_PUBLISH_CHUNK):
-                for bell in doorbells:
-                    self._app.send_task(
-                        RENDER_TASK,
-                        args=(bell.job_id,),
-                        task_id=bell.job_id,
-                        queue=queue_name(bell.model),
-                        priority=priority_step(bell.priority),
-                        producer=producer,
-                        retry=False,
-                        argsrepr=f"({bell.job_id!r},)",
-                        kwargsrepr=bell.shown,
-                    )
+        if self._envelopes is None:
+            self._envelopes = Envelopes(self._app, RENDER_TASK)
+        bells = iter(doorbells)
+        while chunk := list(islice(bells, _PUBLISH_CHUNK)):
+            lines: dict[str, list[str]] = {}
+            for bell in chunk:
+                queue, step = queue_name(bell.model), priority_step(bell.priority)
+                line = lines.setdefault(_line(queue, step), [])
+                line.append(self._envelopes.message(bell.job_id, queue, step, bell.shown))
+            with self._reached():
+                pipe = self._redis.pipeline(transaction=False)
+                for key, messages in lines.items():
+                    pipe.lpush(key, *messages)
+                pipe.execute()
 
     def waiting(self, model: str) -> set[str]:
         """The ids of the jobs of a model whose messages lie in Redis; at most a window of them."""
         with self._reached():
             pipe = self._redis.pipeline(transaction=False)
             for step in _PRIORITY_STEPS:
-                pipe.lrange(f"{queue_name(model)}{_SEPARATOR}{step}" if step else queue_name(model), 0, -1)
+                pipe.lrange(_line(queue_name(model), step), 0, -1)
             return {json.loads(message)["headers"]["id"] for line in pipe.execute() for message in line}
 
     def ping(self) -> None:
