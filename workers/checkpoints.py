@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,16 @@ class Family:
 
 _WITHOUT_WEIGHTS = ("scheduler", "tokenizer", "tokenizer_2", "tokenizer_3")
 _LIBRARIES = ("diffusers", "transformers")
+# By the part's name without its number. The libraries' `Auto…` and `…Pipeline` classes would run code that lies beside
+# the weights for whoever says yes when they ask.
+_CLASSES = {
+    "scheduler": r"\w+Scheduler",
+    "tokenizer": r"(CLIP|T5)Tokenizer(Fast)?",
+    "text_encoder": r"CLIPTextModel(WithProjection)?|T5EncoderModel",
+    "unet": r"UNet2DConditionModel",
+    "transformer": r"(SD3|Flux)Transformer2DModel",
+    "vae": r"AutoencoderKL",
+}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # Exact names leave out the variants beside them (fp16, non_ema): gigabytes nobody would load.
 _WEIGHTS = (
@@ -33,6 +43,8 @@ _WEIGHTS = (
     "diffusion_pytorch_model.safetensors",
     "diffusion_pytorch_model-*-of-*.safetensors",
 )
+_INDEXES = ("model.safetensors.index.json", "diffusion_pytorch_model.safetensors.index.json")
+"""What the libraries read the names of shards from."""
 _CONFIGS = ("*.json", "*.txt", "*.model")
 
 
@@ -108,11 +120,18 @@ def _check_part(path: Path, part: str, entry: Any) -> list[Path]:
         raise ModelError(f"{path}/model_index.json names no {part}")
     if entry[0] not in _LIBRARIES:
         raise ModelError(f"{folder}: needs code of its own ({entry[0]}), which the farm never runs")
+    kind = _CLASSES.get(re.sub(r"_\d$", "", part), "")
+    if not re.fullmatch(kind, str(entry[1])):
+        raise ModelError(f"{folder}: can't load a {entry[1]!r} as {part}")
     if not folder.is_dir():
         raise ModelError(f"{folder}: the checkpoint's {part} is missing")
     if part in _WITHOUT_WEIGHTS:
         return []
-    _read_json(folder / "config.json")
+    config = _read_json(folder / "config.json")
+    if "auto_map" in config:
+        raise ModelError(f"{folder}: needs code of its own (auto_map in its config.json), which the farm never runs")
+    if "transformers_weights" in config or (folder / "adapter_config.json").exists():
+        raise ModelError(f"{folder}: takes its weights from elsewhere (an adapter); merge it into the model first")
     weights = sorted(file for name in _WEIGHTS for file in folder.glob(name))
     if not weights:
         others = sorted(
@@ -120,7 +139,24 @@ def _check_part(path: Path, part: str, entry: Any) -> list[Path]:
         )
         found = f"only {', '.join(others)}" if others else "no weights at all"
         raise ModelError(f"{folder}: needs {_WEIGHTS[0]} or {_WEIGHTS[2]}, but there is {found}")
+    _check_shards(folder, [file.name for file in weights])
     return weights
+
+
+def _check_shards(folder: Path, there: Sequence[str]) -> None:
+    """Raise `ModelError` if an index names a shard that is none of the weights.
+
+    The libraries load whatever stands in it: pickled files too, and transformers even outside the folder.
+    """
+    for name in _INDEXES:
+        if not (folder / name).exists():
+            continue
+        shards = _read_json(folder / name).get("weight_map")
+        if not isinstance(shards, dict):
+            raise ModelError(f"{folder / name} has no weight_map")
+        strange = next((shard for shard in shards.values() if shard not in there), None)
+        if strange is not None:
+            raise ModelError(f"{folder / name} names {strange!r}, which is no safetensors file of this part")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -128,7 +164,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text())
     except FileNotFoundError:
         raise ModelError(f"{path.parent} has no {path.name}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"can't read {path}: {error}") from error
     if not isinstance(values, dict):
         raise ModelError(f"{path} holds no JSON object")

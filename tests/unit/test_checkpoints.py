@@ -18,6 +18,14 @@ WEIGHTS = {
     "vae": "diffusion_pytorch_model.safetensors",
 }
 
+CLASSES = {
+    "scheduler": "PNDMScheduler",
+    "text_encoder": "CLIPTextModel",
+    "tokenizer": "CLIPTokenizer",
+    "unet": "UNet2DConditionModel",
+    "vae": "AutoencoderKL",
+}
+
 
 def open_checkpoint(source: str) -> Checkpoint:
     return checkpoints.open_checkpoint(source, FAMILIES)
@@ -29,7 +37,7 @@ def folder(tmp_path: Path) -> Path:
     index: dict[str, object] = {"_class_name": "StableDiffusionPipeline", "safety_checker": [None, None]}
     for part in FAMILIES["StableDiffusionPipeline"].parts:
         library = "transformers" if part in ("text_encoder", "tokenizer") else "diffusers"
-        index[part] = [library, "Anything"]
+        index[part] = [library, CLASSES[part]]
         (tmp_path / part).mkdir()
         if part in WEIGHTS:
             (tmp_path / part / "config.json").write_text("{}")
