@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from PIL import Image, ImageDraw, ImageFont
 
 _GAP, _MARGIN, _LINES = 12, 16, 2
+_MOST_CHARS = 400
+"""More than fit below a frame: a word of 20,000 letters would be measured once for each of them."""
 _PAPER, _INK, _FAINT = (250, 250, 248), (40, 40, 44), (225, 225, 222)
 
 
@@ -48,7 +50,7 @@ def _fitted(image: Image.Image, cell: int) -> Image.Image:
 def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
     lines: list[str] = []
     line = ""
-    for word in text.split()[:40]:
+    for word in text[:_MOST_CHARS].split():
         longer = f"{line} {word}".strip()
         if font.getlength(longer) <= width or not line:
             line = longer

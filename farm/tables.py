@@ -26,8 +26,10 @@ def state_style(state: JobState) -> str:
 
 
 def printable(text: str) -> str:
-    """A text without what a terminal would take for a command."""
-    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
+    """A text in one line, without what a terminal would take for a command or what turns the order of its letters."""
+    return "".join(
+        char if char.isprintable() else " " if char.isspace() else "\N{REPLACEMENT CHARACTER}" for char in text
+    )
 
 
 def batch_table(batches: Iterable[BatchStatus]) -> RenderableType:
@@ -64,10 +66,10 @@ def worker_table(workers: Iterable[WorkerInfo]) -> RenderableType:
     table = Table("worker", "device", "slots", "models", "", box=None, header_style="bold")
     for one in workers:
         table.add_row(
-            Text(one.name),
-            f"{one.device} {one.dtype}",
+            Text(printable(one.name)),
+            Text(printable(f"{one.device} {one.dtype}")),
             str(one.slots),
-            Text(", ".join(model["name"] for model in one.models)),
+            Text(printable(", ".join(model["name"] for model in one.models))),
             Text("alive", style="green") if one.alive else Text("no sign of life", style="red"),
         )
     return table
@@ -86,11 +88,11 @@ def job_table(jobs: Iterable[JobInfo], *, whole: bool = False) -> RenderableType
     for job in jobs:
         prompt = printable(job.spec.prompt)
         table.add_row(
-            Text(job.id),
+            Text(printable(job.id)),
             Text(job.state, style=_STYLES[job.state]),
             f"{job.steps_done}/{job.spec.num_inference_steps}",
             *((_seconds(job.seconds_per_step), _seconds(job.eta_seconds)) if whole else ()),
-            Text(job.worker or ""),
+            Text(printable(job.worker or "")),
             Text(prompt if whole or len(prompt) < 60 else prompt[:59] + "…"),
             Text(printable(job.error or (job.picture.key if job.picture else ""))),
         )
