@@ -1,11 +1,12 @@
 """`farm doctor`: looks at every part of the farm and says in a line each what is wrong and what to do."""
 
+import contextlib
 import http.client
 import os
 import secrets
 import threading
 import urllib.parse
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,7 +26,7 @@ from farm.local.home import SERVICE_VARIABLES, running
 from farm.schema import JobRow
 from farm.settings import EMBEDDED_FILE, Settings
 from farm.states import JobState
-from farm.storage import Storage
+from farm.storage import Storage, without_login
 
 SECOND_LOOK_SECONDS = 2.0
 """A dispatcher fills the window at least once in that time."""
@@ -108,7 +109,12 @@ def _database(database: Database) -> Finding:
 
 def _broker(settings: Settings) -> Iterator[Finding]:
     url = urllib.parse.urlsplit(settings.broker_url)
-    shown = f"{url.scheme}://{url.hostname}:{url.port or 6379}"
+    try:
+        shown = f"{url.scheme}://{url.hostname}:{url.port or 6379}"
+    except ValueError:  # whose text quotes what stands where the port should: mostly the password
+        what = "FARM_BROKER_URL can't be read: redis://:password@host:port/0"
+        yield Finding("broker", "bad", what, "write / ? # @ : in its password as %2F %3F %23 %40 %3A")
+        return
     try:
         with _redis(settings.broker_url) as client:
             client.ping()
@@ -147,7 +153,8 @@ def _eviction_policy(client: redis.Redis) -> str | None:
 
 
 def _open_to_all(url: urllib.parse.SplitResult) -> bool:
-    bare = url._replace(netloc=url.netloc.rpartition("@")[2]).geturl()
+    options = [pair for pair in urllib.parse.parse_qsl(url.query) if pair[0] not in ("username", "password")]
+    bare = url._replace(netloc=url.netloc.rpartition("@")[2], query=urllib.parse.urlencode(options)).geturl()
     try:
         with _redis(bare) as client:
             return bool(client.ping())
@@ -156,7 +163,7 @@ def _open_to_all(url: urllib.parse.SplitResult) -> bool:
 
 
 def _storage(settings: Settings) -> Iterator[Finding]:
-    where = f"{settings.s3_endpoint_url or 'AWS S3'}, bucket {settings.s3_bucket}"
+    where = f"{without_login(settings.s3_endpoint_url or 'AWS S3')}, bucket {settings.s3_bucket}"
     storage = Storage(settings)
     key, data = f".doctor-{secrets.token_hex(8)}", secrets.token_bytes(64)
     try:
@@ -164,7 +171,7 @@ def _storage(settings: Settings) -> Iterator[Finding]:
         storage.put(key, data)
         try:
             same = storage.get(key) == data
-            public = _anyone_reads(settings, key)
+            public = _what_anyone_may(settings, key)
         finally:
             storage.delete(key)
     except StorageUnavailable as error:
@@ -178,7 +185,8 @@ def _storage(settings: Settings) -> Iterator[Finding]:
     if not same:
         yield Finding("storage", "bad", f"{where}: other bytes came back than were written", "look at the store's log")
     elif public:
-        yield Finding("storage", "warn", f"{where}: anyone can read the pictures", "take away public access")
+        may = " and ".join(public)
+        yield Finding("storage", "warn", f"{where}: without credentials anyone can {may}", "take away public access")
     else:
         yield Finding("storage", "ok", f"{where}: writes, reads and deletes, and refuses strangers")
 
@@ -193,37 +201,50 @@ def _remedy(error: StorageUnavailable) -> str:
     return "start the store, or correct FARM_S3_ENDPOINT_URL"
 
 
-def _anyone_reads(settings: Settings, key: str) -> bool:
+def _what_anyone_may(settings: Settings, key: str) -> list[str]:
+    """What a stranger can do in the bucket; where that is writing, it is done to the object of that key."""
     client = boto3.session.Session(region_name=settings.s3_region).client(
         "s3",
         endpoint_url=settings.s3_endpoint_url,
         config=Config(
             signature_version=UNSIGNED,
+            request_checksum_calculation="when_required",
             connect_timeout=3,
             read_timeout=5,
             retries={"total_max_attempts": 1},
             s3={"addressing_style": "path" if settings.s3_endpoint_url else "auto"},
         ),
     )
-    try:
-        client.get_object(Bucket=settings.s3_bucket, Key=key)["Body"].close()
-    except (ClientError, BotoCoreError):
-        return False
-    finally:
-        client.close()
-    return True
+    bucket = settings.s3_bucket
+    tries: dict[str, Callable[[], object]] = {
+        "read the pictures": lambda: client.get_object(Bucket=bucket, Key=key)["Body"].close(),
+        "list them": lambda: client.list_objects_v2(Bucket=bucket, MaxKeys=1),
+        "write over them": lambda: client.put_object(Bucket=bucket, Key=key, Body=b"from a stranger"),
+    }
+    found = []
+    for what, attempt in tries.items():
+        with contextlib.suppress(ClientError, BotoCoreError):
+            attempt()
+            found.append(what)
+    client.close()
+    return found
 
 
 def _flower(settings: Settings) -> Iterator[Finding]:
     if not settings.flower_url:
         return
     url = urllib.parse.urlsplit(settings.flower_url)
+    shown = without_login(settings.flower_url)
     kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
-    connection = kind(url.hostname or "", url.port, timeout=5)
-    shown = f"{url.scheme}://{url.netloc.rpartition('@')[2]}"
+    try:
+        connection = kind(url.hostname or "", url.port, timeout=5)
+    except (ValueError, http.client.HTTPException):
+        yield Finding("flower", "bad", "FARM_FLOWER_URL can't be read", "write it like http://host:5555")
+        return
     try:
         connection.request("GET", f"{url.path.rstrip('/')}/tasks")
-        status = connection.getresponse().status
+        answer = connection.getresponse()
+        status, location = answer.status, answer.getheader("Location", "")
     except (OSError, http.client.HTTPException) as error:
         yield Finding("flower", "bad", f"{shown} does not answer: {error}", "start it, or correct FARM_FLOWER_URL")
         return
@@ -231,10 +252,18 @@ def _flower(settings: Settings) -> Iterator[Finding]:
         connection.close()
     if status == http.client.OK:
         yield Finding("flower", "warn", f"{shown} lets anyone in, and in it one can stop workers", "give it a password")
+    elif http.client.MULTIPLE_CHOICES <= status < http.client.BAD_REQUEST and _same_page(location):
+        do = "set FARM_FLOWER_URL to where it leads"
+        yield Finding("flower", "warn", f"{shown} only leads to {without_login(location)}", do)
     elif status in (http.client.UNAUTHORIZED, http.client.FORBIDDEN, http.client.FOUND):
         yield Finding("flower", "ok", f"{shown} answers, and asks who is there")
     else:
         yield Finding("flower", "bad", f"{shown} answers with HTTP {status}", "look at its log")
+
+
+def _same_page(location: str) -> bool:
+    """Whether a redirect leads to the page that was asked for at another address, and not to where one logs in."""
+    return urllib.parse.urlsplit(location).path.rstrip("/").endswith("/tasks")
 
 
 def _dispatcher(settings: Settings, database: Database, *, embedded: bool) -> Iterator[Finding]:

@@ -37,6 +37,11 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", plain)[:_SLUG_CHARS].strip("-")
 
 
+def without_login(url: str) -> str:
+    """An address as it may be shown: no user, no password."""
+    return re.sub(r"(^|(?<=//))[^/?#]*@", "", url)
+
+
 def image_key(batch_id: str, index: int, attempt: int, prompt: str) -> str:
     """`{batch}/{index}-{prompt}.a{attempt}.png`.
 
@@ -199,13 +204,17 @@ class Storage:
 
     @contextmanager
     def _reached(self, what: str = "") -> Iterator[None]:
-        shown = f"S3 at {self._endpoint or 'AWS'}, bucket {self.bucket}"
+        shown = f"S3 at {without_login(self._endpoint) if self._endpoint else 'AWS'}, bucket {self.bucket}"
         try:
             yield
         except ClientError as error:
             code: Any = error.response["Error"].get("Code")
             if code in ("NoSuchKey", "404"):
                 raise NotFound(f"{shown} has no {what}") from error
-            raise StorageUnavailable(f"{shown}: {error}") from error
-        except (BotoCoreError, boto3.exceptions.Boto3Error) as error:
-            raise StorageUnavailable(f"{shown}: {error}") from error
+            raise StorageUnavailable(f"{shown}: {self._told(error)}") from error
+        except (BotoCoreError, boto3.exceptions.Boto3Error, ValueError) as error:  # ValueError: no address at all
+            raise StorageUnavailable(f"{shown}: {self._told(error)}") from error
+
+    def _told(self, error: Exception) -> str:
+        # boto3 names the address as it was given.
+        return str(error).replace(self._endpoint, without_login(self._endpoint)) if self._endpoint else str(error)
