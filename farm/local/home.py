@@ -72,8 +72,9 @@ class Home:
         if not self.path.exists():
             self.path.mkdir(parents=True, mode=0o700)
             # It holds passwords and pictures, and mostly lies in somebody's repository.
-            (self.path / ".gitignore").write_text("*\n", encoding="utf-8")
-        lock = (self.path / "lock").open("a+", encoding="utf-8")
+            write_private(self.path / ".gitignore", "*\n")
+        opened = os.open(self.path / "lock", os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
+        lock = os.fdopen(opened, "a+", encoding="utf-8")
         if not _locked(lock):
             lock.seek(0)
             pid = lock.read().strip() or "unknown"
@@ -87,9 +88,10 @@ class Home:
         lock.flush()
         self._lock = lock
         for folder in (self.logs, self.run):
-            folder.mkdir(exist_ok=True, mode=0o700)
+            _private(folder)
         # SQLite gives its other files the mode of this one.
         os.close(os.open(self.path / "farm.db", os.O_RDWR | os.O_CREAT, 0o600))
+        (self.path / "farm.db").chmod(0o600)
 
     def release(self) -> None:
         """Let go of the folder."""
@@ -110,9 +112,7 @@ class Home:
 
     def data(self, part: str) -> Path:
         """The folder of a part's own data."""
-        folder = self.path / part
-        folder.mkdir(exist_ok=True, mode=0o700)
-        return folder
+        return _private(self.path / part)
 
     def access(self) -> Access:
         """The credentials and ports from last time; what is missing, and ports that others took, are made anew."""
@@ -155,6 +155,13 @@ class Home:
         except ValueError as error:
             raise NotConfigured(f"{path} can't be read ({error}): delete it, and `farm up` makes a new one") from None
         return kept if isinstance(kept, dict) else {}
+
+
+def _private(folder: Path) -> Path:
+    """A folder for its owner only, also where it was there before and open."""
+    folder.mkdir(exist_ok=True, mode=0o700)
+    folder.chmod(0o700)
+    return folder
 
 
 def _locked(lock: IO[str]) -> bool:

@@ -10,7 +10,7 @@ import sys
 import sysconfig
 from base64 import b64encode
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,10 +43,12 @@ class Part:
     address: str
     """Where it is, or what it does."""
     command: tuple[str, ...]
-    env: Mapping[str, str]
+    env: Mapping[str, str] = field(repr=False)
     cwd: Path | None
     answers: Callable[["Process"], bool]
     """Called every 0.1 s while the part comes up; says whether it is ready for use."""
+    login: str = field(default="", repr=False)
+    """How a person gets in; shown to one at a terminal only, since other output may be kept as a log."""
     litter: tuple[Path, ...] = ()
     """Files outside the home that a killed process leaves behind."""
     ready_seconds: float = 120.0
@@ -236,7 +238,8 @@ def flower(home: Home, access: Access) -> Part:
     return Part(
         name="flower",
         shown="Flower",
-        address=f"{url}\nuser {access.flower_user}, password {access.flower_password}",
+        address=url,
+        login=f"user {access.flower_user}, password {access.flower_password}",
         command=(*PYTHON, "farm.flower"),
         env={
             **{name: value for name, value in _farm_env(home).items() if not name.startswith("FLOWER_")},

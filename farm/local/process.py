@@ -11,7 +11,7 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-from farm.local.home import Home
+from farm.local.home import Home, write_private
 from farm.local.parts import Part
 
 LOG_BYTES = 16 * 2**20
@@ -32,7 +32,7 @@ class Process:
         self.started = time.monotonic()
         for path in part.litter:
             path.unlink(missing_ok=True)
-        with self._log.open("ab") as log:
+        with os.fdopen(os.open(self._log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "ab") as log:
             self._log_start = log.tell()
             self._popen = subprocess.Popen(
                 [sys.executable, "-I", "-S", str(_TETHER), str(os.getpid()), *part.command],
@@ -140,4 +140,4 @@ def _remember(pid_file: Path, pid: int) -> None:
 
     with contextlib.suppress(psutil.Error):  # it may be gone already
         record = {"pid": pid, "create_time": psutil.Process(pid).create_time()}
-        pid_file.write_text(json.dumps(record) + "\n", encoding="utf-8")
+        write_private(pid_file, json.dumps(record) + "\n")

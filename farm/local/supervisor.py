@@ -21,7 +21,7 @@ from farm.local import parts
 from farm.local.home import SERVICE_VARIABLES, Home
 from farm.local.keeping import Kept
 from farm.local.process import end_leftovers, rotate_log
-from farm.settings import Settings
+from farm.settings import EMBEDDED_FILE, Settings
 
 POLL_SECONDS = 0.1
 
@@ -128,7 +128,10 @@ class LocalFarm:
         table.add_row("SQL (SQLite)", Text(f"{self.home.path / 'farm.db'}"))
         for kept in self._kept:
             pid = str(kept.process.pid) if kept.process else ""
-            table.add_row(kept.part.shown, Text(kept.part.address), pid)
+            login = kept.part.login
+            if login and not self._console.is_terminal:
+                login = f"user and password in {self.home.path / EMBEDDED_FILE}"
+            table.add_row(kept.part.shown, Text("\n".join(filter(None, (kept.part.address, login)))), pid)
         return table
 
     def pids(self) -> dict[str, int]:
