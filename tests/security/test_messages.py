@@ -1,0 +1,144 @@
+"""Messages put into the real queue by hand: what is no doorbell runs nothing, breaks nothing, and forges no log."""
+
+import base64
+import json
+import os
+import pickle
+import re
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+
+from farm.broker import RENDER_TASK, make_app, queue_name
+from farm.client import Farm
+from farm.local import LocalFarm
+from farm.states import JobState
+from tests.integration.conftest import wait_until
+
+QUEUE = queue_name("tiny")
+REFUSED = re.compile(
+    r"^\d{4}-.*(nothing to claim|refused a message|"  # ours
+    "Refusing to deserialize|Can't decode message body|unregistered task|raised unexpected)",  # Celery's
+    re.MULTILINE,
+)
+
+
+def message(
+    job_id: Any = "nobody-1", *, body: bytes | None = None, content_type: str = "application/json", **headers: Any
+) -> str:
+    """A message as Celery writes it, with something of it replaced."""
+    given = json.dumps([[job_id], {}, {"callbacks": None, "errbacks": None, "chain": None, "chord": None}]).encode()
+    return json.dumps(
+        {
+            "body": base64.b64encode(given if body is None else body).decode(),
+            "content-encoding": "utf-8",
+            "content-type": content_type,
+            "headers": {
+                **dict.fromkeys(("shadow", "eta", "expires", "group", "parent_id", "stamped_headers")),
+                "lang": "py",
+                "task": RENDER_TASK,
+                "id": job_id,
+                "root_id": job_id,
+                "retries": 0,
+                "origin": "x",
+                "timelimit": [None, None],
+                "argsrepr": "()",
+                "kwargsrepr": "{}",
+                "ignore_result": True,
+                "stamps": {},
+                **headers,
+            },
+            "properties": {
+                "correlation_id": job_id,
+                "reply_to": str(uuid.uuid4()),
+                "delivery_mode": 2,
+                "delivery_info": {"exchange": "", "routing_key": QUEUE},
+                "priority": 0,
+                "body_encoding": "base64",
+                "delivery_tag": str(uuid.uuid4()),
+            },
+        }
+    )
+
+
+@pytest.fixture
+def line(whole: LocalFarm) -> Iterator["Line"]:
+    with redis.Redis.from_url(whole.settings.broker_url) as client, Farm(whole.settings) as farm:
+        yield Line(whole, client, farm)
+
+
+class Line:
+    """The queue of a farm that runs, and what comes of what is put into it."""
+
+    def __init__(self, whole: LocalFarm, client: redis.Redis, farm: Farm) -> None:
+        self._whole, self._client, self._farm = whole, client, farm
+        self._log = whole.home.logs / "worker-1.log"
+        self._from = self._log.stat().st_size
+        self._pids = whole.pids()
+
+    def put(self, *messages: str) -> None:
+        """Put messages into the queue and wait until all are taken, and a job behind them is rendered."""
+        for one in messages:
+            self._client.lpush(QUEUE, one)
+        wait_until(lambda: not self._client.llen(QUEUE), "every message is taken", 30)
+        batch = self._farm.submit(["a cat"], num_inference_steps=1)
+        assert batch.wait(30).counts[JobState.SUCCEEDED] == 1
+        wait_until(lambda: not self._client.hlen("unacked"), "every message is acknowledged", 30)
+        assert self._whole.pids() == self._pids
+
+    def said(self) -> str:
+        """What the worker has written since."""
+        return self._log.read_bytes()[self._from :].decode()
+
+
+class _Evil:
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, (f"touch {self._path}",)
+
+
+def test_only_json_is_read_and_nothing_in_a_message_is_run(line: Line, tmp_path: Path) -> None:
+    trap = tmp_path / "sprung"
+    pickled = pickle.dumps([[_Evil(trap)], {}, {}])
+    pickle.loads(pickled)
+    assert trap.exists()  # it would work
+    trap.unlink()
+    yaml = f"!!python/object/apply:os.system ['touch {trap}']".encode()
+    line.put(
+        message(body=pickled, content_type="application/x-python-serialize"),
+        message(body=pickled, content_type="pickle"),
+        message(body=yaml, content_type="application/x-yaml"),
+        message(body=pickled),
+        message(task="os.system"),
+        message(task="celery.map"),
+    )
+    assert not trap.exists()
+    assert len(REFUSED.findall(line.said())) == 6
+
+
+def test_an_id_that_is_no_jobs_finds_nothing(line: Line) -> None:
+    ids = ["nobody-1", "x'; DROP TABLE jobs;--", "' OR 1=1 --", "../../etc/passwd", "%", "", "x" * 1_000_000]
+    line.put(*map(message, ids))
+    said = line.said()
+    assert len(REFUSED.findall(said)) == len(ids)
+    assert len(said) < 40_000
+
+
+def test_an_id_can_neither_forge_a_line_of_the_log_nor_steer_a_terminal(line: Line) -> None:
+    forged = "2026-01-01 00:00:00,000 CRITICAL farm forged"
+    line.put(message(f"a\n{forged}"), message("\x1b[2J\x1b]0;pwned\x07"), message("a\rb\x9b\u202ec"))
+    said = line.said()
+    assert len(REFUSED.findall(said)) == 3
+    assert not [one for one in said.split("\n") if one.startswith(forged)]
+    assert all(char.isprintable() or char == "\n" for char in said)
+
+
+@pytest.mark.parametrize("name", ["accept_content", "event_serializer", "task_serializer", "result_serializer"])
+def test_no_app_of_the_farm_writes_or_reads_anything_but_json(whole: LocalFarm, name: str) -> None:
+    assert make_app(whole.settings).conf[name] in ("json", ["json"])
