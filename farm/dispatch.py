@@ -75,8 +75,12 @@ class Dispatcher:
     def sweep(self) -> int:
         """Delete the checkpoints of jobs that have ended from the object store; returns how many.
 
-        Deleted first, forgotten second: what fails between is only done again. Raises `StorageUnavailable`.
+        And from SQL what submissions that were broken off have left. Deleted first, forgotten second: what fails
+        between is only done again. Raises `StorageUnavailable`.
         """
+        for batch_id in self._store.abandoned():
+            log.warning("batch_id=%s was never submitted to its end, deleted", batch_id)
+            self._store.discard(batch_id)
         swept = 0
         while stale := self._store.stale_checkpoints(_SWEEP_CHUNK):
             self._storage.delete_many(key for _, key in stale)

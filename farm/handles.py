@@ -82,19 +82,21 @@ class Batch:
 
         Raises `TimeoutError` after `timeout` seconds; the batch goes on.
         """
-        seen: set[str] = set()
-        since = None
+        seen, left = bytearray(self.total + 1), self.total
+        last = None
         for _ in self._polls(timeout):
-            for info in self._store.finished(self.id, since):
-                if info.id not in seen:
-                    seen.add(info.id)
-                    yield self._job(info)
-                since = info.finished_at
-            if len(seen) == self.total:
+            while found := self._store.finished(self.id, last):
+                for info in found:
+                    if not seen[info.index]:
+                        seen[info.index] = True
+                        left -= 1
+                        yield self._job(info)
+                last = found[-1]
+            if not left:
                 return
             if self.status().done:
                 # Another transaction's earlier time can become visible after a later one's: look at all once more.
-                since = None
+                last = None
 
     def download(self, folder: str | os.PathLike[str], *, progress: bool = False) -> list[Path]:
         """Fetch the pictures of all jobs that succeeded so far into a folder, in order; returns their paths.

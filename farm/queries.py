@@ -1,7 +1,6 @@
 """`JobQueries`: what can be asked about batches, jobs and workers; nothing here changes any."""
 
 from collections.abc import Iterator, Sequence
-from datetime import datetime
 
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
@@ -9,7 +8,7 @@ from sqlalchemy.orm import Session
 from farm.db import Database, now_plus
 from farm.errors import NotFound
 from farm.records import BatchStatus, JobInfo, WorkerInfo, job_info
-from farm.schema import BatchRow, JobRow, WorkerRow
+from farm.schema import BatchRow, JobCountRow, JobRow, WorkerRow
 from farm.settings import Settings
 from farm.states import ACTIVE, JobState
 
@@ -54,13 +53,16 @@ class JobQueries:
             return [self._status(session, row) for row in session.scalars(query).all()]
 
     def _status(self, session: Session, row: BatchRow) -> BatchStatus:
+        # Counted as they move, by triggers: however many jobs it has, this reads a few rows.
         found = session.execute(
-            sa.select(JobRow.state, sa.func.count(), sa.func.max(JobRow.finished_at))
-            .where(JobRow.batch_id == row.id)
-            .group_by(JobRow.state)
+            sa.select(JobCountRow.state, sa.func.sum(JobCountRow.n))
+            .where(JobCountRow.batch_id == row.id)
+            .group_by(JobCountRow.state)
         ).all()
-        counts = {JobState(state): n for state, n, _ in found}
-        ended = not any(counts.get(state) for state in ACTIVE)
+        counts = {JobState(state): int(n) for state, n in found}
+        last = None
+        if not any(counts.get(state) for state in ACTIVE):
+            last = session.scalar(sa.select(sa.func.max(JobRow.finished_at)).where(JobRow.batch_id == row.id))
         return BatchStatus(
             id=row.id,
             name=row.name,
@@ -69,7 +71,7 @@ class JobQueries:
             total=row.total,
             created_at=row.created_at,
             counts={state: counts.get(state, 0) for state in JobState},
-            finished_at=max((at for _, _, at in found if at), default=None) if ended else None,
+            finished_at=last,
         )
 
     def job(self, job_id: str) -> JobInfo:
@@ -90,17 +92,24 @@ class JobQueries:
         with self._db.read() as session:
             return [job_info(row) for row in session.scalars(query.order_by(JobRow.index).limit(limit))]
 
-    def finished(self, batch_id: str, since: datetime | None = None) -> list[JobInfo]:
-        """A batch's jobs that have ended, at or after that time, in the order they did."""
+    def finished(self, batch_id: str, after: JobInfo | None = None, limit: int = 1000) -> list[JobInfo]:
+        """A batch's jobs that have ended, in the order they did, from the one that comes after that one."""
         query = sa.select(JobRow).where(JobRow.batch_id == batch_id, JobRow.finished_at.is_not(None))
-        if since is not None:
-            query = query.where(JobRow.finished_at >= since)
+        if after is not None and after.finished_at is not None:
+            query = query.where(
+                JobRow.finished_at >= after.finished_at,
+                sa.or_(JobRow.finished_at > after.finished_at, JobRow.index > after.index),
+            )
         with self._db.read() as session:
-            return [job_info(row) for row in session.scalars(query.order_by(JobRow.finished_at, JobRow.index))]
+            rows = session.scalars(query.order_by(JobRow.finished_at, JobRow.index).limit(limit))
+            return [job_info(row) for row in rows]
 
     def running(self, batch_id: str, limit: int = 1000) -> list[JobInfo]:
         """The jobs of a batch that render now."""
-        return self.jobs(batch_id, states=(JobState.RUNNING,), limit=limit)
+        # Not in their order: SQLite would look for them along the whole batch.
+        query = sa.select(JobRow).where(JobRow.batch_id == batch_id, in_state(JobState.RUNNING)).limit(limit)
+        with self._db.read() as session:
+            return [job_info(row) for row in session.scalars(query)]
 
     def workers(self) -> list[WorkerInfo]:
         """Every worker that has not said goodbye, by name."""

@@ -21,9 +21,7 @@ WORKER = WorkerInfo("w1@host", "cpu", "float32", 8, "0", ({"name": "tiny", "sha2
 
 @pytest.fixture
 def store(database: Database) -> JobStore:
-    settings = Settings(
-        database_url="", broker_url="", s3_bucket="", max_tries=2, max_lost_leases=3, retry_seconds=0
-    )
+    settings = Settings(database_url="", broker_url="", s3_bucket="", max_tries=2, max_lost_leases=3, retry_seconds=0)
     return JobStore(database, settings)
 
 

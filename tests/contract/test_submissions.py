@@ -9,7 +9,7 @@ import pytest
 import sqlalchemy as sa
 
 from farm.db import Database, now_plus
-from farm.errors import InvalidInput, KeyUsed, NotFound
+from farm.errors import ErrorClass, InvalidInput, KeyUsed, NotFound
 from farm.jobs import JobStore
 from farm.schema import BatchRow, JobCountRow, JobRow
 from farm.settings import Settings
@@ -211,3 +211,22 @@ def test_memory_does_not_grow_with_the_submission(database_url: str) -> None:
 
     small, large = grown(10_000), grown(40_000)
     assert large < small + 10_000  # KiB; forty thousand specs alone are 60 MB
+
+
+def test_a_status_reads_no_jobs_and_lists_go_by_cursor(store: JobStore, database: Database) -> None:
+    batch_id = store.submit("batch", "me", 50, some(5000))
+    claims = [store.claim(bell.job_id, "w1@host") for bell in store.enqueue(30)]
+    for claim in claims[:20]:
+        assert claim is not None
+        store.fail(claim, "bad spec", ErrorClass.BAD_INPUT)
+    asked: list[str] = []
+    sa.event.listen(database.engine, "before_cursor_execute", lambda *args: asked.append(args[2]))
+    status = store.batch(batch_id)
+    assert (status.counts[JobState.FAILED], status.counts[JobState.RUNNING]) == (20, 10)
+    assert not any("FROM jobs" in statement for statement in asked)
+    ended = []
+    while found := store.finished(batch_id, ended[-1] if ended else None, limit=7):
+        ended += found
+    assert sorted(job.index for job in ended) == list(range(1, 21))
+    assert [job.finished_at for job in ended] == sorted(job.finished_at for job in ended if job.finished_at)
+    assert sorted(job.index for job in store.running(batch_id)) == list(range(21, 31))

@@ -6,16 +6,18 @@ import threading
 
 import pytest
 import redis
+import sqlalchemy as sa
 
 from farm.broker import Broker, queue_name
 from farm.client import Farm
-from farm.db import Database
+from farm.db import Database, now_plus
 from farm.dispatch import Dispatcher
 from farm.errors import BrokerUnavailable, ErrorClass
 from farm.fair import LEAST_WINDOW
 from farm.jobs import JobStore
 from farm.leadership import Leadership
 from farm.records import WorkerInfo
+from farm.schema import BatchRow
 from farm.settings import Settings
 from farm.spec import RenderSpec
 from farm.states import JobState
@@ -143,4 +145,20 @@ def test_an_object_store_that_is_away_holds_up_no_job(settings: Settings, databa
     silent.close()
     storage.close()
     away.close()
+    broker.close()
+
+
+def test_a_submission_that_was_broken_off_is_swept(settings: Settings, database: Database) -> None:
+    broker, storage, store = Broker(settings), Storage(settings), JobStore(database, settings)
+    with database.write() as session:
+        session.add(
+            BatchRow(id="old", name="old", owner="me", priority=50, total=0, created_at=now_plus(sa.literal(-4e3)))
+        )
+        session.add(
+            BatchRow(id="new", name="new", owner="me", priority=50, total=0, created_at=now_plus(sa.literal(-1e3)))
+        )
+    Dispatcher(store, broker, storage, settings).sweep()
+    with database.read() as session:
+        assert session.scalars(sa.select(BatchRow.id)).all() == ["new"]
+    storage.close()
     broker.close()
