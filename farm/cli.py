@@ -78,6 +78,9 @@ def submit(
     what: Annotated[list[str], typer.Argument(metavar="PROMPT|FILE...", help="Prompts, or .txt, .csv, .jsonl files.")],
     name: Annotated[str | None, typer.Option(help="The batch's name.")] = None,
     priority: Annotated[int, typer.Option(help="0 to 100, the higher the sooner.")] = 50,
+    key: Annotated[
+        str | None, typer.Option(help="Your name for this submission: handed in again, it is the same batch.")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="A model that a worker pins.")] = None,
     negative_prompt: Annotated[str | None, typer.Option("--negative-prompt", "--negative")] = None,
     num_inference_steps: Annotated[int | None, typer.Option("--num-inference-steps", "--steps")] = None,
@@ -159,6 +162,7 @@ def submit(
     options |= {
         "name": name or _name_from(what),
         "priority": priority,
+        "key": key,
         "seeds": seeds,
         "template": template,
         "wildcards": choices or wildcards,
@@ -174,7 +178,7 @@ def submit(
             batch = farm.submit(found, **options)
         if not as_json:
             out.print(Text(f"{batch.total} jobs submitted as {printable(batch.id)}"), soft_wrap=True)
-            _warn_unheld(farm, batch)
+            _warn_unheld(farm, batch.id)
         if wait or folder is not None:
             _see_through(batch, folder, as_json=as_json)
         elif as_json:
@@ -194,6 +198,7 @@ def status(
                 say_json([batch_json(batch) for batch in batches])
             else:
                 out.print(batch_table(batches) if batches else "no batches yet: `farm submit` hands one in")
+                _warn_unheld(farm)
             return
         found = find(farm, which)
         if isinstance(found, JobInfo):
@@ -202,6 +207,7 @@ def status(
             say_json({**batch_json(found.status()), "jobs": [job_json(job.info) for job in found]})
         else:
             out.print(batch_table([found.status()]))
+            _warn_unheld(farm, found.id)
             wrong = [job.info for job in found if job.error]
             if wrong:
                 out.print(job_table(wrong[:20]))
@@ -304,11 +310,9 @@ def _name_from(what: list[str]) -> str:
     return Path(first).stem if first.endswith((".txt", ".csv", ".jsonl")) else " ".join(first.split()[:5])[:60]
 
 
-def _warn_unheld(farm: Farm, batch: Batch) -> None:
+def _warn_unheld(farm: Farm, batch_id: str | None = None) -> None:
     """Say so when jobs are for a model that no worker holds: they would wait without a word."""
-    held = {model["name"] for one in farm.workers() if one.alive for model in one.models}
-    missing = sorted(model for model in farm.waiting() if model not in held)
-    if missing and any(job.spec.model in missing for job in batch):
+    if missing := farm.unheld(batch_id):
         complain(f"no worker holds {', '.join(missing)} now; its jobs wait until one does (farm worker --models …)")
 
 

@@ -21,6 +21,7 @@ from farm.settings import Settings
 from farm.sources import Expansion, Given, Grid, Problems, specs
 from farm.spec import RenderSpec
 from farm.storage import Storage
+from farm.submissions import seed_from
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ class Farm:
         name: str | None = None,
         priority: int = 50,
         owner: str | None = None,
+        key: str | None = None,
         grid: Grid | None = None,
         seeds: str | Iterable[int] | None = None,
         template: str | None = None,
@@ -77,13 +79,21 @@ class Farm:
           a folder here is where these files are. The same submission draws the same: from `wildcard_seed`, or else
           from the spec's own seed, if it has one.
 
+        With a `key`, a name for this submission that you choose, it can be handed in again after an error of which it
+        is not clear what it left: the same specs in the same order are the same batch then, and seeds nobody chose
+        are drawn from the key and the place.
+
         A sampler that the model of a spec can't use, as the workers hold that now, is refused; a model that none holds
-        is not. Raises `InvalidInput` with everything that is wrong, and `DatabaseUnavailable`.
+        is not. Raises `InvalidInput` with everything that is wrong, `KeyUsed` if the key was used for other specs, and
+        `DatabaseUnavailable`.
         """
+        if key is not None and wildcard_seed is None:
+            wildcard_seed = seed_from(key, 0)
         name, made = self._read(
             what,
             name=name,
             priority=priority,
+            key=key,
             grid=grid,
             seeds=seeds,
             template=template,
@@ -91,7 +101,8 @@ class Farm:
             wildcard_seed=wildcard_seed,
             **defaults,
         )
-        batch_id = self._store.submit(name, owner or self.settings.owner or getpass.getuser(), priority, made)
+        whose = owner or self.settings.owner or getpass.getuser()
+        batch_id = self._store.submit(name, whose, priority, made, key=key)
         try:
             Dispatcher(self._store, self._broker, self._storage, self.settings).fill()
         except BrokerUnavailable as error:
@@ -113,6 +124,7 @@ class Farm:
         name: str | None = None,
         priority: int = 50,
         owner: str | None = None,
+        key: str | None = None,
         grid: Grid | None = None,
         seeds: str | Iterable[int] | None = None,
         template: str | None = None,
@@ -127,6 +139,8 @@ class Farm:
         name = (name or "").strip() or "batch"
         if len(name) > 200 or "\x00" in name:
             problems.add(Problem("", "name", "should be at most 200 characters, without NUL"))
+        if key is not None and not (0 < len(key) <= 200 and "\x00" not in key):
+            problems.add(Problem("", "key", "should be 1 to 200 characters, without NUL"))
         expansion = Expansion.read(
             problems, grid=grid, seeds=seeds, template=template, wildcards=wildcards, wildcard_seed=wildcard_seed
         )
@@ -154,6 +168,10 @@ class Farm:
     def workers(self) -> list[WorkerInfo]:
         """The workers, what they render on, and the models they hold."""
         return self._store.workers()
+
+    def unheld(self, batch_id: str | None = None) -> list[str]:
+        """The models that jobs, or a batch's jobs, wait for and no living worker holds; they start when one does."""
+        return self._store.unheld(batch_id)
 
     def waiting(self) -> dict[str, int]:
         """How many jobs of each model wait for a worker."""

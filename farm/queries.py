@@ -152,6 +152,18 @@ class JobQueries:
                     waiting[model] = waiting.get(model, 0) + count
             return waiting
 
+    def unheld(self, batch_id: str | None = None) -> list[str]:
+        """The models that jobs, or a batch's jobs, wait for and that no living worker holds."""
+        held = self.slots()
+        with self._db.read() as session:
+            missing = {
+                model
+                for state in (JobState.PENDING, JobState.QUEUED)
+                for model in models_in(session, state)
+                if model not in held and _has(session, state, model, batch_id)
+            }
+        return sorted(missing)
+
     def queued_models(self) -> list[str]:
         """The models that have queued jobs."""
         with self._db.read() as session:
@@ -178,6 +190,13 @@ def in_state(state: JobState) -> sa.ColumnElement[bool]:
     """That a job is in a state, in a form that the state's partial index serves."""
     # A literal, not a parameter: neither database uses a partial index for a value it can't see when it plans.
     return JobRow.state == sa.literal_column(f"'{state.value}'")
+
+
+def _has(session: Session, state: JobState, model: str, batch_id: str | None) -> bool:
+    query = sa.select(JobRow.batch_id).join(BatchRow).where(in_state(state), JobRow.model == model, ACCEPTED)
+    if batch_id is not None:
+        query = query.where(JobRow.batch_id == batch_id)
+    return session.scalar(query.limit(1)) is not None
 
 
 def models_in(session: Session, state: JobState) -> Iterator[str]:

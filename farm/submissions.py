@@ -42,6 +42,11 @@ def new_batch_id(name: str) -> str:
     return "-".join((slug(name)[:30].strip("-") or "batch", "".join(secrets.choice(alphabet) for _ in range(8))))
 
 
+def seed_from(key: str, place: int) -> int:
+    """A seed that a submission's key decides."""
+    return int.from_bytes(hashlib.sha256(f"{place}\n{key}".encode()).digest()[:8]) % (MAX_SEED + 1)
+
+
 class Submissions(JobQueries):
     """Batches as they are handed in, and taken out again."""
 
@@ -150,8 +155,7 @@ def _seeded(specs: Iterable[RenderSpec], key: str) -> Iterator[RenderSpec]:
         if "seed" in spec.model_fields_set:
             yield spec
         else:
-            drawn = hashlib.sha256(f"{index}\n{key}".encode()).digest()
-            yield spec.model_copy(update={"seed": int.from_bytes(drawn[:8]) % (MAX_SEED + 1)})
+            yield spec.model_copy(update={"seed": seed_from(key, index)})
 
 
 def _rows(batch: BatchRow, specs: Iterable[RenderSpec], seen: Callable[[bytes], None]) -> Iterator[_Row]:

@@ -11,7 +11,8 @@ import sqlalchemy as sa
 from farm.db import Database, now_plus
 from farm.errors import ErrorClass, InvalidInput, KeyUsed, NotFound
 from farm.jobs import JobStore
-from farm.schema import BatchRow, JobCountRow, JobRow
+from farm.records import WorkerInfo
+from farm.schema import BatchRow, JobCountRow, JobRow, WorkerRow
 from farm.settings import Settings
 from farm.spec import RenderSpec
 from farm.states import JobState
@@ -230,3 +231,17 @@ def test_a_status_reads_no_jobs_and_lists_go_by_cursor(store: JobStore, database
     assert sorted(job.index for job in ended) == list(range(1, 21))
     assert [job.finished_at for job in ended] == sorted(job.finished_at for job in ended if job.finished_at)
     assert sorted(job.index for job in store.running(batch_id)) == list(range(21, 31))
+
+
+def test_a_model_that_no_living_worker_holds_is_told(store: JobStore, database: Database) -> None:
+    store.introduce(WorkerInfo("w1@host", "cpu", "float32", 8, "0", ({"name": "tiny"},)))
+    held = store.submit("held", "me", 50, some(3))
+    waits = store.submit("waits", "me", 50, [*some(3), *some(1, model="flux"), *some(1, model="sd15")])
+    store.enqueue(1)
+    assert store.unheld() == store.unheld(waits) == ["flux", "sd15"]
+    assert store.unheld(held) == []
+    store.introduce(WorkerInfo("w2@host", "cpu", "float32", 8, "0", ({"name": "flux"}, {"name": "sd15"})))
+    assert store.unheld() == []
+    with database.write() as session:
+        session.execute(sa.update(WorkerRow).values(seen_at=now_plus(sa.literal(-100.0))))
+    assert store.unheld(held) == ["tiny"]

@@ -12,7 +12,7 @@ from farm.broker import Broker, queue_name
 from farm.client import Farm
 from farm.db import Database, now_plus
 from farm.dispatch import Dispatcher
-from farm.errors import BrokerUnavailable, ErrorClass
+from farm.errors import BrokerUnavailable, ErrorClass, InvalidInput, KeyUsed
 from farm.fair import LEAST_WINDOW
 from farm.jobs import JobStore
 from farm.leadership import Leadership
@@ -162,3 +162,18 @@ def test_a_submission_that_was_broken_off_is_swept(settings: Settings, database:
         assert session.scalars(sa.select(BatchRow.id)).all() == ["new"]
     storage.close()
     broker.close()
+
+
+def test_handed_in_again_under_its_key_a_submission_is_the_same_batch(settings: Settings) -> None:
+    def submit(farm: Farm, **options: object) -> str:
+        return farm.submit(["a {red|blue|green} boat", {"prompt": "sea"}], key="monday", wildcards=True, **options).id
+
+    with Farm(settings) as farm:
+        first = submit(farm)
+        assert submit(farm) == first
+        assert len(farm.batches()) == 1
+        with pytest.raises(KeyUsed, match="monday"):
+            submit(farm, num_inference_steps=3)
+        assert submit(farm, owner="somebody else") != first
+        with pytest.raises(InvalidInput, match="key"):
+            farm.submit("sea", key="")
