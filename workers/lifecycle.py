@@ -92,6 +92,7 @@ class Worker:
         self._held: dict[str, Held] = {}
         self._lock = threading.Lock()
         self._heart = threading.Thread(target=self._beat_on, name="heartbeat", daemon=True)
+        self._guard = threading.Thread(target=self._guard_leases, name="leases", daemon=True)
 
     def build(self) -> None:
         """Load and warm the models. Raises `ModelError` if none can be had, or one can't render."""
@@ -156,15 +157,17 @@ class Worker:
         """Make the worker known and begin to renew leases."""
         self.store.introduce(self.info)
         self._heart.start()
+        self._guard.start()
 
     # --- leases ---------------------------------------------------------------------------------------------
 
     def claim(self, job_id: str) -> Held | None:
         """Claim a job and keep its lease renewed until `release`; None if it is not to be had."""
+        asked = time.monotonic()
         claim = self.store.claim(job_id, self.name)
         if claim is None:
             return None
-        held = Held(claim)
+        held = Held(claim, renewed=asked)
         with self._lock:
             self._held[job_id] = held
         return held
@@ -176,18 +179,13 @@ class Worker:
                 del self._held[held.claim.job_id]
 
     def _beat_on(self) -> None:
-        renewed = time.monotonic()
         while not self._stopped.wait(self.settings.beat_seconds):
             with self._lock:
                 mine = list(self._held.values())
             try:
-                renewed = self._beat(mine) or renewed
+                self._beat(mine)
             except ServiceUnavailable as error:
                 log.error("can't renew leases: %s", error)
-                # Whoever else holds the clock may give these jobs away soon: stop before that.
-                if time.monotonic() - renewed > self.settings.lease_seconds - self.settings.beat_seconds:
-                    for held in mine:
-                        self._stop_render(held, held.lost)
             except Exception:
                 log.exception("heartbeat failed")
             if self.engine.failed is not None and not self.draining.is_set():
@@ -200,8 +198,23 @@ class Worker:
                 log.critical("a forward hangs for %.0f s: this worker ends", self.engine.busy_seconds)
                 os._exit(os.EX_SOFTWARE)
 
-    def _beat(self, mine: list[Held]) -> float:
-        """Renew these leases and stop what is to be stopped; returns when the renewal was asked for."""
+    def _guard_leases(self) -> None:
+        """Stop every render whose lease is about to run out: whoever holds the clock may give its job away then.
+
+        In a thread of its own, since a database can be away without a word, and hold up the beat for long.
+        """
+        seconds = self.settings.lease_seconds - self.settings.beat_seconds
+        while not self._stopped.wait(self.settings.beat_seconds / 4):
+            with self._lock:
+                mine = list(self._held.values())
+            for held in mine:
+                if time.monotonic() - held.renewed > seconds:
+                    if not held.lost.is_set():
+                        log.error("lease not renewed, stopping job_id=%s", held.claim.job_id)
+                    self._stop_render(held, held.lost)
+
+    def _beat(self, mine: list[Held]) -> None:
+        """Renew these leases and stop what is to be stopped."""
         asked = time.monotonic()
         progress = self.engine.progress()
         paces = {}
@@ -211,6 +224,8 @@ class Worker:
             paces[held.claim.job_id, held.claim.attempt] = held.pace
         beat = self.store.beat(self.name, paces)
         for held in mine:
+            if held.claim.job_id not in beat.lost:
+                held.renewed = asked
             if held.claim.job_id in beat.cancelled:
                 self._stop_render(held, held.cancelled)
             elif held.claim.job_id in beat.lost:
@@ -220,7 +235,6 @@ class Worker:
                 # On every beat anew, as with a cancel. Who is denoised already gets its picture.
                 self.engine.hand_back(held.claim.job_id, "it is paused")
         self.observer.beat(mine, beat.previews)
-        return asked
 
     def _stop_render(self, held: Held, why: threading.Event) -> None:
         with self._lock:

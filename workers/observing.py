@@ -36,6 +36,8 @@ class Held:
     writing: threading.Lock = field(default_factory=threading.Lock)
     """Held while an object of it is written; after `ended` is set none is."""
     ended: bool = False
+    renewed: float = field(default_factory=time.monotonic)
+    """When its lease was asked for that it lives by."""
     pace: Pace = field(default_factory=lambda: Pace(0, None))
     """As the engine told last."""
     objects: set[str] = field(default_factory=set)

@@ -31,6 +31,8 @@ T = TypeVar("T")
 
 OUTAGE_SECONDS = 600
 """How long a finished picture waits for SQL or S3 to come back before its job is given up."""
+CLAIM_SECONDS = 60
+"""How long a message waits for SQL to come back before it is dropped; the dispatcher sends another one then."""
 
 
 def register(app: Celery, worker: Worker) -> None:
@@ -46,11 +48,8 @@ def render_job(worker: Worker, job_id: str) -> str:
 
     Raises `Ignore` when there is nothing to do, and the `FarmError` that failed the job, after it is recorded.
     """
-    if worker.draining.is_set():
-        worker.store.unqueue([job_id])
-        raise Ignore
     try:
-        held = worker.claim(job_id)
+        held = _insist(lambda: _claim(worker, job_id), seconds=CLAIM_SECONDS)
     except DatabaseUnavailable as error:
         # The message is gone, the job is still queued: the dispatcher finds that and brings it back.
         log.error("can't claim job_id=%s: %s", job_id, error)
@@ -62,6 +61,13 @@ def render_job(worker: Worker, job_id: str) -> str:
         return _render(worker, held)
     finally:
         worker.release(held)
+
+
+def _claim(worker: Worker, job_id: str) -> Held | None:
+    if worker.draining.is_set():
+        worker.store.unqueue([job_id])
+        return None
+    return worker.claim(job_id)
 
 
 def _render(worker: Worker, held: Held) -> str:

@@ -1,0 +1,51 @@
+"""A message that comes while the database is away."""
+
+import threading
+from types import SimpleNamespace
+
+import pytest
+from celery.exceptions import Ignore
+
+from farm.errors import DatabaseUnavailable
+from workers import tasks
+
+
+class Away:
+    """A worker whose claims fail until the database is back."""
+
+    def __init__(self, failures: int) -> None:
+        self.failures, self.asked, self.unqueued = failures, 0, []
+        self.draining = threading.Event()
+        self.store = SimpleNamespace(unqueue=self.unqueued.append)
+
+    def claim(self, job_id: str) -> None:
+        self.asked += 1
+        if self.asked <= self.failures:
+            raise DatabaseUnavailable("away")
+
+
+def test_a_claim_waits_for_the_database(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tasks.time, "sleep", lambda seconds: None)
+    worker = Away(failures=3)
+    with pytest.raises(Ignore):  # somebody else has claimed it meanwhile
+        tasks.render_job(worker, "b-1")
+    assert worker.asked == 4
+
+
+def test_a_claim_does_not_wait_for_ever_and_not_in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(tasks.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(tasks.time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
+    worker = Away(failures=10**6)
+    with pytest.raises(Ignore):
+        tasks.render_job(worker, "b-1")
+    assert tasks.CLAIM_SECONDS <= clock[0] < tasks.CLAIM_SECONDS + 10
+    assert worker.asked < 20
+
+
+def test_a_worker_that_drains_meanwhile_puts_the_job_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = Away(failures=10**6)
+    monkeypatch.setattr(tasks.time, "sleep", lambda seconds: worker.draining.set())
+    with pytest.raises(Ignore):
+        tasks.render_job(worker, "b-1")
+    assert worker.unqueued == [["b-1"]]
