@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 OUT    ?= out/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test bench-engine lint format clean
+.PHONY: help setup demo up test chaos bench-engine lint format clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,6 +20,9 @@ up: $(VENV)/.farm  ## start the embedded farm and keep it running until Ctrl-C
 
 test: $(VENV)/.dev  ## run all tests, against real servers (ten minutes at most on two cores)
 	$(BIN)/python -m pytest $(ARGS)
+
+chaos: $(VENV)/.dev  ## strike at a farm of real processes for long: CHAOS_JOBS, CHAOS_MINUTES, CHAOS_SEED
+	$(BIN)/python -m pytest tests/chaos -m chaos $(ARGS)
 
 bench-engine: $(VENV)/.dev  ## the engine beside diffusers' own pipeline, on this machine (ten minutes at most on two cores)
 	$(BIN)/python -m benchmarks.engine $(ARGS)

@@ -1,0 +1,76 @@
+"""A TCP proxy in front of the object store, which slows it down or cuts it off."""
+
+import asyncio
+import contextlib
+import threading
+
+LOOPBACK = "127.0.0.1"
+
+
+class Proxy:
+    """Passes connections on to a port of this machine: at once, late, or not to their end."""
+
+    def __init__(self, target: int) -> None:
+        self.delay_seconds = 0.0
+        """How long every piece is held, each way."""
+        self._target = target
+        self._loop = asyncio.new_event_loop()
+        self._ends: set[asyncio.StreamWriter] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
+        self._thread.start()
+        self._server = asyncio.run_coroutine_threadsafe(self._listen(), self._loop).result(10)
+        self.port: int = self._server.sockets[0].getsockname()[1]
+
+    def cut(self) -> None:
+        """Break every connection that is open, whatever is on its way in it."""
+        asyncio.run_coroutine_threadsafe(self._abort(), self._loop).result(10)
+
+    def close(self) -> None:
+        """Break what is open, and pass on no more."""
+        asyncio.run_coroutine_threadsafe(self._shut(), self._loop).result(10)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    async def _listen(self) -> asyncio.Server:
+        return await asyncio.start_server(self._accept, LOOPBACK, 0)
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        self._ends.add(writer)
+        there = None
+        try:
+            from_there, there = await asyncio.open_connection(LOOPBACK, self._target)
+            self._ends.add(there)
+            await asyncio.gather(self._pass(reader, there), self._pass(from_there, writer))
+        except (OSError, asyncio.CancelledError):
+            pass  # it is away, or one side broke off: the other one learns it by the end of its connection
+        finally:
+            for end in filter(None, (writer, there)):
+                end.transport.abort()
+                self._ends.discard(end)
+            self._tasks.discard(task)
+
+    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(2**16):
+            if self.delay_seconds:
+                await asyncio.sleep(self.delay_seconds)
+            writer.write(data)
+            await writer.drain()
+        # Who has said all may still listen; but S3 is spoken with by whole requests.
+        with contextlib.suppress(OSError):
+            writer.close()
+
+    async def _abort(self) -> None:
+        for end in list(self._ends):
+            end.transport.abort()
+
+    async def _shut(self) -> None:
+        self._server.close()
+        await self._abort()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -1,0 +1,376 @@
+"""What must hold of a farm that was under fire, when everybody has stopped: each invariant finds its own breaches."""
+
+import hashlib
+import io
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise, zip_longest
+from typing import Any
+
+import sqlalchemy as sa
+from PIL import Image
+
+from farm.db import Database
+from farm.errors import NotFound
+from farm.schema import AttemptRow, BatchRow, JobCountRow, JobRow
+from farm.spec import RenderSpec
+from farm.states import TRANSITIONS, JobState, Outcome
+from farm.storage import Storage
+from tests.chaos import moves
+from tests.chaos.moves import Move
+from tests.chaos.orders import Journal, Order
+from tests.gated import pixel
+from workers import png
+
+_ENDINGS = frozenset({Outcome.SUCCEEDED, Outcome.FAILED, Outcome.CANCELLED})
+_READERS = 8
+
+KNOWN = frozenset(
+    {
+        # What the farm says of a service that is away.
+        "farm.errors.DatabaseUnavailable",
+        "farm.errors.BrokerUnavailable",
+        "farm.errors.StorageUnavailable",
+    }
+)
+"""What may stand at the end of a traceback in a log: each is a service that was away."""
+
+
+@dataclass(frozen=True)
+class Breach:
+    """Something that must not be, and the job that shows it, if one does."""
+
+    message: str
+    job_id: str | None = None
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Everything that is left to be looked at."""
+
+    batches: Sequence[BatchRow]
+    jobs: Mapping[str, JobRow]
+    attempts: Mapping[str, Sequence[AttemptRow]]
+    counts: Mapping[tuple[str, str], int]
+    moves: Mapping[str, Sequence[Move]]
+    entries: Sequence[Mapping[str, Any]]
+    orders: Callable[[str, int], Order]
+    """The submission of a name and priority."""
+    logs: Mapping[str, str]
+    deaths: Sequence[str]
+    storage: Storage
+    keys: frozenset[str]
+
+    @classmethod
+    def gather(
+        cls,
+        database: Database,
+        storage: Storage,
+        journal: Journal,
+        orders: Callable[[str, int], Order],
+        logs: Mapping[str, str],
+        deaths: Sequence[str],
+    ) -> "Evidence":
+        """All of it as it is now."""
+        attempts: dict[str, list[AttemptRow]] = defaultdict(list)
+        with database.read() as session:
+            batches = session.scalars(sa.select(BatchRow).order_by(BatchRow.created_at)).all()
+            jobs = {job.id: job for job in session.scalars(sa.select(JobRow))}
+            for row in session.scalars(sa.select(AttemptRow).order_by(AttemptRow.job_id, AttemptRow.attempt)):
+                attempts[row.job_id].append(row)
+            counts = {
+                (batch_id, state): n
+                for batch_id, state, n in session.execute(
+                    sa.select(JobCountRow.batch_id, JobCountRow.state, sa.func.sum(JobCountRow.n)).group_by(
+                        JobCountRow.batch_id, JobCountRow.state
+                    )
+                )
+            }
+            session.expunge_all()
+        return cls(
+            batches=batches,
+            jobs=jobs,
+            attempts=attempts,
+            counts=counts,
+            moves=moves.moves(database),
+            entries=journal.read(),
+            orders=orders,
+            logs=logs,
+            deaths=deaths,
+            storage=storage,
+            keys=frozenset(storage.keys()),
+        )
+
+    @property
+    def accepted(self) -> Sequence[BatchRow]:
+        """The batches that are in."""
+        return [batch for batch in self.batches if batch.accepted_at is not None]
+
+    def of(self, batch: BatchRow) -> list[JobRow]:
+        """The jobs of a batch, in order."""
+        return sorted((job for job in self.jobs.values() if job.batch_id == batch.id), key=lambda job: job.index)
+
+    def names(self, what: str) -> set[str]:
+        """The submissions of which the journal says that."""
+        return {entry["name"] for entry in self.entries if entry["what"] == what}
+
+    def story(self, job_id: str) -> str:
+        """All that is known of a job."""
+        job = self.jobs.get(job_id)
+        lines = [f"the story of {job_id}:"]
+        if job is not None:
+            shown = {column.name: getattr(job, column.name) for column in JobRow.__table__.columns}
+            lines.append("  " + ", ".join(f"{name}={value}" for name, value in shown.items() if value is not None))
+        lines += [f"  move     {move}" for move in self.moves.get(job_id, ())]
+        lines += [
+            f"  attempt  {row.attempt} {row.worker} {row.started_at} to {row.ended_at}: {row.outcome} {row.reason}"
+            for row in self.attempts.get(job_id, ())
+        ]
+        told = re.compile(re.escape(job_id) + r"(?!\d)")
+        lines += [
+            f"  {name:8} {line[:300]}"
+            for name, text in self.logs.items()
+            for line in text.splitlines()
+            if told.search(line)
+        ]
+        beginning = None if job is None else f"{job.batch_id}/{job.index:05d}"
+        lines += [f"  object   {key}" for key in sorted(self.keys) if beginning and key.startswith(beginning)]
+        return "\n".join(lines)
+
+
+Check = Callable[[Evidence], Iterator[Breach]]
+
+
+def every_job_has_ended(evidence: Evidence) -> Iterator[Breach]:
+    """Nobody waits for ever."""
+    accepted = {batch.id for batch in evidence.accepted}
+    for job in evidence.jobs.values():
+        if job.batch_id in accepted and not JobState(job.state).terminal:
+            yield Breach(f"{job.id} has not ended, it is {job.state}", job.id)
+
+
+def every_submission_is_in_once_and_whole(evidence: Evidence) -> Iterator[Breach]:
+    """What a client was told that is in is in, once; nothing is in by half, nothing that nobody asked for."""
+    found = Counter(batch.name for batch in evidence.accepted)
+    broken = evidence.names("breaks")
+    for name in evidence.names("has") - set(found):
+        yield Breach(f"{name} was accepted, and is not there")
+    for name in set(found) & broken:
+        yield Breach(f"{name} was broken off halfway, and is there")
+    for name in set(found) - evidence.names("asks") - broken:
+        yield Breach(f"{name} is there, and nobody asked for it")
+    for name, times in found.items():
+        if times > 1:
+            yield Breach(f"{name} is there {times} times")
+    asked = {entry["name"]: entry["priority"] for entry in evidence.entries if entry["what"] == "asks"}
+    for batch in evidence.accepted:
+        if batch.name in asked:
+            wanted = list(evidence.orders(batch.name, asked[batch.name]).specs)
+            jobs = evidence.of(batch)
+            if batch.total != len(wanted) or [job.index for job in jobs] != list(range(1, len(wanted) + 1)):
+                yield Breach(f"{batch.name} has {len(jobs)} of {len(wanted)} jobs, and says {batch.total}")
+            elif [RenderSpec.model_validate(job.spec) for job in jobs] != wanted:
+                yield Breach(f"{batch.name} has other specs than were submitted")
+
+
+def what_is_not_in_never_moves(evidence: Evidence) -> Iterator[Breach]:
+    """A submission that was broken off is nobody's work."""
+    accepted = {batch.id for batch in evidence.accepted}
+    for job in evidence.jobs.values():
+        if job.batch_id not in accepted and (job.state != JobState.PENDING or evidence.moves.get(job.id)):
+            yield Breach(f"{job.id} is {job.state}, and its batch was never accepted", job.id)
+
+
+def what_nobody_cancelled_succeeded(evidence: Evidence) -> Iterator[Breach]:
+    """Whatever died meanwhile: no fault of the farm's is a job's."""
+    cancelled = evidence.names("cancels")
+    for batch in evidence.accepted:
+        for job in evidence.of(batch):
+            fine = job.state == JobState.SUCCEEDED or (job.state == JobState.CANCELLED and batch.name in cancelled)
+            if JobState(job.state).terminal and not fine:
+                yield Breach(f"{job.id} is {job.state}: {job.error}", job.id)
+
+
+def pictures_are_what_sql_says(evidence: Evidence) -> Iterator[Breach]:
+    """Succeeded means there: the bytes, their hash, the size asked for, the seed's colour, the attempt that won."""
+    succeeded = [job for job in evidence.jobs.values() if job.state == JobState.SUCCEEDED]
+    with ThreadPoolExecutor(_READERS) as pool:
+        for job, wrong in zip(succeeded, pool.map(lambda job: _wrong_picture(evidence, job), succeeded), strict=True):
+            if wrong:
+                yield Breach(f"{job.id} succeeded, and {wrong}", job.id)
+
+
+def _wrong_picture(evidence: Evidence, job: JobRow) -> str | None:
+    if not job.image_key or not job.image_key.endswith(f".a{job.attempt}.png"):
+        return f"its picture {job.image_key} is not of attempt {job.attempt}"
+    try:
+        data = evidence.storage.get(job.image_key)
+    except NotFound:
+        return "its picture is not there"
+    if len(data) != job.image_bytes or hashlib.sha256(data).hexdigest() != job.image_sha256:
+        return f"its picture is {len(data)} other bytes than SQL says"
+    spec = RenderSpec.model_validate(job.spec)
+    with Image.open(io.BytesIO(data)) as image:
+        image.load()
+        if image.size != (spec.width, spec.height) or image.size != (job.width, job.height):
+            return f"its picture is {image.size}, not {spec.width, spec.height}"
+        colours = image.getcolors()
+        if colours != [(image.width * image.height, pixel(spec.seed))]:
+            return f"its picture is {colours}, not {pixel(spec.seed)} all over"
+        origin = png.read(image)
+    if (origin["job"], origin["attempt"]) != (job.id, job.attempt):
+        return f"its picture says {origin['job']}, attempt {origin['attempt']}"
+    return None
+
+
+def nothing_else_lies_in_the_bucket(evidence: Evidence) -> Iterator[Breach]:
+    """No picture of an attempt that lost, no checkpoint, no preview."""
+    owned = {job.image_key for job in evidence.jobs.values() if job.state == JobState.SUCCEEDED}
+    owners = {f"{job.batch_id}/{job.index:05d}": job.id for job in evidence.jobs.values()}
+    for key in sorted(evidence.keys - owned):
+        yield Breach(f"{key} lies in the bucket, and is nobody's", owners.get(re.split(r"(?<=/\d{5})", key)[0]))
+
+
+def moves_are_legal_and_in_order(evidence: Evidence) -> Iterator[Breach]:
+    """Each move begins where the last one ended, along an arrow; a claim alone makes an attempt; what ended stays."""
+    for job_id, made in evidence.moves.items():
+        state, attempt = JobState.PENDING, 0
+        for move in made:
+            if (move.was, move.attempt_was) != (state, attempt):
+                yield Breach(f"{job_id}: {move} does not follow {state}, attempt {attempt}", job_id)
+            elif move.now not in TRANSITIONS[move.was]:
+                yield Breach(f"{job_id}: {move} is no move there is", job_id)
+            elif move.attempt - move.attempt_was != (move.now is JobState.RUNNING):
+                yield Breach(f"{job_id}: {move} should count an attempt if, and only if, it is a claim", job_id)
+            state, attempt = move.now, move.attempt
+        if (job := evidence.jobs.get(job_id)) is not None and (job.state, job.attempt) != (state, attempt):
+            yield Breach(f"{job_id} is {job.state}, attempt {job.attempt}, and its moves end elsewhere", job_id)
+
+
+def every_attempt_ended_once(evidence: Evidence) -> Iterator[Breach]:
+    """As many rows as attempts, one after the other in time; at most one ending, the last, and it is the job's."""
+    for job in evidence.jobs.values():
+        rows = evidence.attempts.get(job.id, ())
+        if [row.attempt for row in rows] != list(range(1, job.attempt + 1)):
+            yield Breach(
+                f"{job.id} made {job.attempt} attempts, and has rows of {[row.attempt for row in rows]}", job.id
+            )
+            continue
+        if any(Outcome(row.outcome) in _ENDINGS for row in rows[:-1]):
+            yield Breach(f"{job.id} went on after an attempt that ended it", job.id)
+        if rows and job.state == JobState.SUCCEEDED and rows[-1].outcome != Outcome.SUCCEEDED:
+            yield Breach(f"{job.id} succeeded, and its last attempt says {rows[-1].outcome}", job.id)
+        if job.state != JobState.SUCCEEDED and any(row.outcome == Outcome.SUCCEEDED for row in rows):
+            yield Breach(f"{job.id} is {job.state}, and an attempt succeeded", job.id)
+        for row, following in zip_longest(rows, rows[1:]):
+            if row.started_at is None or row.started_at > row.ended_at:
+                yield Breach(f"{job.id}: attempt {row.attempt} ended before it began", job.id)
+            elif following is not None and following.started_at and following.started_at < row.ended_at:
+                yield Breach(f"{job.id}: attempt {following.attempt} began before {row.attempt} ended", job.id)
+
+
+def times_are_in_order(evidence: Evidence) -> Iterator[Breach]:
+    """Created, accepted, queued, started, finished."""
+    for batch in evidence.accepted:
+        for job in evidence.of(batch):
+            known = {
+                "created": batch.created_at,
+                "accepted": batch.accepted_at,
+                "queued": job.queued_at,
+                # A job that is cancelled in the backlog may have been started by an attempt before it was queued last.
+                "started": job.started_at if job.state == JobState.SUCCEEDED else None,
+                "finished": job.finished_at,
+            }
+            times = [(name, at) for name, at in known.items() if at is not None]
+            for (name, at), (following, later) in pairwise(times):
+                if at > later:
+                    yield Breach(f"{job.id} was {following} {later}, before it was {name} {at}", job.id)
+
+
+def counts_are_what_can_be_counted(evidence: Evidence) -> Iterator[Breach]:
+    """What the triggers keep is what is there."""
+    counted = Counter((job.batch_id, job.state) for job in evidence.jobs.values())
+    for which in counted.keys() | evidence.counts.keys():
+        if counted[which] != evidence.counts.get(which, 0):
+            yield Breach(f"{which}: job_counts says {evidence.counts.get(which, 0)}, there are {counted[which]}")
+
+
+def logs_tell_each_ending_once(evidence: Evidence) -> Iterator[Breach]:
+    """No two workers say that they ended the same job, nor the same attempt."""
+    told = re.compile(r"ended job_id=(\S+) attempt=(\d+) now=(\w+)")
+    attempts, endings = Counter[tuple[str, str]](), Counter[str]()
+    for text in evidence.logs.values():
+        for job_id, attempt, state in told.findall(text):
+            attempts[job_id, attempt] += 1
+            endings[job_id] += JobState(state).terminal
+    for (job_id, attempt), times in attempts.items():
+        if times > 1:
+            yield Breach(f"{job_id}: attempt {attempt} ended {times} times", job_id)
+    for job_id, times in endings.items():
+        if times > 1:
+            yield Breach(f"{job_id} ended {times} times", job_id)
+
+
+def nobody_was_surprised(evidence: Evidence) -> Iterator[Breach]:
+    """No process ended by itself, and no traceback is of anything but a service that was away."""
+    for death in evidence.deaths:
+        yield Breach(death)
+    for name, text in evidence.logs.items():
+        for trace in tracebacks(text):
+            if raised(trace) not in KNOWN:
+                yield Breach(f"{name} was surprised:\n{trace}")
+
+
+def raised(trace: str) -> str:
+    """The class of the exception that a traceback ends with; its message may have lines of its own."""
+    return next(line for line in trace.splitlines()[1:] if line[:1].strip()).partition(":")[0]
+
+
+def tracebacks(text: str) -> Iterator[str]:
+    """The tracebacks in a log, each with its last line; of a chain, the last one, which is what was logged."""
+    trace: list[str] = []
+    chained = False
+    for line in [*text.splitlines(), ""]:
+        if line == "Traceback (most recent call last):":
+            if trace and not chained:
+                yield "\n".join(trace)
+            trace, chained = [line], False
+        elif trace and (line.startswith((" ", "The above exception", "During handling")) or not line):
+            chained = chained or line.startswith(("The above", "During handling"))
+            trace.append(line)
+        elif trace and re.match(r"\d{4}-\d\d-\d\d ", line):
+            yield "\n".join(trace).rstrip()
+            trace = []
+        elif trace:
+            trace.append(line)
+    if trace:
+        yield "\n".join(trace).rstrip()
+
+
+CHECKS: tuple[Check, ...] = (
+    every_job_has_ended,
+    every_submission_is_in_once_and_whole,
+    what_is_not_in_never_moves,
+    what_nobody_cancelled_succeeded,
+    pictures_are_what_sql_says,
+    nothing_else_lies_in_the_bucket,
+    moves_are_legal_and_in_order,
+    every_attempt_ended_once,
+    times_are_in_order,
+    counts_are_what_can_be_counted,
+    logs_tell_each_ending_once,
+    nobody_was_surprised,
+)
+
+
+def breaches(evidence: Evidence, forgiven: Callable[[Breach], bool], most: int = 3) -> Iterator[str]:
+    """What each invariant found, the first few of each, the first with the whole story of its job."""
+    for check in CHECKS:
+        found = [breach for breach in check(evidence) if not forgiven(breach)]
+        for place, breach in enumerate(found[:most]):
+            yield f"{check.__name__} [{place + 1}/{len(found)}]: {breach.message}"
+            if place == 0 and breach.job_id is not None:
+                yield evidence.story(breach.job_id)
