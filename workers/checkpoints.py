@@ -25,16 +25,9 @@ class Family:
 
 _WITHOUT_WEIGHTS = ("scheduler", "tokenizer", "tokenizer_2", "tokenizer_3")
 _LIBRARIES = ("diffusers", "transformers")
-# By the part's name without its number. The libraries' `Auto…` and `…Pipeline` classes would run code that lies beside
-# the weights for whoever says yes when they ask.
-_CLASSES = {
-    "scheduler": r"\w+Scheduler",
-    "tokenizer": r"(CLIP|T5)Tokenizer(Fast)?",
-    "text_encoder": r"CLIPTextModel(WithProjection)?|T5EncoderModel",
-    "unet": r"UNet2DConditionModel",
-    "transformer": r"(SD3|Flux)Transformer2DModel",
-    "vae": r"AutoencoderKL",
-}
+# What a part of any family may be. The libraries' `Auto…` and `…Pipeline` classes would run code that lies beside the
+# weights for whoever says yes when they ask.
+_CLASS = re.compile(r"(?!Auto(?!encoder))\w+(Scheduler|Tokenizer|TokenizerFast|Model|WithProjection)|Autoencoder\w+")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # Exact names leave out the variants beside them (fp16, non_ema): gigabytes nobody would load.
 _WEIGHTS = (
@@ -120,8 +113,7 @@ def _check_part(path: Path, part: str, entry: Any) -> list[Path]:
         raise ModelError(f"{path}/model_index.json names no {part}")
     if entry[0] not in _LIBRARIES:
         raise ModelError(f"{folder}: needs code of its own ({entry[0]}), which the farm never runs")
-    kind = _CLASSES.get(re.sub(r"_\d$", "", part), "")
-    if not re.fullmatch(kind, str(entry[1])):
+    if not _CLASS.fullmatch(str(entry[1])):
         raise ModelError(f"{folder}: can't load a {entry[1]!r} as {part}")
     if not folder.is_dir():
         raise ModelError(f"{folder}: the checkpoint's {part} is missing")
