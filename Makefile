@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 OUT    ?= out/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test chaos bench-engine lint format clean
+.PHONY: help setup demo up test chaos bench-engine bench-queue lint format clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,6 +26,10 @@ chaos: $(VENV)/.dev  ## strike at a farm of real processes for long: CHAOS_JOBS,
 
 bench-engine: $(VENV)/.dev  ## the engine beside diffusers' own pipeline, on this machine (ten minutes at most on two cores)
 	$(BIN)/python -m benchmarks.engine $(ARGS)
+
+bench-queue: $(VENV)/.dev  ## the farm as a queue beside Celery, rq, dramatiq and huey, on this machine
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
+	$(BIN)/python -m benchmarks.queue $(ARGS)
 
 lint: $(VENV)/.dev  ## ruff, mypy, import-linter
 	$(BIN)/ruff check .

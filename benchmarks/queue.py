@@ -1,0 +1,272 @@
+"""The farm as a queue beside other queues: `python -m benchmarks.queue`, one table at the end.
+
+All on one Valkey, one after the other; the farm with its embedded servers and SQLite, where every job is durable before
+it is submitted. Nothing is rendered: the null pipeline draws flat pictures at once.
+"""
+
+import argparse
+import json
+import logging
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import redis
+
+from benchmarks import peers
+from benchmarks.peers import prompt
+from benchmarks.rows import Row
+from benchmarks.table import table, where
+from farm.broker import make_app
+from farm.client import Farm
+from farm.db import Database
+from farm.handles import Job
+from farm.jobs import JobStore
+from farm.local import LocalFarm
+from farm.settings import Settings
+from farm.spec import RenderSpec
+from farm.states import JobState
+
+log = logging.getLogger("benchmarks")
+
+SLOTS = 16
+THREADS = SLOTS + max(2, SLOTS // 2)
+"""Of a worker of the farm, and so of the bare one."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print the table; 1 if a goal was missed."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.queue", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--quick", action="store_true", help="a tenth of the jobs")
+    parser.add_argument("--only", type=int, nargs="+", choices=range(1, 6), default=list(range(1, 6)), metavar="CASE")
+    parser.add_argument("--json", type=Path, help="where to write the rows as JSON")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(format="%(relativeCreated)7d ms  %(message)s", stream=sys.stderr)
+    log.setLevel(logging.INFO)
+    with tempfile.TemporaryDirectory(prefix="farm-benchmark-") as place:
+        farm = LocalFarm(Path(place) / "home", workers=0, dispatcher=False, flower=False)
+        with farm:
+            peers.app.conf.update(make_app(farm.settings).conf.changes)
+            rows = list(Cases(farm.settings, Path(place), 10 if options.quick else 1).run(options.only))
+    rows = [replace(row, number=number) for number, row in enumerate(rows, 1)]
+    command = shlex.join(["python", "-m", "benchmarks.queue", *(arguments or sys.argv[1:])])
+    facts = [f"`{command}`", where()]
+    print(table(rows, facts))
+    if options.json:
+        options.json.write_text(json.dumps({"facts": facts, "rows": [asdict(row) for row in rows]}, indent=1))
+    return int(any(row.met is False for row in rows))
+
+
+class Cases:
+    """What is measured, each case with nothing left of the one before."""
+
+    def __init__(self, settings: Settings, place: Path, part: int) -> None:
+        self._settings = settings
+        self._place = place
+        self._part = part
+        self._started = 0
+
+    def run(self, only: Sequence[int]) -> Iterator[Row]:
+        """The rows of the cases asked for."""
+        for number in only:
+            log.info("case %d", number)
+            case = (self._submitting, self._serving, self._dispatching, self._status, self._killing)[number - 1]
+            for row in case():
+                log.info("   %s: %.2f%s  %s  %s", row.what, row.value, row.unit, row.farm, row.other)
+                yield row
+
+    def _submitting(self) -> Iterator[Row]:
+        count, rounds = 20_000 // self._part, 3
+        ways = peers.ways(self._settings.broker_url)
+        ours: list[float] = []
+        theirs: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(rounds):  # in turns: what else the machine does hits all of them
+            with self._farm() as farm:
+                began = time.perf_counter()
+                farm.submit(prompt(n) for n in range(count))
+                ours.append(time.perf_counter() - began)
+            for name, way in ways.items():
+                self._flush()
+                theirs[name].append(way(count))
+        for name, seconds in theirs.items():
+            ratios = [other / mine for mine, other in zip(ours, seconds, strict=True)]
+            rates = [f"{count / median(each):,.0f} jobs/s" for each in (ours, seconds)]
+            yield Row(
+                0, f"submitting {count:,} jobs, durable in SQL, beside {name}", median(ratios), " x", "", None,
+                (min(ratios), max(ratios)), *rates,
+            )  # fmt: skip
+
+    def _serving(self) -> Iterator[Row]:
+        count = max(1_000, 5_000 // self._part)
+        with self._farm() as farm, ExitStack() as stack:
+            stack.enter_context(self._process("farm", "dispatcher"))
+            stack.enter_context(self._process("workers", "--name", "w1", FARM_MODELS="tiny=null:", FARM_SLOTS=SLOTS))
+            _wait(partial(_alive, farm, "w1"))
+            farm.submit(["warm"] * 50, num_inference_steps=1).wait()
+            began = time.perf_counter()
+            farm.submit((prompt(n) for n in range(count)), num_inference_steps=1).wait()
+            ours = count / (time.perf_counter() - began)
+        self._flush()
+        bare = ("celery", "-A", "benchmarks.peers", "worker", "-P", "threads", "-c", str(THREADS), "-Q", "bench")
+        ways = peers.ways(self._settings.broker_url)
+        with redis.Redis.from_url(self._settings.broker_url) as client, self._process(*bare, "--without-mingle"):
+            ways["Celery, apply_async one by one"](50)
+            _wait(lambda: not client.llen("bench"))
+            began = time.perf_counter()
+            ways["Celery, apply_async one by one"](count)
+            _wait(lambda: not client.llen("bench"))
+            theirs = count / (time.perf_counter() - began)
+        yield Row(
+            0, "jobs through claim, null render, PNG, S3 and finish, beside bare Celery's no-ops", ours / theirs, "",
+            "≥ 0.5", ours / theirs >= 0.5, None, f"{ours:,.0f} jobs/s", f"{theirs:,.0f} jobs/s",
+        )  # fmt: skip
+
+    def _dispatching(self) -> Iterator[Row]:
+        sizes = [size // self._part for size in (1_000, 100_000, 1_000_000)]
+        costs = {}
+        for size in sizes:
+            with self._store() as store:
+                _fill(store, size)
+                costs[size] = _dispatch_cost(store)
+                log.info("   %d in the backlog: %.0f µs a job", size, costs[size] * 1e6)
+        ratio = costs[sizes[-1]] / costs[sizes[0]]
+        told = ", ".join(f"{seconds * 1e6:.0f} µs at {size:,}" for size, seconds in costs.items())
+        yield Row(0, "dispatching a job, by the backlog behind it", ratio, " x", "≤ 1.2", ratio <= 1.2, None, told)
+
+    def _status(self) -> Iterator[Row]:
+        size = 1_000_000 // self._part
+        with self._store() as store:
+            batch_id = _fill(store, size)
+            took = sorted(_timed(lambda: store.batch(batch_id)) for _ in range(50))
+        value = median(took) * 1e3
+        spread = took[0] * 1e3, took[-1] * 1e3
+        yield Row(0, f"status of a batch of {size:,} jobs", value, " ms", "≤ 50", value <= 50, spread)
+
+    def _killing(self) -> Iterator[Row]:
+        lease = self._settings.lease_seconds
+        took = []
+        with self._farm() as farm, self._process("farm", "dispatcher"):
+            slow = {"FARM_MODELS": "tiny=null:?seconds_per_step=0.1", "FARM_SLOTS": 4}
+            for _ in range(3):
+                with self._process("workers", "--name", "first", **slow) as first:
+                    _wait(partial(_alive, farm, "first"))
+                    job = next(farm.submit("red", num_inference_steps=600).jobs())
+                    _wait(partial(_reached, job, JobState.RUNNING, 1))
+                    with self._process("workers", "--name", "second", **slow):
+                        _wait(partial(_alive, farm, "second"))
+                        first.kill()
+                        killed = time.perf_counter()
+                        _wait(partial(_reached, job, JobState.RUNNING, 2))
+                        took.append(time.perf_counter() - killed)
+                        job.cancel()
+        value = max(took)
+        goal = lease + 2
+        yield Row(
+            0, f"from kill -9 of a worker to its job running elsewhere, lease {lease:g} s; the worst of {len(took)}",
+            value, " s", f"≤ {goal:g} s", value <= goal, (min(took), max(took)),
+        )  # fmt: skip
+
+    @contextmanager
+    def _farm(self) -> Iterator[Farm]:
+        """A client, with a new database and an empty Redis."""
+        self._fresh()
+        with Farm(self._settings) as farm:
+            yield farm
+
+    @contextmanager
+    def _store(self) -> Iterator[JobStore]:
+        database = self._fresh()
+        yield JobStore(database, self._settings)
+        database.close()
+
+    def _fresh(self) -> Database:
+        self._flush()
+        self._started += 1
+        url = f"sqlite:///{self._place / f'farm-{self._started}.db'}"
+        self._settings = self._settings.model_copy(update={"database_url": url})
+        database = Database(url)
+        database.migrate()
+        return database
+
+    def _flush(self) -> None:
+        with redis.Redis.from_url(self._settings.broker_url) as client:
+            client.flushall()
+
+    @contextmanager
+    def _process(self, *module: str, **env: object) -> Iterator[subprocess.Popen[bytes]]:
+        """A Python module in a process of its own, which finds this farm; killed at the end."""
+        secret = self._settings.s3_secret_access_key
+        found = {
+            "FARM_DATABASE_URL": self._settings.database_url,
+            "FARM_BROKER_URL": self._settings.broker_url,
+            "FARM_S3_BUCKET": self._settings.s3_bucket,
+            "FARM_S3_ENDPOINT_URL": self._settings.s3_endpoint_url,
+            "FARM_S3_ACCESS_KEY_ID": self._settings.s3_access_key_id,
+            "FARM_S3_SECRET_ACCESS_KEY": secret and secret.get_secret_value(),
+            "FARM_FORWARD_SIZES": self._place / "sizes.json",
+            **env,
+        }
+        self._started += 1
+        with (self._place / f"{self._started}.log").open("wb") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", *module],
+                env={**os.environ, **{name: str(value) for name, value in found.items()}},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.wait()
+
+
+def _fill(store: JobStore, size: int) -> str:
+    return store.submit("large", "me", 50, (RenderSpec(prompt=prompt(n), seed=n) for n in range(size)))
+
+
+def _dispatch_cost(store: JobStore, passes: int = 30, each: int = 2 * SLOTS) -> float:
+    """Seconds a job, the median of passes; what was dispatched is put back and not counted."""
+    took = []
+    for _ in range(passes):
+        began = time.perf_counter()
+        bells = store.enqueue(each)
+        took.append((time.perf_counter() - began) / len(bells))
+        store.unqueue([bell.job_id for bell in bells])
+    return median(took)
+
+
+def _alive(farm: Farm, name: str) -> bool:
+    return any(one.alive and one.name.startswith(name) for one in farm.workers())
+
+
+def _reached(job: Job, state: JobState, attempt: int) -> bool:
+    info = job.refresh().info
+    return (info.state, info.attempt) == (state, attempt)
+
+
+def _timed(what: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    what()
+    return time.perf_counter() - began
+
+
+def _wait(true: Callable[[], bool], seconds: float = 300) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"waited {seconds} s in vain")
+        time.sleep(0.01)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
