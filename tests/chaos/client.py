@@ -1,7 +1,7 @@
 """`python -m tests.chaos.client`: a client that hands in batch after batch, whatever happens to it or to the farm.
 
-Killed and started again, it goes on: of a submission whose answer it did not live to hear, it asks first whether it
-is in. With `--break-off` it stops in the middle of a large submission instead, and waits there to be killed.
+Killed and started again, it goes on: what it did not live to hear the answer to, it hands in once more, under the
+same key. With `--break-off` it stops in the middle of a large submission instead, and waits there to be killed.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from farm.client import Farm
-from farm.errors import NotFound, ServiceUnavailable
+from farm.errors import ServiceUnavailable
 from farm.log import configure
 from farm.spec import RenderSpec
 from tests.chaos.orders import Journal, Order, Scale, order
@@ -23,13 +23,12 @@ _POLL_SECONDS = 0.1
 
 
 def hand_in(farm: Farm, wanted: Order, journal: Journal) -> bool:
-    """Submit an order unless it is in already; False if a service is away, and nobody knows."""
+    """Submit an order, if need be once more: its key is its name. False if a service is away, and nobody knows."""
+    journal.write("asks", wanted.name, priority=wanted.priority)
     try:
-        try:
-            batch = farm.batch(wanted.name)
-        except NotFound:
-            journal.write("asks", wanted.name, priority=wanted.priority)
-            batch = farm.submit(wanted.specs, name=wanted.name, owner=wanted.owner, priority=wanted.priority)
+        batch = farm.submit(
+            wanted.specs, name=wanted.name, owner=wanted.owner, priority=wanted.priority, key=wanted.name
+        )
     except ServiceUnavailable as error:
         journal.write("unsure", wanted.name, why=type(error).__name__)
         return False
@@ -45,7 +44,7 @@ def submit_on(seed: int, scale: Scale, journal: Journal, enough: Path) -> None:
         for number in itertools.count():
             wanted = order(seed, f"order-{number}", scale)
             while wanted.name not in told:
-                # What was asked for and not answered may be in: that is to be found out first.
+                # What was asked for and not answered may be in: it is to be handed in until that is known.
                 if wanted.name not in asked and submitted >= scale.jobs and enough.exists():
                     return
                 if _room(farm, scale):

@@ -34,6 +34,10 @@ KNOWN = frozenset(
         "farm.errors.DatabaseUnavailable",
         "farm.errors.BrokerUnavailable",
         "farm.errors.StorageUnavailable",
+        # What Celery says of Redis.
+        "redis.exceptions.ConnectionError",
+        "redis.exceptions.TimeoutError",
+        "kombu.exceptions.OperationalError",
     }
 )
 """What may stand at the end of a traceback in a log: each is a service that was away."""
