@@ -1,10 +1,11 @@
-"""What a worker leaves in the bucket when it is killed at the one moment when nobody knows of it."""
+"""What a worker that is killed, or comes too late, does to the bucket at the one moment when nobody knows of it."""
 
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from farm.broker import Broker
 from farm.client import Farm
@@ -17,6 +18,11 @@ from farm.spec import RenderSpec
 from farm.states import JobState
 from farm.storage import Storage, checkpoint_key, image_key
 from tests.integration.conftest import Crew, wait_until
+from workers.engine import Engine
+from workers.null import NullPipeline
+from workers.observing import Held, Observer
+from workers.pins import Pins
+from workers.request import Snapshot
 
 pytestmark = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 
@@ -93,3 +99,32 @@ def test_the_picture_of_an_attempt_whose_worker_died_before_its_success_is_delet
             return list(storage.keys()) == [job.picture.key]
 
         wait_until(swept, "nothing but the picture is left", 5)
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=AssertionError,
+    reason="a worker that finds its checkpoint refused deletes it, and with it what SQL says to go on from",
+)
+def test_a_worker_that_lost_its_lease_leaves_the_checkpoint_that_the_next_attempt_goes_on_from(
+    settings: Settings, database: Database, storage: Storage
+) -> None:
+    store = JobStore(database, settings.model_copy(update={"lease_seconds": 0.001}))
+    store.submit("batch", "me", 50, [RenderSpec(prompt="x")])
+    (bell,) = store.enqueue(10)
+    claim = store.claim(bell.job_id, "w1@host")
+    assert claim is not None
+    zombie = Observer(Engine(Pins.of({"tiny": NullPipeline()})), storage, store, settings)
+    held = Held(claim)
+    zombie.checkpoint(held, snapshot(claim.spec))
+    wait_until(lambda: store.expire_leases() == 1, "its lease is lost")
+    zombie.checkpoint(held, snapshot(claim.spec))
+    zombie.close()
+    store.enqueue(10)
+    following = store.claim(bell.job_id, "w2@host")
+    assert following is not None
+    assert following.checkpoint_key in list(storage.keys())
+
+
+def snapshot(spec: RenderSpec) -> Snapshot:
+    return Snapshot(spec, "0" * 64, 1, 1, torch.zeros(1, 3, 8, 8), (), torch.Generator().get_state(), {})
