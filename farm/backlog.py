@@ -77,8 +77,7 @@ class Backlog(JobQueries):
         if not batches:
             return []
         if slots is not None:
-            seconds = min(share.seconds for share in line.shares.values())
-            most = window(slots.get(model, 0), seconds, most)
+            most = window(slots.get(model, 0), most)
         room = most - in_flight.queued_by_model.get(model, 0)
         turns = _turns(session, model, line, room)
         if not turns:

@@ -255,11 +255,10 @@ class Ledger:
         return Corrections(batches, owners)
 
 
-def window(slots: int, seconds: float, most: int) -> int:
-    """How many jobs of a model may lie in Redis, with so many slots of live workers and so long a job.
+def window(slots: int, most: int) -> int:
+    """How many jobs of a model may lie in Redis, with so many slots of live workers.
 
-    Twice the slots, or a second's work where jobs are shorter than half a second: few enough for a small batch that
-    comes in behind a large one to start within seconds, enough for no worker to wait for the next pass.
+    Twice the slots: few enough for a small batch that comes in behind a large one to start within seconds, enough for
+    no worker to wait for the next pass.
     """
-    a_second_of_work = slots / max(seconds, _TINY_SECONDS)
-    return min(most, max(LEAST_WINDOW, 2 * slots, math.ceil(min(a_second_of_work, most))))
+    return min(most, max(LEAST_WINDOW, 2 * slots))
