@@ -20,6 +20,7 @@ from farm.fair import Charge, FairLine, Ledger, Owner, Served, Share, window
 from farm.queries import ACCEPTED, JobQueries, in_state, models_in
 from farm.schema import BatchRow, JobRow, OwnerRow
 from farm.settings import Settings
+from farm.spec import URGENT
 from farm.states import JobState
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,8 @@ class _InFlight:
     """What is queued or running now."""
 
     by_batch: dict[str, int]
-    queued_by_model: dict[str, int]
+    queued_by_kind: dict[tuple[str, bool], int]
+    """By model, and whether they are urgent: these have a window of their own, so that no bulk work is in their way."""
     queued_by_owner: dict[str, int]
 
 
@@ -66,19 +68,27 @@ class Backlog(JobQueries):
                 return []
             in_flight = _in_flight(session)
             for model in models:
-                if in_flight.queued_by_model.get(model, 0) < most:
-                    bells += self._enqueue_model(session, model, most, slots, in_flight)
+                rows = session.execute(in_line(model)).all()
+                for urgent in (True, False):
+                    kind = [row for row in rows if (row.priority >= URGENT) is urgent]
+                    if kind and in_flight.queued_by_kind.get((model, urgent), 0) < most:
+                        bells += self._enqueue_kind(session, model, kind, most, slots, in_flight)
         return bells
 
-    def _enqueue_model(
-        self, session: Session, model: str, most: int, slots: Mapping[str, int] | None, in_flight: _InFlight
+    def _enqueue_kind(
+        self,
+        session: Session,
+        model: str,
+        rows: Sequence[sa.Row[Any]],
+        most: int,
+        slots: Mapping[str, int] | None,
+        in_flight: _InFlight,
     ) -> list[Doorbell]:
-        line, batches = self._line(session, model, in_flight)
-        if not batches:
-            return []
+        line, batches = self._line(session, model, rows, in_flight)
         if slots is not None:
-            most = window(slots.get(model, 0), most)
-        room = most - in_flight.queued_by_model.get(model, 0)
+            seconds = min(share.seconds for share in line.shares.values())
+            most = window(slots.get(model, 0), seconds, most)
+        room = most - in_flight.queued_by_kind.get((model, rows[0].priority >= URGENT), 0)
         turns = _turns(session, model, line, room)
         if not turns:
             return []
@@ -95,8 +105,9 @@ class Backlog(JobQueries):
             if job_id in moved
         ]
 
-    def _line(self, session: Session, model: str, in_flight: _InFlight) -> tuple[FairLine, dict[str, sa.Row[Any]]]:
-        rows = session.execute(in_line(model)).all()
+    def _line(
+        self, session: Session, model: str, rows: Sequence[sa.Row[Any]], in_flight: _InFlight
+    ) -> tuple[FairLine, dict[str, sa.Row[Any]]]:
         owners: dict[str, Owner] = {}
         shares = []
         for row in rows:
@@ -227,15 +238,16 @@ def _in_flight(session: Session) -> _InFlight:
     found = _InFlight({}, {}, {})
     for state in (JobState.QUEUED, JobState.RUNNING):
         rows = session.execute(
-            sa.select(JobRow.model, JobRow.batch_id, BatchRow.owner, sa.func.count())
+            sa.select(JobRow.model, JobRow.batch_id, BatchRow.priority, BatchRow.owner, sa.func.count())
             .join(BatchRow)
             .where(in_state(state))
-            .group_by(JobRow.model, JobRow.batch_id, BatchRow.owner)
+            .group_by(JobRow.model, JobRow.batch_id, BatchRow.priority, BatchRow.owner)
         )
-        for model, batch_id, owner, count in rows:
+        for model, batch_id, priority, owner, count in rows:
             found.by_batch[batch_id] = found.by_batch.get(batch_id, 0) + count
             if state is JobState.QUEUED:
-                found.queued_by_model[model] = found.queued_by_model.get(model, 0) + count
+                kind = model, priority >= URGENT
+                found.queued_by_kind[kind] = found.queued_by_kind.get(kind, 0) + count
                 found.queued_by_owner[owner] = found.queued_by_owner.get(owner, 0) + count
     return found
 

@@ -10,9 +10,9 @@ import torch
 
 from farm.spec import RenderSpec
 from workers.engine import Engine
+from workers.null import NullPipeline, colour
 from workers.pins import Pins
 from workers.pipelines import Pipeline
-from workers.null import NullPipeline, colour
 from workers.request import RenderRequest
 
 SOON = 30.0

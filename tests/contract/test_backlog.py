@@ -174,6 +174,14 @@ def test_the_window_is_what_the_live_workers_of_a_model_need(store: JobStore) ->
     assert len(store.enqueue(40, slots={"tiny": 100})) == 8
 
 
+def test_urgent_jobs_have_a_window_of_their_own(store: JobStore) -> None:
+    store.submit("bulk", "me", 50, some(500))
+    assert len(store.enqueue(5)) == 5
+    urgent = store.submit("urgent", "me", 90, some(7))
+    assert [of_batch(bell.job_id) for bell in store.enqueue(5)] == [urgent] * 5
+    assert store.enqueue(5) == []
+
+
 def plan(database: Database, query: sa.Select[object]) -> str:
     with database.read() as session:
         compiled = query.compile(database.engine, compile_kwargs={"literal_binds": True})

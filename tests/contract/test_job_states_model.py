@@ -288,9 +288,9 @@ class Farm(RuleBasedStateMachine):
         for worker in WORKERS:
             self.lose_a_worker(worker)
         self.lose_messages()
-        for _ in range(2 * len(self.jobs) + 1):
+        for turn in range(2 * len(self.jobs) + 1):
             for bell in self.store.enqueue(6):
-                for worker in WORKERS:
+                for worker in WORKERS[:: -1 if turn % 2 else 1]:  # who avoids it puts it back, and it is not there then
                     if claim := self.store.claim(bell.job_id, worker):
                         assert self.store.succeed(claim, PICTURE)
                         break

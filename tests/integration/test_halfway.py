@@ -14,9 +14,9 @@ from farm.storage import Storage
 from tests.checkpoints import build_checkpoint
 from tests.integration.conftest import Crew, Process, wait_until
 from workers.engine import Engine
+from workers.null import colour
 from workers.pins import Pins
 from workers.pipelines import load
-from workers.null import colour
 from workers.request import RenderRequest
 
 pytestmark = pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
