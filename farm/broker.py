@@ -110,6 +110,7 @@ class Broker:
                 socket_timeout=5,
                 socket_connect_timeout=3,
                 decode_responses=True,
+                encoding_errors="replace",
                 # Once: whoever calls knows better whether and when to try again.
                 retry=Retry(NoBackoff(), 0),
             )
@@ -144,7 +145,8 @@ class Broker:
             pipe = self._redis.pipeline(transaction=False)
             for step in _PRIORITY_STEPS:
                 pipe.lrange(_line(queue_name(model), step), 0, -1)
-            return {json.loads(message)["headers"]["id"] for line in pipe.execute() for message in line}
+            found = {_job_id(message) for line in pipe.execute() for message in line}
+            return {job_id for job_id in found if job_id is not None}
 
     def ping(self) -> None:
         """Raise `BrokerUnavailable` unless Redis answers."""
@@ -162,3 +164,12 @@ class Broker:
             yield
         except (redis.RedisError, OperationalError, ConnectionError, TimeoutError) as error:
             raise BrokerUnavailable(f"Redis at {self._shown} does not answer: {error}") from error
+
+
+def _job_id(message: str) -> str | None:
+    """The job that a message in Redis is about; None if it is none of ours."""
+    try:
+        found = json.loads(message)["headers"]["id"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return found if isinstance(found, str) else None

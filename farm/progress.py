@@ -49,7 +49,9 @@ def bar(description: str, total: int, *, shown: bool = True) -> Iterator[Bar]:
     """A bar while the block runs; an invisible one if not `shown`."""
     console = Console(stderr=True, quiet=not shown)
     with columns(console) as display:
-        yield Bar(display, display.add_task(description, total=total, note=""))
+        # A batch is called what its submitter likes.
+        plain = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in description)
+        yield Bar(display, display.add_task(plain, total=total, note=""))
 
 
 def note(counts: Mapping[JobState, int]) -> str:

@@ -42,6 +42,7 @@ def main() -> None:
 
     app = make_app(settings)
     app.conf.worker_pool = "workers.pool:TaskPool"
+    app.conf.worker_consumer = "workers.arrival:CheckedConsumer"
     app.conf.worker_enable_remote_control = True
     order = HeldFirst(lambda: worker.pins.held, lambda: worker.pins.failures)
     app.conf.broker_transport_options["queue_order_strategy"] = order

@@ -27,7 +27,9 @@ _WITHOUT_WEIGHTS = ("scheduler", "tokenizer", "tokenizer_2", "tokenizer_3")
 _LIBRARIES = ("diffusers", "transformers")
 # What a part of any family may be. The libraries' `Auto…` and `…Pipeline` classes would run code that lies beside the
 # weights for whoever says yes when they ask.
-_CLASS = re.compile(r"(?!Auto(?!encoder))\w+(Scheduler|Tokenizer|TokenizerFast|Model|WithProjection)|Autoencoder\w+")
+_CLASS = re.compile(
+    r"(?!Auto(?!encoder)|\w*Pipeline)(\w+(Scheduler|Tokenizer|TokenizerFast|Model|WithProjection)|Autoencoder\w+)"
+)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # Exact names leave out the variants beside them (fp16, non_ema): gigabytes nobody would load.
 _WEIGHTS = (

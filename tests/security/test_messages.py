@@ -6,14 +6,14 @@ import os
 import pickle
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import redis
 
-from farm.broker import RENDER_TASK, make_app, queue_name
+from farm.broker import RENDER_TASK, Broker, make_app, queue_name
 from farm.client import Farm
 from farm.local import LocalFarm
 from farm.states import JobState
@@ -142,3 +142,30 @@ def test_an_id_can_neither_forge_a_line_of_the_log_nor_steer_a_terminal(line: Li
 @pytest.mark.parametrize("name", ["accept_content", "event_serializer", "task_serializer", "result_serializer"])
 def test_no_app_of_the_farm_writes_or_reads_anything_but_json(whole: LocalFarm, name: str) -> None:
     assert make_app(whole.settings).conf[name] in ("json", ["json"])
+
+
+def tampered(change: Callable[[dict[str, Any]], object]) -> str:
+    """A doorbell with something of it taken away or replaced."""
+    given = json.loads(message())
+    change(given)
+    return json.dumps(given)
+
+
+def test_a_message_of_another_shape_is_put_away_and_ends_no_worker(line: Line) -> None:
+    line.put(
+        tampered(lambda given: given.update(body="%%%%")),
+        tampered(lambda given: given["headers"].pop("id")),
+        tampered(lambda given: given["headers"].update(task=["render"])),
+        tampered(lambda given: given["headers"].update(eta="junk")),
+        tampered(lambda given: given["properties"].pop("correlation_id")),
+        *(message(body=body) for body in (b"[1,2]", b'{"a":1}', b'"x"', b"[" * 100_000, b'[["other-1"],{},{}]')),
+    )
+    assert line.said().count("refused a message") == 10
+
+
+def test_the_dispatcher_passes_over_what_is_no_message(whole: LocalFarm) -> None:
+    with redis.Redis.from_url(whole.settings.broker_url) as client:
+        client.lpush(queue_name("elsewhere"), "5", "[]", "{}", '{"headers": null}', "hello", b"\xff\xfe", message())
+    broker = Broker(whole.settings)
+    assert broker.waiting("elsewhere") == {"nobody-1"}
+    broker.close()
