@@ -73,6 +73,8 @@ class Backlog(JobQueries):
                     kind = [row for row in rows if (row.priority >= URGENT) is urgent]
                     if kind and in_flight.queued_by_kind.get((model, urgent), 0) < most:
                         bells += self._enqueue_kind(session, model, kind, most, slots, in_flight)
+                        if urgent:  # what its owner has just been charged counts
+                            rows = session.execute(in_line(model)).all()
         return bells
 
     def _enqueue_kind(
@@ -86,8 +88,7 @@ class Backlog(JobQueries):
     ) -> list[Doorbell]:
         line, batches = self._line(session, model, rows, in_flight)
         if slots is not None:
-            seconds = min(share.seconds for share in line.shares.values())
-            most = window(slots.get(model, 0), seconds, most)
+            most = window(slots.get(model, 0), most)
         room = most - in_flight.queued_by_kind.get((model, rows[0].priority >= URGENT), 0)
         turns = _turns(session, model, line, room)
         if not turns:

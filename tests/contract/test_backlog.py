@@ -217,3 +217,13 @@ def test_a_job_is_dispatched_once_by_two_dispatchers_at_once(store: JobStore, da
     bells = [*store.enqueue(7), *other.enqueue(14), *store.enqueue(30)]
     assert [bell.job_id for bell in bells] == [f"{batch_id}-{n}" for n in range(1, 21)]
     assert store.batch(batch_id).counts[JobState.QUEUED] == 20
+
+
+def test_what_an_owner_is_charged_for_urgent_jobs_is_not_lost_to_the_ordinary_ones(
+    store: JobStore, database: Database
+) -> None:
+    store.submit("now", "me", 95, some(3))
+    store.submit("later", "me", 50, some(3))
+    assert len(store.enqueue(10)) == 6
+    with database.read() as session:
+        assert session.get_one(OwnerRow, "me").virtual_time == pytest.approx(6.0)
