@@ -57,9 +57,9 @@ class Attempts(Leases):
         return row is not None
 
     def succeed(self, claim: Claim, picture: Picture) -> bool:
-        """Record the picture of a claimed job, and forget its checkpoint, whose object the worker deletes.
+        """Record the picture of a claimed job; False if the claim no longer holds.
 
-        False if the claim no longer holds.
+        What its attempts left beside the picture the worker deletes, or else the dispatcher.
         """
         return self._end(
             claim,
@@ -72,7 +72,6 @@ class Attempts(Leases):
             finished_at=now(),
             lease_until=None,
             error=None,
-            checkpoint_key=None,
             steps_done=claim.spec.num_inference_steps,
             image_key=picture.key,
             image_sha256=picture.sha256,
@@ -98,6 +97,7 @@ class Attempts(Leases):
         back = left["state"] == JobState.PENDING.value
         if error_class is ErrorClass.OUT_OF_MEMORY:
             left["avoid_worker"] = JobRow.worker
+        left["checkpoint_key"] = sa.case((back, ""), else_=left["checkpoint_key"])
         return self._end(
             claim,
             {
@@ -106,7 +106,6 @@ class Attempts(Leases):
                 "reason": error,
             },
             tries=tries,
-            checkpoint_key=sa.case((back, None), else_=JobRow.checkpoint_key),
             not_before=now_plus(sa.literal(self._backoff.seconds(tries))) if again else None,
             **left,
         )

@@ -73,7 +73,7 @@ class Dispatcher:
         return lost
 
     def sweep(self) -> int:
-        """Delete the checkpoints of jobs that have ended from the object store; returns how many.
+        """Delete what jobs that have ended left in the object store beside their pictures; returns of how many.
 
         And from SQL what submissions that were broken off have left. Deleted first, forgotten second: what fails
         between is only done again. Raises `StorageUnavailable`.
@@ -82,9 +82,9 @@ class Dispatcher:
             log.warning("batch_id=%s was never submitted to its end, deleted", batch_id)
             self._store.discard(batch_id)
         swept = 0
-        while stale := self._store.stale_checkpoints(_SWEEP_CHUNK):
-            self._storage.delete_many(key for _, key in stale)
-            self._store.forget_checkpoints([job_id for job_id, _ in stale])
+        while stale := self._store.leftovers(_SWEEP_CHUNK):
+            self._storage.delete_many(key for _, keys in stale for key in keys)
+            self._store.forget_leftovers([job_id for job_id, _ in stale])
             swept += len(stale)
         return swept
 
@@ -128,5 +128,5 @@ class Dispatcher:
                     self.sweep()
                 pause = _SWEEP_SECONDS
             except ServiceUnavailable as error:
-                log.warning("can't sweep checkpoints, trying again in %.0f s: %s", _SWEEP_OUTAGE_SECONDS, error)
+                log.warning("can't sweep, trying again in %.0f s: %s", _SWEEP_OUTAGE_SECONDS, error)
                 pause = _SWEEP_OUTAGE_SECONDS

@@ -49,7 +49,7 @@ class JobStore(Submissions, Backlog, Steering):
             ).all()
         return len(moved)
 
-    def forget_checkpoints(self, job_ids: Sequence[str]) -> None:
-        """Record that the checkpoints of these jobs, which have ended, are deleted."""
+    def forget_leftovers(self, job_ids: Sequence[str]) -> None:
+        """Record that what these jobs, which have ended, left beside their pictures is deleted."""
         with self._db.write() as session:
             session.execute(sa.update(JobRow).where(*STALE, JobRow.id.in_(job_ids)).values(checkpoint_key=None))

@@ -103,7 +103,7 @@ class Leases(JobQueries):
                 index=row.place,
                 total=batch.total,
                 priority=row.priority,
-                checkpoint_key=row.checkpoint_key,
+                checkpoint_key=row.checkpoint_key or None,
                 tries=row.tries,
             )
         log.info("claimed job_id=%s attempt=%d worker=%s", job_id, claim.attempt, worker)
@@ -280,5 +280,6 @@ def leave_running(state: sa.ColumnElement[str], error: Any) -> dict[str, Any]:
         "lease_until": None,
         "queued_at": None,
         "steps_done": 0,
+        "checkpoint_key": sa.func.coalesce(JobRow.checkpoint_key, ""),
         "finished_at": sa.case((state == JobState.PENDING.value, None), else_=now()),
     }

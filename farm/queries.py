@@ -1,6 +1,7 @@
 """`JobQueries`: what can be asked about batches, jobs and workers; nothing here changes any."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
@@ -11,9 +12,10 @@ from farm.records import BatchStatus, JobInfo, WorkerInfo, job_info
 from farm.schema import BatchRow, JobCountRow, JobRow, WorkerRow
 from farm.settings import Settings
 from farm.states import ACTIVE, JobState
+from farm.storage import checkpoint_key, image_key, preview_key, trajectory_keys
 
 STALE = (JobRow.checkpoint_key.is_not(None), JobRow.finished_at.is_not(None))
-"""That a job has ended and left a checkpoint."""
+"""That a job has ended and may have left objects beside its picture."""
 
 ACCEPTED = BatchRow.accepted_at.is_not(None)
 """That a batch is there as a whole: until then nobody but its writer sees it."""
@@ -174,16 +176,24 @@ class JobQueries:
         with self._db.read() as session:
             return list(session.scalars(sa.select(JobRow.id).where(in_state(JobState.QUEUED), JobRow.model == model)))
 
-    def stale_checkpoints(self, limit: int = 100) -> list[tuple[str, str]]:
-        """Id and checkpoint key of jobs that ended and left one, those that ended first before the others."""
+    def leftovers(self, limit: int = 100) -> list[tuple[str, list[str]]]:
+        """Jobs that ended and may have left objects beside their picture, and the keys of these, first ended first.
+
+        Whichever of its attempts was lost can have left its state, a preview, or a picture that nobody recorded.
+        """
+        columns = JobRow.id, JobRow.batch_id, JobRow.index.label("place"), JobRow.attempt, JobRow.spec, JobRow.image_key
         with self._db.read() as session:
-            return [
-                (job_id, key)
-                for job_id, key in session.execute(
-                    sa.select(JobRow.id, JobRow.checkpoint_key).where(*STALE).order_by(JobRow.finished_at).limit(limit)
-                )
-                if key
-            ]
+            rows = session.execute(sa.select(*columns).where(*STALE).order_by(JobRow.finished_at).limit(limit)).all()
+        return [(row.id, list(_beside_the_picture(row))) for row in rows]
+
+
+def _beside_the_picture(job: sa.Row[Any]) -> Iterator[str]:
+    for attempt in range(1, job.attempt + 1):
+        yield checkpoint_key(job.batch_id, job.place, attempt)
+        yield preview_key(job.batch_id, job.place, attempt)
+        picture = image_key(job.batch_id, job.place, attempt, job.spec["prompt"])
+        if picture != job.image_key:
+            yield from (picture, *trajectory_keys(picture))
 
 
 def in_state(state: JobState) -> sa.ColumnElement[bool]:

@@ -138,8 +138,8 @@ class JobRow(Base):
     seconds_per_step: Mapped[float | None]
     """Measured by its worker, the latest."""
     checkpoint_key: Mapped[str | None] = mapped_column(sa.String(400))
-    """The object from which an attempt after a lost lease or a hand-back goes on; of a job that has ended, one
-    to be deleted."""
+    """The object from which an attempt after a lost lease or a hand-back goes on; empty if there is none, but an
+    attempt has ended without a picture. While a job that has ended has one, what its attempts left is to be deleted."""
     preview_until: Mapped[datetime | None]
     """Until then somebody watches it, and its worker shows how it gets on."""
     preview_vae: Mapped[bool] = mapped_column(default=False, server_default=sa.false())

@@ -116,8 +116,8 @@ class Steering(Attempts):
                 error=None,
                 not_before=None,
                 avoid_worker=None,
-                # Its object may be on its way out; what is left of it goes when the job has succeeded.
-                checkpoint_key=None,
+                # Its object may be on its way out; what is left of it goes when the job has ended again.
+                checkpoint_key="",
                 finished_at=None,
             )
         log.info("to be tried anew %s jobs=%d", which, count)

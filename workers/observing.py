@@ -105,10 +105,10 @@ class Observer:
         key = checkpoint_key(claim.batch_id, claim.index, claim.attempt)
         if self._put(held, key, state.pack(snapshot), "application/octet-stream"):
             try:
-                is_ours = self._store.checkpointed(claim, key)
-                outdated = claim.checkpoint_key if is_ours else key
-                if outdated is not None:
-                    self._storage.delete(outdated)
+                if not self._store.checkpointed(claim, key):
+                    return  # the next attempt may go on from what lies there; all of it is swept in the end
+                if claim.checkpoint_key is not None:
+                    self._storage.delete(claim.checkpoint_key)
             except FarmError as error:
                 log.warning("can't record the checkpoint of job_id=%s: %s", claim.job_id, error)
             else:

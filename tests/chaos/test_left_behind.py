@@ -48,11 +48,6 @@ def crew(settings: Settings, tmp_path: Path) -> Iterator[Crew]:
     crew.end()
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="`succeed` forgets the checkpoint's key before its object is deleted; what is left then, no sweep finds",
-)
 def test_the_checkpoint_of_a_job_whose_worker_died_after_its_success_is_swept(
     settings: Settings, database: Database, storage: Storage, dispatcher: Dispatcher
 ) -> None:
@@ -73,11 +68,6 @@ def test_the_checkpoint_of_a_job_whose_worker_died_after_its_success_is_swept(
     assert list(storage.keys()) == [key]
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="a picture that was uploaded by an attempt that then was lost is deleted by nobody",
-)
 def test_the_picture_of_an_attempt_whose_worker_died_before_its_success_is_deleted(
     crew: Crew, database: Database, storage: Storage, dispatcher: Dispatcher
 ) -> None:
@@ -101,11 +91,6 @@ def test_the_picture_of_an_attempt_whose_worker_died_before_its_success_is_delet
         wait_until(swept, "nothing but the picture is left", 5)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="a worker that finds its checkpoint refused deletes it, and with it what SQL says to go on from",
-)
 def test_a_worker_that_lost_its_lease_leaves_the_checkpoint_that_the_next_attempt_goes_on_from(
     settings: Settings, database: Database, storage: Storage
 ) -> None:

@@ -73,7 +73,7 @@ class Quiet:
     def found(self) -> set[str]:
         """Which checks tell of a breach."""
         evidence = verify.Evidence.gather(self.db, self.storage, self.journal, self.ordered, self.logs, self.deaths)
-        told = list(verify.breaches(evidence, lambda _: False))
+        told = list(verify.breaches(evidence))
         return {text.partition(" [")[0] for text in told if not text.startswith("the story of")}
 
     def ordered(self, name: str, priority: int) -> Order:

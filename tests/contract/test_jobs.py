@@ -14,6 +14,7 @@ from farm.schema import JobRow
 from farm.settings import Settings
 from farm.spec import RenderSpec
 from farm.states import TRANSITIONS, JobState
+from farm.storage import checkpoint_key, image_key, trajectory_keys
 
 PICTURE = Picture("b/1.png", "f" * 64, 123, 64, 64, "e" * 64, 1.5, ("cut at 77 tokens",))
 WORKER = WorkerInfo("w1@host", "cpu", "float32", 8, "0", ({"name": "tiny", "sha256": "e" * 64},))
@@ -285,7 +286,7 @@ def test_an_attempt_after_a_lost_worker_goes_on_from_the_checkpoint(
         store.expire_leases()
     following = again(store, claim)
     assert (following.attempt, following.checkpoint_key) == (2, "b/1.a1.checkpoint.safetensors")
-    assert store.stale_checkpoints() == []
+    assert store.leftovers() == []
 
 
 def test_a_try_after_an_error_starts_afresh(store: JobStore) -> None:
@@ -305,17 +306,29 @@ def test_only_the_current_attempt_leaves_a_checkpoint(store: JobStore) -> None:
     assert again(store, claim).checkpoint_key is None
 
 
-def test_a_job_that_succeeded_leaves_no_checkpoint_to_sweep(store: JobStore) -> None:
+def test_a_job_that_succeeded_at_once_leaves_nothing_to_sweep(store: JobStore) -> None:
     (claim,) = claimed(store)
-    store.checkpointed(claim, "b/1.a1.checkpoint.safetensors")
     store.succeed(claim, PICTURE)
-    assert store.stale_checkpoints() == []
+    assert store.leftovers() == []
+
+
+def test_a_job_that_succeeded_later_leaves_what_its_attempts_wrote_but_not_its_picture(store: JobStore) -> None:
+    (lost,) = claimed(store)
+    store.hand_back(lost)
+    claim = again(store, lost)
+    key = image_key(claim.batch_id, claim.index, 2, claim.spec.prompt)
+    store.succeed(claim, replace(PICTURE, key=key))
+    ((job_id, keys),) = store.leftovers()
+    assert job_id == claim.job_id
+    lost_picture = image_key(claim.batch_id, claim.index, 1, claim.spec.prompt)
+    assert {checkpoint_key(claim.batch_id, claim.index, attempt) for attempt in (1, 2)} < set(keys)
+    assert {lost_picture, *trajectory_keys(lost_picture)} < set(keys)
+    assert key not in keys
+    assert not set(trajectory_keys(key)) & set(keys)
 
 
 @pytest.mark.parametrize("how", ["fail", "fail_cancelled", "stop", "cancel_waiting", "set_aside"])
-def test_a_job_that_ends_otherwise_leaves_its_checkpoint_to_the_sweep(
-    store: JobStore, lapse: Callable[[], None], how: str
-) -> None:
+def test_a_job_that_ends_otherwise_is_swept_once(store: JobStore, lapse: Callable[[], None], how: str) -> None:
     (claim,) = claimed(store)
     store.checkpointed(claim, "b/1.a1.checkpoint.safetensors")
     if how == "fail":
@@ -336,17 +349,19 @@ def test_a_job_that_ends_otherwise_leaves_its_checkpoint_to_the_sweep(
             for bell in store.enqueue(1):
                 store.claim(bell.job_id, "w1@host")
     assert state(store, claim).terminal
-    assert store.stale_checkpoints() == [(claim.job_id, "b/1.a1.checkpoint.safetensors")]
-    store.forget_checkpoints([claim.job_id])
-    assert store.stale_checkpoints() == []
+    ((job_id, keys),) = store.leftovers()
+    assert job_id == claim.job_id
+    assert checkpoint_key(claim.batch_id, claim.index, 1) in keys
+    store.forget_leftovers([claim.job_id])
+    assert store.leftovers() == []
 
 
 def test_a_checkpoint_that_is_still_needed_is_never_forgotten(store: JobStore) -> None:
     (claim,) = claimed(store)
     store.checkpointed(claim, "b/1.a1.checkpoint.safetensors")
-    store.forget_checkpoints([claim.job_id])
+    store.forget_leftovers([claim.job_id])
     store.hand_back(claim)
-    store.forget_checkpoints([claim.job_id])
+    store.forget_leftovers([claim.job_id])
     assert again(store, claim).checkpoint_key == "b/1.a1.checkpoint.safetensors"
 
 

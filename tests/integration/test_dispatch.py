@@ -141,7 +141,7 @@ def test_an_object_store_that_is_away_holds_up_no_job(settings: Settings, databa
     wait_until(lambda: store.queued("tiny") == [f"{batch_id}-1"], "the job is queued", seconds=40)  # S3 hangs for sixty
     stop.set()
     standing.join()
-    assert store.stale_checkpoints()
+    assert store.leftovers()
     silent.close()
     storage.close()
     away.close()
