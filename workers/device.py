@@ -1,6 +1,7 @@
 """Where to render, in which precision, and what runs beside the engine's thread."""
 
 import ctypes
+import gc
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -64,6 +65,13 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL("libc.so.6")
         for parameter, value in ((_M_MMAP_THRESHOLD, 2**30), (_M_TRIM_THRESHOLD, 2**30), (_M_TOP_PAD, 2**28)):
             libc.mallopt(parameter, value)
+
+
+def free_memory() -> None:
+    """Give back to the device what a pipeline left: its parts refer to each other, so that counting does not do."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 class Side:

@@ -245,8 +245,6 @@ class Engine:
                 self._end(render, ending(_state(render)))
         return True
 
-    # --- the loop
-
     def _loop(self) -> None:
         use_threads(self._threads)  # those beside the loop take one each, and new threads would too
         while not self._stopping and self.failed is None:

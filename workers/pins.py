@@ -1,6 +1,5 @@
 """Which models are loaded, within a memory budget."""
 
-import gc
 import logging
 import math
 import threading
@@ -16,6 +15,7 @@ from typing import Self
 import torch
 
 from farm.errors import FarmError, ModelError, ModelUnavailable
+from workers.device import free_memory
 from workers.pipelines import Pipeline
 
 log = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ class Pins:
             with suppress(ModelError):
                 if not self._bring(name, evict=False):
                     log.info("no room for model=%s beside %s: left until it is used", name, ",".join(self.held))
-                    _free_memory()
+                    free_memory()
         if not self._held:
             raise ModelError("\n".join(f"model {name!r}: {why}" for name, why in self.failures.items()))
 
@@ -177,7 +177,7 @@ class Pins:
             refused_seconds = min(self._retry_seconds, _PASSING_SECONDS) if passes else self._retry_seconds
             with self._changed:
                 self._failures[name] = why, kind, time.monotonic() + refused_seconds
-            _free_memory()
+            free_memory()
             log.warning("can't pin model=%s: %s", name, why, exc_info=not isinstance(error, FarmError))
             raise kind(f"model {name!r}: {why}") from error
 
@@ -239,13 +239,6 @@ class Pins:
                 return False
             del self._held[name]
             self.evictions += 1
-        _free_memory()
+        free_memory()
         log.info("unpinned model=%s bytes=%d", name, self._sizes[name])
         return True
-
-
-def _free_memory() -> None:
-    """Give back to the device what a pipeline left: its parts refer to each other, so that counting does not do."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
