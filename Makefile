@@ -19,7 +19,7 @@ up: $(VENV)/.farm  ## start the embedded farm and keep it running until Ctrl-C
 	@$(BIN)/farm up
 
 test: $(VENV)/.dev  ## run all tests, against real servers (ten minutes at most on two cores)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 chaos: $(VENV)/.dev  ## strike at a farm of real processes for long: CHAOS_JOBS, CHAOS_MINUTES, CHAOS_SEED
 	$(BIN)/python -m pytest tests/chaos -m chaos $(ARGS)
