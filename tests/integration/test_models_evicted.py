@@ -28,6 +28,7 @@ def test_jobs_of_models_that_do_not_fit_together_are_rendered_with_few_reloads(
     checkpoint = build_checkpoint(tmp_path / "checkpoint")
     listed = ",".join(f"{model}={checkpoint}" for model in MODELS)
     # Two of them would take twice its weights.
+    crew.dispatcher()
     worker = crew.worker("w1", listed, slots=4, FARM_MEMORY_BUDGET=weights_bytes(str(checkpoint)) * 3 // 2)
     mixed = [{"prompt": f"{model} {n}", "model": model} for n in range(JOBS_EACH) for model in MODELS]
     batch = farm.submit(mixed, num_inference_steps=2, width=64, height=64)
