@@ -62,17 +62,22 @@ def bucket_maker(embedded: Settings) -> Iterator[Storage]:
 
 
 @pytest.fixture
-def s3(embedded: Settings, bucket_maker: Storage) -> Mapping[str, str | None]:
-    """The S3 fields of `Settings`, with a bucket made for this test."""
+def s3(embedded: Settings, bucket_maker: Storage) -> Iterator[Mapping[str, str | None]]:
+    """The S3 fields of `Settings`, with a bucket made for this test.
+
+    It is deleted afterwards: SeaweedFS keeps a volume for each bucket, and has one for each GiB that the disk has free.
+    """
     bucket_maker.bucket = f"test-{uuid.uuid4().hex[:12]}"
     bucket_maker.ensure_bucket()
     secret = embedded.s3_secret_access_key
-    return {
+    yield {
         "s3_bucket": bucket_maker.bucket,
         "s3_endpoint_url": embedded.s3_endpoint_url,
         "s3_access_key_id": embedded.s3_access_key_id,
         "s3_secret_access_key": secret.get_secret_value() if secret else None,
     }
+    bucket_maker.delete_many(bucket_maker.keys())
+    bucket_maker._s3.delete_bucket(Bucket=bucket_maker.bucket)
 
 
 @pytest.fixture(scope="session")

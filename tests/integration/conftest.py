@@ -106,10 +106,12 @@ class Crew:
         return self._started[-1]
 
     def end(self) -> None:
-        """Kill what still runs."""
+        """Kill what still runs, and print what each said last: pytest shows it where a test has failed."""
         for process in self._started:
             if process.popen.poll() is None:
                 process.kill()
+            said = process.log.read_text(errors="replace").splitlines()
+            print(f"--- {process.log.name}", *said[-60:], sep="\n")
 
 
 @pytest.fixture

@@ -2,11 +2,13 @@
 
 import json
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import redis
 from celery.contrib.testing.worker import start_worker
+from celery.signals import setup_logging
 
 from farm.broker import RENDER_TASK, Broker, Doorbell, make_app, priority_step, queue_name
 from farm.settings import Settings
@@ -15,6 +17,18 @@ from farm.settings import Settings
 @pytest.fixture
 def settings(valkey: str) -> Settings:
     return Settings.load(database_url="sqlite://", broker_url=valkey, s3_bucket="farm")
+
+
+@pytest.fixture
+def logging_left_alone() -> Iterator[None]:
+    """Celery sets up the whole process's logging otherwise, for the tests that come after too."""
+
+    def leave(**_: object) -> None:
+        pass
+
+    setup_logging.connect(leave)
+    yield
+    setup_logging.disconnect(leave)
 
 
 BELLS = [
@@ -69,6 +83,7 @@ def test_messages_of_a_queue_are_taken_in_the_order_they_were_published(settings
     broker.close()
 
 
+@pytest.mark.usefixtures("logging_left_alone")
 def test_a_celery_worker_runs_them(settings: Settings) -> None:
     app = make_app(settings)
     ran: list[tuple[str, str, str]] = []
