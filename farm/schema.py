@@ -78,6 +78,8 @@ class BatchRow(Base):
     """Device seconds served by weight, for the fair share."""
     reuse: Mapped[bool] = mapped_column(default=True, server_default=sa.true())
     """Whether a picture that another job of the same work has may serve."""
+    ended_at: Mapped[datetime | None]
+    """When its last job ended: noted once its manifest says so, and void again when one of its jobs is tried anew."""
     deleted_at: Mapped[datetime | None]
     """When it was given up; its rows go when its objects are deleted."""
 
@@ -85,6 +87,14 @@ class BatchRow(Base):
         sa.Index("ix_batches_created_at", "created_at"),
         sa.Index("ix_batches_name_created_at", "name", "created_at"),
         sa.Index("ix_batches_owner_key", "owner", "key", unique=True, **_where("key IS NOT NULL")),
+        # Which may have ended since somebody last looked, which ended long ago, and which are on their way out.
+        sa.Index(
+            "ix_batches_open",
+            "accepted_at",
+            **_where("accepted_at IS NOT NULL AND ended_at IS NULL AND deleted_at IS NULL"),
+        ),
+        sa.Index("ix_batches_ended_at", "ended_at", **_where("ended_at IS NOT NULL AND deleted_at IS NULL")),
+        sa.Index("ix_batches_deleted_at", "deleted_at", **_where("deleted_at IS NOT NULL")),
     )
 
 
@@ -171,6 +181,7 @@ class JobRow(Base):
         # How far a batch is, and what ended since somebody last looked.
         sa.Index("ix_jobs_batch_id_state", "batch_id", "state"),
         sa.Index("ix_jobs_batch_id_finished_at", "batch_id", "finished_at"),
+        sa.Index("ix_jobs_wrong", "batch_id", "index", **_where("error IS NOT NULL")),
         # The dispatcher's three questions, each over few rows: what is next, what is in Redis, whose lease ran out.
         sa.Index("ix_jobs_backlog", "model", "batch_id", "index", **_where("state = 'pending'")),
         sa.Index("ix_jobs_queued", "model", "queued_at", **_where("state = 'queued'")),
