@@ -6,7 +6,7 @@ import time
 from contextlib import suppress
 
 from farm.broker import Broker
-from farm.errors import BrokerUnavailable, ServiceUnavailable
+from farm.errors import BrokerUnavailable, DatabaseUnavailable, ServiceUnavailable
 from farm.jobs import JobStore
 from farm.leadership import RENEW_SECONDS, Leadership
 from farm.settings import Settings
@@ -35,6 +35,7 @@ class Dispatcher:
         self._storage = storage
         self._window = settings.window
         self._beat_seconds = settings.beat_seconds
+        self._lease_seconds = settings.lease_seconds
         self._grace_seconds = settings.lease_seconds / 2
         self._missed_since: dict[str, float] = {}
 
@@ -97,13 +98,21 @@ class Dispatcher:
         log.info("dispatching, window %d", self._window)
         recover_seconds = self._beat_seconds / 2
         since_recovery, away = recover_seconds, ""
+        # While the database is away, workers can't renew their leases. They get the time to, before any job is taken
+        # from them: what they have finished meanwhile is not rendered again.
+        after_outage = recover_seconds - self._lease_seconds
         while not stop.is_set():
+            began = time.monotonic()
             try:
                 # Here and not in a thread of its own: who hangs in a pass leads no longer.
                 if not leadership.keep():
                     stop.wait(RENEW_SECONDS)
                     continue
+                if away:
+                    self._broker.ping()  # rather than move a window of jobs there and back every second
                 moved = self.fill()
+                if time.monotonic() - began > self._grace_seconds:  # the database hung, and has come back
+                    since_recovery = after_outage
                 if since_recovery >= recover_seconds:
                     since_recovery = 0.0
                     moved += self.recover()
@@ -114,6 +123,8 @@ class Dispatcher:
                 if type(error).__name__ != away:
                     log.error("%s; trying again every second", error)
                 pause, away = _OUTAGE_SECONDS, type(error).__name__
+                if isinstance(error, DatabaseUnavailable):
+                    since_recovery = after_outage
             since_recovery += pause
             stop.wait(pause)
         with suppress(ServiceUnavailable):

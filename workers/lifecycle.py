@@ -168,6 +168,8 @@ class Worker:
         if claim is None:
             return None
         held = Held(claim, renewed=asked)
+        if time.monotonic() - asked > self.settings.beat_seconds:
+            self._beat([held])  # the database hung, and the lease may be much younger than the question
         with self._lock:
             self._held[job_id] = held
         return held

@@ -148,10 +148,15 @@ class Standing:
 
 
 class ChaosFarm:
-    """Valkey, SeaweedFS behind a proxy, SQLite or PostgreSQL, two dispatchers, three workers, a client."""
+    """Valkey, SeaweedFS behind a proxy, SQLite or PostgreSQL, two dispatchers, three workers, a client.
 
-    def __init__(self, folder: Path, kind: str, seed: int, scale: Scale, *, loud: bool = False) -> None:
-        self.kind, self.seed, self.scale = kind, seed, scale
+    Or a `small` one, with one of each and nobody who submits by himself.
+    """
+
+    def __init__(
+        self, folder: Path, kind: str, seed: int, scale: Scale, *, loud: bool = False, small: bool = False
+    ) -> None:
+        self.kind, self.seed, self.scale, self._small = kind, seed, scale, small
         self._loud = loud
         self.home = Home(folder / "home")
         self.journal = Journal(folder / "journal.jsonl")
@@ -216,16 +221,17 @@ class ChaosFarm:
         self.wait_until(lambda: self.redis.answers() and self.s3.answers(), "Redis and S3 answer")
 
     def _start_users(self) -> None:
-        self.dispatchers = [self._stand(self._program(f"d{n}", "farm", "dispatcher")) for n in range(DISPATCHERS)]
-        self.workers = [self._stand(self._program(f"w{n}", "workers", "--name", f"w{n}")) for n in range(WORKERS)]
+        dispatchers, workers = (1, 1) if self._small else (DISPATCHERS, WORKERS)
+        self.dispatchers = [self._stand(self._program(f"d{n}", "farm", "dispatcher")) for n in range(dispatchers)]
+        self.workers = [self._stand(self._program(f"w{n}", "workers", "--name", f"w{n}")) for n in range(workers)]
         client = self._client("--scale", self.scale.dumps(), "--enough", str(self._enough))
         self.client = self._stand(client, to_its_end=True)
-        for user in (*self.dispatchers, *self.workers, self.client):
+        for user in (*self.dispatchers, *self.workers, *(() if self._small else (self.client,))):
             user.start()
         self.farm = Farm(self.settings)
         self._undo.callback(self.farm.close)
         self.wait_until(
-            lambda: sum(worker.alive for worker in self.store.workers()) == WORKERS, f"{WORKERS} workers are there"
+            lambda: sum(worker.alive for worker in self.store.workers()) == workers, f"{workers} workers are there"
         )
 
     def _stand(self, part: Part, *, to_its_end: bool = False) -> Standing:

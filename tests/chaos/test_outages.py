@@ -1,0 +1,131 @@
+"""Redis, SQL or S3 away for a while: pictures are kept, jobs go on, clients learn it, and nobody spins meanwhile."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import psutil
+import pytest
+import sqlalchemy as sa
+
+from farm.handles import Batch
+from farm.schema import BatchRow
+from farm.states import JobState
+from tests.chaos.farm import LEASE_SECONDS, ROOT, SLOTS, ChaosFarm, Standing
+from tests.chaos.moves import moves
+from tests.chaos.orders import Scale
+from tests.chaos.test_chaos import sweep
+from tests.integration.conftest import environment
+
+SCALE = Scale(jobs=0, batch=(1, 1), steps=(1, 1), seconds_per_step=0.02, backlog=0)
+SHORT_STEPS, LONG_STEPS = 20, 300
+"""Of jobs that are denoised before their lease ends, renewed or not, and of one that is not."""
+JOBS = 24
+REST_SECONDS = 3.0
+"""How long after a service went away everybody does nothing but wait for it."""
+
+
+@contextmanager
+def sql_away(farm: ChaosFarm) -> Iterator[None]:
+    if farm.postgres is not None:
+        farm.postgres.crash()
+        try:
+            yield
+        finally:
+            farm.postgres.start()
+        return
+    with farm.db.write() as session:  # nobody can stop SQLite; but hold its one lock to write
+        session.execute(sa.text("SELECT 1"))
+        yield
+
+
+Away = Callable[[ChaosFarm], AbstractContextManager[None]]
+AWAY: dict[str, Away] = {"Redis": lambda farm: farm.redis.away(), "S3": lambda farm: farm.s3.away(), "SQL": sql_away}
+
+
+@pytest.fixture(scope="module", params=["postgresql", pytest.param("sqlite", marks=pytest.mark.chaos)])
+def farm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ChaosFarm]:
+    with ChaosFarm(tmp_path_factory.mktemp("outages"), request.param, 0, SCALE, small=True) as farm:
+        yield farm
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("seconds", [3 * LEASE_SECONDS, pytest.param(60.0, marks=pytest.mark.chaos)])
+@pytest.mark.parametrize("service", AWAY)
+def test_a_service_that_is_away_costs_time_and_nothing_else(farm: ChaosFarm, service: str, seconds: float) -> None:
+    long = farm.farm.submit(["long"], num_inference_steps=LONG_STEPS, name=f"long without {service}")
+    farm.wait_until(lambda: running(long) == 1, "the long one is rendered")
+    batch = farm.farm.submit(["x"] * JOBS, num_inference_steps=SHORT_STEPS, name=f"without {service}")
+    farm.wait_until(lambda: running(batch) >= SLOTS - 1, "others are rendered beside it")
+    key = f"{service}, {seconds:g} s"
+
+    with AWAY[service](farm):
+        began = time.monotonic()
+        refused = handed_in(farm, key)
+        farm.hold(REST_SECONDS - (time.monotonic() - began))
+        waiting = [Spent(one) for one in (*farm.workers, *farm.dispatchers)]
+        farm.hold(seconds - (time.monotonic() - began))
+        for one in waiting:
+            one.check()
+    assert (refused.returncode, refused.stdout, len(refused.stderr.splitlines())) == (3, "", 1), refused
+    assert refused.stderr.startswith("farm: ")
+
+    for _ in range(2):
+        farm.wait_until(lambda: handed_in(farm, key).returncode == 0, "it can be handed in again")
+    with farm.db.read() as session:
+        (again,) = session.scalars(sa.select(BatchRow.id).where(BatchRow.key == key))
+    for each in (batch, long, farm.farm.batch(again)):
+        farm.wait_until(lambda each=each: each.status().done, "everything ends")
+        assert each.status().counts[JobState.SUCCEEDED] == each.total
+    # What was denoised when the service went away, or soon after, was kept and not rendered again.
+    assert [times_rendered(farm, batch)[job.id] for job in batch] == [1] * JOBS
+    assert list(times_rendered(farm, long).values()) == [2 if service == "SQL" else 1]
+    sweep(farm)
+    assert len(list(farm.storage.keys(f"{batch.id}/"))) == JOBS
+    # Nobody gave up either, to be started again by a supervisor.
+    assert [one.starts for one in (*farm.workers, *farm.dispatchers)] == [1, 1]
+
+
+def running(batch: Batch) -> int:
+    return batch.status().counts[JobState.RUNNING]
+
+
+def times_rendered(farm: ChaosFarm, batch: Batch) -> dict[str, int]:
+    seen = moves(farm.db)
+    return {job.id: sum(move.now is JobState.RUNNING for move in seen[job.id]) for job in batch}
+
+
+def handed_in(farm: ChaosFarm, key: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "farm", "submit", "late", "--steps", "1", "--name", key, "--key", key],
+        cwd=ROOT,
+        env=environment(farm.settings),
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
+
+
+class Spent:
+    """What a process uses up from now on."""
+
+    def __init__(self, standing: Standing) -> None:
+        self._name, self._process = standing.name, psutil.Process(standing.pid)
+        self._began, self._cpu, self._memory = time.monotonic(), self._seconds(), self._bytes()
+
+    def check(self) -> None:
+        """Fail if it was much, for one that has nothing to do."""
+        share = (self._seconds() - self._cpu) / (time.monotonic() - self._began)
+        more = self._bytes() - self._memory
+        print(f"{self._name}: {share:.1%} of a core, {more / 2**20:+.1f} MiB")
+        assert share < 0.2, f"{self._name} spins: {share:.0%} of a core"
+        assert more < 24 * 2**20, f"{self._name} takes {more:,} bytes more"
+
+    def _seconds(self) -> float:
+        took = self._process.cpu_times()
+        return took.user + took.system
+
+    def _bytes(self) -> int:
+        return int(self._process.memory_info().rss)
