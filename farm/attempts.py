@@ -4,6 +4,7 @@ Each move names the state that it leaves and the attempt that makes it: a worker
 """
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -61,28 +62,46 @@ class Attempts(Leases):
 
         What its attempts left beside the picture the worker deletes, or else the dispatcher.
         """
-        return self._end(
-            claim,
-            {
-                "outcome": Outcome.SUCCEEDED.value,
-                "steps_done": claim.spec.num_inference_steps,
-                "device_seconds": picture.device_seconds,
-            },
-            state=JobState.SUCCEEDED.value,
-            finished_at=now(),
-            lease_until=None,
-            error=None,
-            steps_done=claim.spec.num_inference_steps,
-            image_key=picture.key,
-            image_sha256=picture.sha256,
-            image_bytes=picture.bytes,
-            width=picture.width,
-            height=picture.height,
-            model_sha256=picture.model_sha256,
-            render_seconds=picture.render_seconds,
-            device_seconds=picture.device_seconds,
-            warnings=list(picture.warnings),
-        )
+        return bool(self._succeed([(claim, picture)]))
+
+    def succeed_many(self, ended: Sequence[tuple[Claim, Picture]]) -> set[str]:
+        """Record pictures as `succeed` does each; returns the ids of the jobs whose claims still held.
+
+        All in one transaction, except for what somebody else has locked.
+        """
+        recorded = self._succeed(ended, skip_locked=True)
+        left = [one for one in ended if one[0].job_id not in recorded]
+        return recorded.union(*(self._succeed([one]) for one in left))
+
+    def _succeed(self, ended: Sequence[tuple[Claim, Picture]], *, skip_locked: bool = False) -> set[str]:
+        claims = {claim.job_id: claim for claim, _ in ended}
+        which = sa.tuple_(JobRow.id, JobRow.attempt).in_([(claim.job_id, claim.attempt) for claim, _ in ended])
+        with self._db.write() as session:
+            held = set(
+                end_attempts(
+                    session,
+                    which,
+                    outcome=Outcome.SUCCEEDED.value,
+                    steps_done=sa.case(
+                        {claim.job_id: claim.spec.num_inference_steps for claim, _ in ended}, value=JobRow.id
+                    ),
+                    device_seconds=sa.case(
+                        {claim.job_id: sa.cast(picture.device_seconds, sa.Double()) for claim, picture in ended},
+                        value=JobRow.id,
+                    ),
+                    skip_locked=skip_locked,
+                )
+            )
+            if held:
+                session.connection().execute(
+                    _SUCCEED, [_succeeded(claim, picture) for claim, picture in ended if claim.job_id in held]
+                )
+        for job_id in held:
+            log.info("ended job_id=%s attempt=%d now=succeeded", job_id, claims[job_id].attempt)
+        if not skip_locked:
+            for job_id in claims.keys() - held:
+                log.warning("too late job_id=%s attempt=%d", job_id, claims[job_id].attempt)
+        return held
 
     def fail(self, claim: Claim, error: str, error_class: ErrorClass = ErrorClass.TRANSIENT) -> bool:
         """Record a claimed job's error: back to the backlog, for a while, if it has tries left and another may help.
@@ -136,6 +155,52 @@ class Attempts(Leases):
             return False
         log.info("ended job_id=%s attempt=%d now=%s", claim.job_id, claim.attempt, state)
         return True
+
+
+_SUCCEED = (
+    sa.update(JobRow)
+    .where(
+        JobRow.id == sa.bindparam("of_job"), JobRow.attempt == sa.bindparam("of_attempt"), in_state(JobState.RUNNING)
+    )
+    .values(
+        state=JobState.SUCCEEDED.value,
+        finished_at=now(),
+        lease_until=None,
+        error=None,
+        **{
+            name: sa.bindparam(name)
+            for name in (
+                "steps_done",
+                "image_key",
+                "image_sha256",
+                "image_bytes",
+                "width",
+                "height",
+                "model_sha256",
+                "render_seconds",
+                "device_seconds",
+                "warnings",
+            )
+        },
+    )
+)
+
+
+def _succeeded(claim: Claim, picture: Picture) -> dict[str, Any]:
+    return {
+        "of_job": claim.job_id,
+        "of_attempt": claim.attempt,
+        "steps_done": claim.spec.num_inference_steps,
+        "image_key": picture.key,
+        "image_sha256": picture.sha256,
+        "image_bytes": picture.bytes,
+        "width": picture.width,
+        "height": picture.height,
+        "model_sha256": picture.model_sha256,
+        "render_seconds": picture.render_seconds,
+        "device_seconds": picture.device_seconds,
+        "warnings": list(picture.warnings),
+    }
 
 
 def _claimed(claim: Claim) -> tuple[sa.ColumnElement[bool], ...]:

@@ -5,7 +5,7 @@ locked in between, so that whoever comes second finds nothing to move.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import datetime
 from typing import Any
 
@@ -36,6 +36,7 @@ _PAUSED = sa.or_(
 """That a job is paused: by itself, with its batch, or with its owner."""
 
 _TAKEN = (
+    JobRow.id,
     JobRow.attempt,
     JobRow.tries,
     JobRow.spec,
@@ -86,43 +87,40 @@ class Leases(JobQueries):
         here, while another live worker serves its model.
         """
         queued = (JobRow.id == job_id, in_state(JobState.QUEUED))
-        elsewhere = sa.or_(JobRow.avoid_worker.is_(None), JobRow.avoid_worker != worker)
         with self._db.write() as session:
-            row = self._take(session, worker, *queued, elsewhere, ~_PAUSED)
-            if row is None and not self._put_back(session, job_id, worker, *queued):
-                row = self._take(session, worker, *queued, ~_PAUSED)
-            if row is None:
-                return None
-            batch = session.get_one(BatchRow, row.batch_id)
-            claim = Claim(
-                job_id=job_id,
-                attempt=row.attempt,
-                spec=RenderSpec.model_validate(row.spec),
-                batch_id=row.batch_id,
-                batch_name=batch.name,
-                index=row.place,
-                total=batch.total,
-                priority=row.priority,
-                checkpoint_key=row.checkpoint_key or None,
-                tries=row.tries,
-            )
-        log.info("claimed job_id=%s attempt=%d worker=%s", job_id, claim.attempt, worker)
-        return claim
+            claims = _take(session, self._lease(worker), *queued, _elsewhere(worker), ~_PAUSED)
+            if not claims and not self._put_back(session, job_id, worker, *queued):
+                claims = _take(session, self._lease(worker), *queued, ~_PAUSED)
+        return _told(claims, worker).get(job_id)
 
-    def _take(self, session: Session, worker: str, *which: sa.ColumnElement[bool]) -> Any:
-        return session.execute(
-            sa.update(JobRow)
-            .where(*which)
-            .values(
-                state=JobState.RUNNING.value,
-                attempt=JobRow.attempt + 1,
-                worker=worker,
-                lease_until=now_plus(sa.literal(self._lease_seconds)),
-                started_at=now(),
-                steps_done=0,
-            )
-            .returning(*_TAKEN)
-        ).one_or_none()
+    def claim_many(self, job_ids: Collection[str], worker: str) -> dict[str, Claim]:
+        """Take these queued jobs as `claim` does each; returns, by id, those that were to be had.
+
+        All in one transaction, except for what can't be had at once.
+        """
+        # It waits for nobody while it holds some of the rows: no two transactions can ever wait for each other.
+        free = (
+            sa.select(JobRow.id)
+            .where(JobRow.id.in_(job_ids), in_state(JobState.QUEUED), _elsewhere(worker), ~_PAUSED)
+            .with_for_update(skip_locked=True)
+        )
+        with self._db.write() as session:
+            claims = _take(session, self._lease(worker), JobRow.id.in_(free), in_state(JobState.QUEUED))
+        claims = _told(claims, worker)
+        for job_id in job_ids:
+            if job_id not in claims and (claim := self.claim(job_id, worker)):
+                claims[job_id] = claim
+        return claims
+
+    def _lease(self, worker: str) -> dict[str, Any]:
+        return {
+            "state": JobState.RUNNING.value,
+            "attempt": JobRow.attempt + 1,
+            "worker": worker,
+            "lease_until": now_plus(sa.literal(self._lease_seconds)),
+            "started_at": now(),
+            "steps_done": 0,
+        }
 
     def _put_back(self, session: Session, job_id: str, worker: str, *queued: sa.ColumnElement[bool]) -> bool:
         """Whether a queued job is not for this worker to take now, and is back in the backlog if it was there."""
@@ -236,6 +234,46 @@ class Leases(JobQueries):
         return now_plus(seconds)
 
 
+def _elsewhere(worker: str) -> sa.ColumnElement[bool]:
+    """That a job did not run out of memory on that worker."""
+    return sa.or_(JobRow.avoid_worker.is_(None), JobRow.avoid_worker != worker)
+
+
+def _take(session: Session, lease: Mapping[str, Any], *which: sa.ColumnElement[bool]) -> dict[str, Claim]:
+    taken = sa.update(JobRow).where(*which).values(**lease).returning(*_TAKEN)
+    # By the connection: the session has nothing in memory that it would have to bring up to date.
+    rows = session.connection().execute(taken).all()
+    if not rows:
+        return {}
+    batches = {
+        batch.id: batch
+        for batch in session.execute(
+            sa.select(BatchRow.id, BatchRow.name, BatchRow.total).where(BatchRow.id.in_({row.batch_id for row in rows}))
+        )
+    }
+    return {
+        row.id: Claim(
+            job_id=row.id,
+            attempt=row.attempt,
+            spec=RenderSpec.model_validate(row.spec),
+            batch_id=row.batch_id,
+            batch_name=batches[row.batch_id].name,
+            index=row.place,
+            total=batches[row.batch_id].total,
+            priority=row.priority,
+            checkpoint_key=row.checkpoint_key or None,
+            tries=row.tries,
+        )
+        for row in rows
+    }
+
+
+def _told(claims: dict[str, Claim], worker: str) -> dict[str, Claim]:
+    for claim in claims.values():
+        log.info("claimed job_id=%s attempt=%d worker=%s", claim.job_id, claim.attempt, worker)
+    return claims
+
+
 def end_attempts(
     session: Session,
     *which: sa.ColumnElement[bool],
@@ -243,11 +281,13 @@ def end_attempts(
     error_class: Any = None,
     reason: Any = None,
     steps_done: Any = JobRow.steps_done,
-    device_seconds: float | None = None,
+    device_seconds: Any = None,
+    skip_locked: bool = False,
 ) -> list[str]:
     """Write what became of the attempts of these running jobs, and lock the jobs until the transaction ends.
 
-    Returns their ids. Whoever calls moves them out of running.
+    Returns their ids, without those that somebody else has locked if these are to be skipped. Whoever calls moves them
+    out of running.
     """
     ending = (
         sa.select(
@@ -264,7 +304,7 @@ def end_attempts(
         )
         .where(in_state(JobState.RUNNING), *which)
         .order_by(JobRow.id)
-        .with_for_update()
+        .with_for_update(skip_locked=skip_locked)
     )
     written = sa.insert(AttemptRow).from_select([column.name for column in AttemptRow.__table__.columns], ending)
     return list(session.scalars(written.returning(AttemptRow.job_id)))

@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -15,13 +15,14 @@ from farm import __version__
 from farm.db import Database
 from farm.errors import FarmError, ModelError, ModelUnavailable, ServiceUnavailable
 from farm.jobs import JobStore
-from farm.records import Pace, WorkerInfo
+from farm.records import Claim, Pace, Picture, WorkerInfo
 from farm.settings import Settings
 from farm.storage import Storage
 from workers import tiny
 from workers.device import choose_device, choose_dtype, keep_freed_memory, use_threads
 from workers.engine import Engine
 from workers.forward_sizes import ForwardSizes
+from workers.gathering import Gathered
 from workers.observing import Held, Observer
 from workers.pins import Pins
 from workers.pipelines import Pipeline, load
@@ -91,6 +92,8 @@ class Worker:
         self._stopped = threading.Event()
         self._held: dict[str, Held] = {}
         self._lock = threading.Lock()
+        self._claims = Gathered(self._claim_all, "claims")
+        self._ends = Gathered(self._succeed_all, "ends")
         self._heart = threading.Thread(target=self._beat_on, name="heartbeat", daemon=True)
         self._guard = threading.Thread(target=self._guard_leases, name="leases", daemon=True)
 
@@ -164,7 +167,7 @@ class Worker:
     def claim(self, job_id: str) -> Held | None:
         """Claim a job and keep its lease renewed until `release`; None if it is not to be had."""
         asked = time.monotonic()
-        claim = self.store.claim(job_id, self.name)
+        claim = self._claims(job_id)
         if claim is None:
             return None
         held = Held(claim, renewed=asked)
@@ -179,6 +182,18 @@ class Worker:
         with self._lock:
             if self._held.get(held.claim.job_id) is held:
                 del self._held[held.claim.job_id]
+
+    def succeed(self, held: Held, picture: Picture) -> bool:
+        """Record a job's picture; False if the claim no longer holds."""
+        return self._ends((held.claim, picture))
+
+    def _claim_all(self, job_ids: Sequence[str]) -> list[Claim | None]:
+        claims = self.store.claim_many(set(job_ids), self.name)
+        return [claims.pop(job_id, None) for job_id in job_ids]  # of two messages for one job, one claims it
+
+    def _succeed_all(self, ended: Sequence[tuple[Claim, Picture]]) -> list[bool]:
+        recorded = self.store.succeed_many(ended)
+        return [claim.job_id in recorded for claim, _ in ended]
 
     def _beat_on(self) -> None:
         while not self._stopped.wait(self.settings.beat_seconds):
@@ -262,6 +277,8 @@ class Worker:
             self._heart.join(self.settings.beat_seconds + 5)
         self.engine.stop()
         self.observer.close()
+        self._claims.close()
+        self._ends.close()
         try:
             self.store.leave(self.name)
         except ServiceUnavailable as error:
