@@ -5,10 +5,11 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-from farm.errors import ModelError
+from farm.errors import ModelError, ModelUnavailable
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ _WEIGHTS = (
 _INDEXES = ("model.safetensors.index.json", "diffusion_pytorch_model.safetensors.index.json")
 """What the libraries read the names of shards from."""
 _CONFIGS = ("*.json", "*.txt", "*.model")
+_PASSING = (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS)
+"""What the hub answers that will answer otherwise later, though it says that the asker is at fault."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,8 @@ class Checkpoint:
 def open_checkpoint(source: str, families: Mapping[str, Family]) -> Checkpoint:
     """Check a local folder, or download a hub id (`org/name`) and check that.
 
-    Reads every weight once, for the hash. Raises `ModelError` naming the part that is missing or wrong.
+    Reads every weight once, for the hash. Raises `ModelError` naming the part that is missing or wrong, and
+    `ModelUnavailable` while the hub does not answer.
     """
     if source.startswith("null:"):
         return Checkpoint(source, Path(), "NullPipeline", hashlib.sha256(source.encode()).hexdigest())
@@ -94,18 +98,30 @@ def open_checkpoint(source: str, families: Mapping[str, Family]) -> Checkpoint:
 
 def _download(source: str, families: Mapping[str, Family]) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
     def fetch(patterns: list[str]) -> Path:
         try:
             return Path(snapshot_download(source, allow_patterns=patterns))
-        except (HfHubHTTPError, EntryNotFoundError, OSError, ValueError) as error:
-            raise ModelError(f"can't download {source!r} from the hub: {error}") from error
+        except Exception as error:
+            kind = ModelError if _hub_refuses(error) else ModelUnavailable
+            raise kind(f"can't download {source!r} from the hub: {error}") from error
 
     index = _read_json(fetch(["model_index.json"]) / "model_index.json")
     family = families.get(str(index.get("_class_name")), Family(""))
     files = (*_CONFIGS, *_WEIGHTS)
     return fetch(["model_index.json", *(f"{part}/{file}" for part in family.parts for file in files)])
+
+
+def _hub_refuses(error: Exception) -> bool:
+    """Whether the hub won't hand a model out, now or later; not that it, or the way there, is away for a while."""
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    # Without an answer the library looks into its cache, and finds nothing there: why it did is the cause.
+    why = error.__cause__ or error if isinstance(error, LocalEntryNotFoundError) else error
+    if isinstance(why, HfHubHTTPError):
+        status = why.response.status_code
+        return HTTPStatus.BAD_REQUEST <= status < HTTPStatus.INTERNAL_SERVER_ERROR and status not in _PASSING
+    return isinstance(why, ValueError | EntryNotFoundError | OfflineModeIsEnabled)
 
 
 def _check_part(path: Path, part: str, entry: Any) -> list[Path]:
