@@ -18,6 +18,7 @@ from farm.broker import Doorbell
 from farm.db import Database, now
 from farm.fair import Charge, FairLine, Ledger, Owner, Served, Share, window
 from farm.queries import ACCEPTED, JobQueries, in_state, models_in
+from farm.reuse import Works
 from farm.schema import BatchRow, JobRow, OwnerRow
 from farm.settings import Settings
 from farm.spec import URGENT
@@ -51,13 +52,18 @@ class Backlog(JobQueries):
         self._most_queued = settings.most_queued
         self._ledger = Ledger()
         self._settled_at = -_SETTLE_SECONDS
+        self._seen: dict[tuple[str, str], int] = {}
+        """How far the jobs of a batch have been looked at, of a model, where many of them wait for others."""
 
-    def enqueue(self, most: int, *, slots: Mapping[str, int] | None = None) -> list[Doorbell]:
+    def enqueue(
+        self, most: int, *, slots: Mapping[str, int] | None = None, copies: dict[str, str] | None = None
+    ) -> list[Doorbell]:
         """Move jobs from the backlog to queued, in the order they are to be served, until each model has its window.
 
         `most` is the window, by model; `slots` is how many the live workers of each model have, where the window
         should be no larger than these need. The caller publishes what comes back, in this order, after this has
-        committed.
+        committed. `copies` takes the jobs whose turn it would be and of which there is a picture, with the job that
+        has it; without it they are rendered. What has a twin under way waits.
         """
         bells: list[Doorbell] = []
         with self._db.write() as session:
@@ -67,12 +73,13 @@ class Backlog(JobQueries):
             if not models:
                 return []
             in_flight = _in_flight(session)
+            works = Works(session, self._lease_seconds, copies)
             for model in models:
                 rows = session.execute(in_line(model)).all()
                 for urgent in (True, False):
                     kind = [row for row in rows if (row.priority >= URGENT) is urgent]
                     if kind and in_flight.queued_by_kind.get((model, urgent), 0) < most:
-                        bells += self._enqueue_kind(session, model, kind, most, slots, in_flight)
+                        bells += self._enqueue_kind(session, model, kind, most, slots, in_flight, works)
                         if urgent:  # what its owner has just been charged counts
                             rows = session.execute(in_line(model)).all()
         return bells
@@ -85,14 +92,16 @@ class Backlog(JobQueries):
         most: int,
         slots: Mapping[str, int] | None,
         in_flight: _InFlight,
+        works: Works,
     ) -> list[Doorbell]:
         line, batches = self._line(session, model, rows, in_flight)
         if slots is not None:
             most = window(slots.get(model, 0), most)
         room = most - in_flight.queued_by_kind.get((model, rows[0].priority >= URGENT), 0)
-        turns = _turns(session, model, line, room)
+        turns = self._turns(session, model, line, room, works)
         if not turns:
             return []
+        works.put_back()
         moved = _move(session, turns)
         for job_id, served in turns:
             owner = batches[served.batch_id].owner
@@ -134,6 +143,52 @@ class Backlog(JobQueries):
             owners[row.owner] = Owner(row.owner, row.owner_weight or 1.0, row.owner_virtual_time or 0.0, room)
         line = FairLine(shares, owners.values(), starvation_seconds=self._starvation_seconds)
         return line, {row.id: row for row in rows}
+
+    def _turns(self, session: Session, model: str, line: FairLine, room: int, works: Works) -> list[tuple[str, Served]]:
+        """Which job is whose turn, in serving order."""
+        turns: list[tuple[str, Served]] = []
+        reached: dict[str, int] = defaultdict(int)
+        # A batch in line may have fewer jobs than its turns, since some wait for another try, or for a twin: the
+        # others get them.
+        while len(turns) < room and (served := line.take(room - len(turns))):
+            by_batch: dict[str, list[Served]] = defaultdict(list)
+            for each in served:
+                by_batch[each.batch_id].append(each)
+            jobs = {}
+            for batch_id, its in by_batch.items():
+                found, reached[batch_id] = self._next(session, model, its, reached[batch_id], works)
+                jobs[batch_id] = iter(found)
+            for each in served:
+                job_id = next(jobs[each.batch_id], None)
+                if job_id is None:
+                    line.give_back(each)
+                else:
+                    turns.append((job_id, each))
+        return turns
+
+    def _next(
+        self, session: Session, model: str, its: Sequence[Served], reached: int, works: Works
+    ) -> tuple[list[str], int]:
+        """A batch's next jobs for its turns, after the place that it has reached; and the place it reaches with them.
+
+        A thousand that wait for twins, or for copies, must not hold up who comes behind them: where there are any,
+        a pass looks so much further, and the next one goes on from there.
+        """
+        batch_id, priority = its[0].batch_id, max(each.priority for each in its)
+        rows = session.execute(next_jobs(model, batch_id, len(its), reached)).all()
+        found, last = works.to_render(rows, model, priority, len(its))
+        reached = reached if last is None else last
+        if len(found) < len(its) == len(rows) and works.further > 0:
+            seen = self._seen.get((model, batch_id), 0)
+            rows = session.execute(next_jobs(model, batch_id, works.further, max(reached, seen))).all()
+            more, last = works.to_render(rows, model, priority, len(its) - len(found))
+            reached = reached if last is None else last
+            found += more
+            self._seen[model, batch_id] = reached
+            if len(rows) < works.further and (not rows or last == rows[-1].place):
+                del self._seen[model, batch_id]  # the end: from the first again
+            works.further -= len(rows)
+        return found, reached
 
     def _settle(self, session: Session) -> None:
         """Correct what was charged for jobs of which it is known by now what they took."""
@@ -208,14 +263,15 @@ def in_line(model: str) -> sa.Select[*tuple[Any, ...]]:
     )
 
 
-def next_jobs(model: str, batch_id: str, count: int) -> sa.Select[Any]:
-    """The next jobs of a batch that may be dispatched, by their places."""
+def next_jobs(model: str, batch_id: str, count: int, after: int = 0) -> sa.Select[*tuple[Any, ...]]:
+    """The next jobs of a batch that may be dispatched, by their places, from the one after that place."""
     return (
-        sa.select(JobRow.id)
+        sa.select(JobRow.id, JobRow.index.label("place"), JobRow.work_sha256)
         .where(
             in_state(JobState.PENDING),
             JobRow.model == model,
             JobRow.batch_id == batch_id,
+            JobRow.index > after,
             sa.or_(JobRow.not_before.is_(None), JobRow.not_before <= now()),
             ~JobRow.paused,
         )
@@ -251,30 +307,6 @@ def _in_flight(session: Session) -> _InFlight:
                 found.queued_by_kind[kind] = found.queued_by_kind.get(kind, 0) + count
                 found.queued_by_owner[owner] = found.queued_by_owner.get(owner, 0) + count
     return found
-
-
-def _turns(session: Session, model: str, line: FairLine, room: int) -> list[tuple[str, Served]]:
-    """Which job is whose turn, in serving order."""
-    turns: list[tuple[str, Served]] = []
-    taken: dict[str, int] = defaultdict(int)
-    # A batch in line may have fewer jobs than its turns, since some wait for another try: the others get them.
-    while len(turns) < room and (served := line.take(room - len(turns))):
-        by_batch: dict[str, list[Served]] = defaultdict(list)
-        for each in served:
-            by_batch[each.batch_id].append(each)
-        jobs = {}
-        for batch_id, its in by_batch.items():
-            before = taken[batch_id]
-            found = session.scalars(next_jobs(model, batch_id, before + len(its))).all()[before:]
-            taken[batch_id] += len(found)
-            jobs[batch_id] = iter(found)
-        for each in served:
-            job_id = next(jobs[each.batch_id], None)
-            if job_id is None:
-                line.give_back(each)
-            else:
-                turns.append((job_id, each))
-    return turns
 
 
 def _move(session: Session, turns: Sequence[tuple[str, Served]]) -> dict[str, sa.Row[Any]]:

@@ -6,6 +6,7 @@ import time
 from contextlib import suppress
 
 from farm.broker import Broker
+from farm.copies import Copier
 from farm.errors import BrokerUnavailable, DatabaseUnavailable, ServiceUnavailable
 from farm.jobs import JobStore
 from farm.leadership import RENEW_SECONDS, Leadership
@@ -33,6 +34,7 @@ class Dispatcher:
         self._store = store
         self._broker = broker
         self._storage = storage
+        self._copier = Copier(store, storage)
         self._window = settings.window
         self._beat_seconds = settings.beat_seconds
         self._lease_seconds = settings.lease_seconds
@@ -46,7 +48,11 @@ class Dispatcher:
         """
         # Committed first, published second: a worker that is quicker than the commit would find nothing to claim.
         # Should this process die between the two, `recover` finds jobs without a message.
-        bells = self._store.enqueue(self._window, slots=self._store.slots())
+        copies: dict[str, str] = {}
+        bells = self._store.enqueue(
+            self._window, slots=self._store.slots(), copies=copies if self._copier.ready else None
+        )
+        self._copier.offer(copies)
         if bells:
             try:
                 self._broker.publish(bells)
@@ -92,9 +98,10 @@ class Dispatcher:
     def run(self, stop: threading.Event, leadership: Leadership) -> None:
         """Fill, and recover twice a beat, while it leads, until `stop` is set; an outage is logged once and waited out.
 
-        It sweeps beside that, in a thread of its own: an object store that hangs holds up no job.
+        It sweeps and copies beside that, in threads of their own: an object store that hangs holds up no job.
         """
         threading.Thread(target=self._sweep_on, args=(stop, leadership), name="sweep", daemon=True).start()
+        self._copier.start(stop)
         log.info("dispatching, window %d", self._window)
         recover_seconds = self._beat_seconds / 2
         since_recovery, away = recover_seconds, ""

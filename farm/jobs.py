@@ -11,13 +11,14 @@ import sqlalchemy as sa
 from farm.backlog import Backlog
 from farm.db import now_plus
 from farm.queries import STALE, in_state
+from farm.reuse import Reuse
 from farm.schema import JobRow
 from farm.states import ACTIVE, JobState
 from farm.steering import Steering
 from farm.submissions import Submissions
 
 
-class JobStore(Submissions, Backlog, Steering):
+class JobStore(Submissions, Backlog, Steering, Reuse):
     """Jobs in SQL: submitted, dispatched, claimed, renewed, ended."""
 
     # --- the producer ---------------------------------------------------------------------------------------

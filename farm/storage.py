@@ -126,6 +126,19 @@ class Storage:
         with self._reached(key):
             self._s3.put_object(Bucket=self.bucket, Key=key, Body=data, ContentType=content_type)
 
+    def copy(self, source: str, key: str, size: int | None = None) -> bool:
+        """Copy an object within the store, over any of that key; False, and no copy, if it has not that many bytes.
+
+        Raises `NotFound` if there is none.
+        """
+        with self._reached(source):
+            # Asked first: of a source that is not there, not every store says so when it is to copy it.
+            found = self._s3.head_object(Bucket=self.bucket, Key=source)["ContentLength"]
+            if size is not None and found != size:
+                return False
+            self._s3.copy_object(Bucket=self.bucket, Key=key, CopySource={"Bucket": self.bucket, "Key": source})
+        return True
+
     def get(self, key: str) -> bytes:
         """An object's bytes; raises `NotFound` if there is none."""
         with self._reached(key):
