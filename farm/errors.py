@@ -21,6 +21,7 @@
     ├── RenderCancelled         the render was stopped because its job was cancelled
     ├── RenderHandedBack        the render was stopped because its worker drains
     ├── JobNotSucceeded         a picture was asked of a job that has none
+    ├── NotEnded                a batch that is to be deleted and has jobs which have not ended
     └── KeyUsed                 a submission's key that belongs to another one
 
 Whether and where another try can help is `error_class` on the class; no code reads messages to decide.
@@ -174,6 +175,10 @@ class RenderHandedBack(FarmError):
 
 class JobNotSucceeded(FarmError):
     """Raised when the picture of a job is asked for that did not succeed; says why."""
+
+
+class NotEnded(FarmError):
+    """Raised when a batch is to be deleted while some of its jobs have not ended."""
 
 
 class KeyUsed(FarmError):

@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session
 from farm.db import Database, now_plus
 from farm.errors import NotFound
 from farm.records import BatchStatus, JobInfo, WorkerInfo, job_info
-from farm.schema import BatchRow, JobCountRow, JobRow, WorkerRow
+from farm.schema import BatchRow, JobCountRow, JobRow, OwnerRow, WorkerRow
 from farm.settings import Settings
 from farm.states import ACTIVE, JobState
 from farm.storage import checkpoint_key, image_key, preview_key, trajectory_keys
@@ -19,6 +19,9 @@ STALE = (JobRow.checkpoint_key.is_not(None), JobRow.finished_at.is_not(None))
 
 ACCEPTED = BatchRow.accepted_at.is_not(None)
 """That a batch is there as a whole: until then nobody but its writer sees it."""
+
+VISIBLE = sa.and_(ACCEPTED, BatchRow.deleted_at.is_(None))
+"""That a batch is there, for anybody."""
 
 
 class JobQueries:
@@ -35,18 +38,18 @@ class JobQueries:
                 session.get(BatchRow, name_or_id)
                 or session.scalars(
                     sa.select(BatchRow)
-                    .where(BatchRow.name == name_or_id, ACCEPTED)
+                    .where(BatchRow.name == name_or_id, VISIBLE)
                     .order_by(BatchRow.created_at.desc())
                     .limit(1)
                 ).one_or_none()
             )
-            if row is None or row.accepted_at is None:
+            if row is None or row.accepted_at is None or row.deleted_at is not None:
                 raise NotFound(f"there is no batch {name_or_id!r}; `farm status` lists them")
             return self._status(session, row)
 
     def batches(self, limit: int = 20, *, active_only: bool = False) -> list[BatchStatus]:
         """The newest batches, newest first."""
-        query = sa.select(BatchRow).where(ACCEPTED).order_by(BatchRow.created_at.desc(), BatchRow.id).limit(limit)
+        query = sa.select(BatchRow).where(VISIBLE).order_by(BatchRow.created_at.desc(), BatchRow.id).limit(limit)
         if active_only:
             query = query.where(
                 sa.exists().where(JobRow.batch_id == BatchRow.id, JobRow.state.in_(ACTIVE)).correlate(BatchRow)
@@ -65,6 +68,7 @@ class JobQueries:
         last = None
         if not any(counts.get(state) for state in ACTIVE):
             last = session.scalar(sa.select(sa.func.max(JobRow.finished_at)).where(JobRow.batch_id == row.id))
+        owner_paused = sa.select(OwnerRow.paused).where(OwnerRow.name == row.owner)
         return BatchStatus(
             id=row.id,
             name=row.name,
@@ -74,13 +78,14 @@ class JobQueries:
             created_at=row.created_at,
             counts={state: counts.get(state, 0) for state in JobState},
             finished_at=last,
+            paused=row.paused or bool(session.scalar(owner_paused)),
         )
 
     def job(self, job_id: str) -> JobInfo:
         """A job by its id; raises `NotFound`."""
         with self._db.read() as session:
             row = session.get(JobRow, job_id)
-            if row is None:
+            if row is None or session.get_one(BatchRow, row.batch_id).deleted_at is not None:
                 raise NotFound(f"there is no job {job_id!r}")
             return job_info(row)
 
@@ -91,6 +96,12 @@ class JobQueries:
         query = sa.select(JobRow).where(JobRow.batch_id == batch_id, JobRow.index > after)
         if states:
             query = query.where(JobRow.state.in_(states))
+        with self._db.read() as session:
+            return [job_info(row) for row in session.scalars(query.order_by(JobRow.index).limit(limit))]
+
+    def wrong(self, batch_id: str, limit: int = 20) -> list[JobInfo]:
+        """A batch's first jobs with an error: those that failed, and those whose last try did."""
+        query = sa.select(JobRow).where(JobRow.batch_id == batch_id, JobRow.error.is_not(None))
         with self._db.read() as session:
             return [job_info(row) for row in session.scalars(query.order_by(JobRow.index).limit(limit))]
 
@@ -148,7 +159,7 @@ class JobQueries:
                 for model, count in session.execute(
                     sa.select(JobRow.model, sa.func.count())
                     .join(BatchRow)
-                    .where(in_state(state), ACCEPTED)
+                    .where(in_state(state), VISIBLE)
                     .group_by(JobRow.model)
                 ):
                     waiting[model] = waiting.get(model, 0) + count
@@ -203,7 +214,7 @@ def in_state(state: JobState) -> sa.ColumnElement[bool]:
 
 
 def _has(session: Session, state: JobState, model: str, batch_id: str | None) -> bool:
-    query = sa.select(JobRow.batch_id).join(BatchRow).where(in_state(state), JobRow.model == model, ACCEPTED)
+    query = sa.select(JobRow.batch_id).join(BatchRow).where(in_state(state), JobRow.model == model, VISIBLE)
     if batch_id is not None:
         query = query.where(JobRow.batch_id == batch_id)
     return session.scalar(query.limit(1)) is not None

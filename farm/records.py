@@ -81,6 +81,8 @@ class BatchStatus:
     """Every state's number of jobs."""
     finished_at: datetime | None = None
     """When its last job ended; None while one is active."""
+    paused: bool = False
+    """Whether nothing of it is rendered until somebody lets it go on: it is paused, or its owner is."""
 
     @property
     def ended(self) -> int:

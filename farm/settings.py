@@ -74,6 +74,9 @@ class Settings(BaseSettings):
     max_lost_leases: int = Field(default=5, ge=1)
     """After how many lost leases a job is set aside as failed: it may be what kills the workers."""
 
+    retention_days: float | None = Field(default=None, ge=0)
+    """How many days after its end a batch is deleted, pictures and all; None or 0 keeps it for ever."""
+
     models: str = "tiny"
     """What a worker pins: comma-separated `name=source`, or a source alone; `tiny` ships."""
     device: str | None = None

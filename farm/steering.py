@@ -38,6 +38,14 @@ class Which:
             return JobRow.batch_id.in_(sa.select(BatchRow.id).where(BatchRow.owner == self.owner))
         return JobRow.batch_id == self.batch_id if self.batch_id is not None else JobRow.id == self.job_id
 
+    @property
+    def batches(self) -> sa.ColumnElement[bool]:
+        """That a batch has some of them."""
+        if self.owner is not None:
+            return BatchRow.owner == self.owner
+        of_job = sa.select(JobRow.batch_id).where(JobRow.id == self.job_id).scalar_subquery()
+        return BatchRow.id == (self.batch_id if self.batch_id is not None else of_job)
+
 
 class Steering(Attempts):
     """Jobs as people steer them."""
@@ -120,6 +128,9 @@ class Steering(Attempts):
                 checkpoint_key="",
                 finished_at=None,
             )
+            # After the jobs: who notes a batch's end meanwhile has either not seen these, and is put right here, or
+            # waits for this row, and sees them then.
+            session.execute(sa.update(BatchRow).where(which.batches).values(ended_at=None))
         log.info("to be tried anew %s jobs=%d", which, count)
         return count
 

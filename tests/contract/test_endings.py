@@ -1,0 +1,218 @@
+"""What becomes of a batch from its last job's end on, on every database: noted, given up, forgotten."""
+
+import hashlib
+import re
+
+import pytest
+import sqlalchemy as sa
+
+from farm.db import Database, now_plus
+from farm.errors import ErrorClass, NotEnded, NotFound
+from farm.jobs import JobStore
+from farm.records import Claim, Picture
+from farm.schema import AttemptRow, BatchRow, JobCountRow, JobRow
+from farm.settings import Settings
+from farm.spec import RenderSpec
+from farm.states import JobState
+
+DATA = b"a picture"
+
+
+@pytest.fixture
+def store(database: Database) -> JobStore:
+    return JobStore(database, Settings(database_url="", broker_url="", s3_bucket="", retry_seconds=0, window=4096))
+
+
+def submitted(store: JobStore, count: int = 3, **options: str) -> str:
+    return store.submit("sea", "me", 50, (RenderSpec(prompt=f"prompt {n}", seed=n) for n in range(count)), **options)
+
+
+def claimed(store: JobStore, batch_id: str, count: int = 3) -> list[Claim]:
+    store.enqueue(99)
+    claims = [store.claim(f"{batch_id}-{n}", "w1@host") for n in range(1, count + 1)]
+    return [claim for claim in claims if claim is not None]
+
+
+def picture(claim: Claim) -> Picture:
+    key = f"{claim.batch_id}/{claim.index:05d}.png"
+    return Picture(key, hashlib.sha256(DATA).hexdigest(), len(DATA), 64, 64, "e" * 64, 0.5)
+
+
+def ended(store: JobStore) -> str:
+    """A batch of three: two succeeded, one failed."""
+    batch_id = submitted(store)
+    good, fine, bad = claimed(store, batch_id)
+    assert store.succeed(good, picture(good))
+    assert store.succeed(fine, picture(fine))
+    assert store.fail(bad, "no such sampler", ErrorClass.BAD_INPUT)
+    return batch_id
+
+
+def noted(store: JobStore) -> str:
+    batch_id = ended(store)
+    at = store.last_ended_at(batch_id)
+    assert at is not None
+    assert store.note_end(batch_id, at)
+    return batch_id
+
+
+def test_a_batch_is_found_once_when_its_last_job_has_ended(store: JobStore) -> None:
+    submitted(store, 1)
+    assert (store.unnoted(), store.last_ended_at("nothing")) == ([], None)
+    batch_id = ended(store)
+    assert store.unnoted() == [batch_id]
+    at = store.last_ended_at(batch_id)
+    assert at == store.batch(batch_id).finished_at
+    assert store.note_end(batch_id, at)
+    assert (store.unnoted(), store.end_is_noted(batch_id)) == ([], True)
+
+
+@pytest.mark.parametrize("kind", ["batch", "job", "owner"])
+def test_a_batch_that_is_tried_anew_ends_anew(store: JobStore, kind: str) -> None:
+    batch_id = noted(store)
+    which = {"batch": {"batch_id": batch_id}, "job": {"job_id": f"{batch_id}-3"}, "owner": {"owner": "me"}}[kind]
+    assert store.retry(**which) == 1
+    assert (store.unnoted(), store.end_is_noted(batch_id)) == ([], False)
+    store.cancel(batch_id=batch_id)
+    assert store.unnoted() == [batch_id]
+
+
+def test_an_end_is_not_noted_of_a_batch_that_was_tried_anew_meanwhile(store: JobStore) -> None:
+    batch_id = ended(store)
+    at = store.last_ended_at(batch_id)
+    assert at is not None
+    store.retry(batch_id=batch_id)
+    assert not store.note_end(batch_id, at)
+    (claim,) = [store.claim(bell.job_id, "w1@host") for bell in store.enqueue(9)]
+    assert claim is not None
+    store.succeed(claim, picture(claim))
+    assert not store.note_end(batch_id, at)  # it has ended again, later
+    assert store.unnoted() == [batch_id]
+
+
+def test_entries_say_what_became_of_each_job_in_order_and_what_there_is_to_be_said(store: JobStore) -> None:
+    batch_id = ended(store)
+    first, _, bad = store.entries(batch_id)
+    sha256 = hashlib.sha256(DATA).hexdigest()
+    assert first == {
+        "id": f"{batch_id}-1",
+        "index": 1,
+        "state": "succeeded",
+        "spec": RenderSpec(prompt="prompt 0", seed=0).model_dump(mode="json"),
+        "key": f"{batch_id}/00001.png",
+        "sha256": sha256,
+        "bytes": len(DATA),
+        "width": 64,
+        "height": 64,
+        "worker": "w1@host",
+        "model_sha256": "e" * 64,
+        "seconds": 0.5,
+    }
+    del bad["spec"]
+    assert bad == {
+        "id": f"{batch_id}-3",
+        "index": 3,
+        "state": "failed",
+        "worker": "w1@host",
+        "error": "no such sampler",
+    }
+
+
+def test_entries_go_on_from_page_to_page(store: JobStore) -> None:
+    batch_id = submitted(store, 2345)
+    assert [entry["index"] for entry in store.entries(batch_id)] == list(range(1, 2346))
+
+
+def test_what_went_wrong_is_found_without_a_look_at_what_did_not(store: JobStore) -> None:
+    batch_id = ended(store)
+    assert [(job.index, job.error) for job in store.wrong(batch_id)] == [(3, "no such sampler")]
+    assert store.wrong(submitted(store)) == []
+
+
+def test_a_batch_of_a_paused_owner_is_paused(store: JobStore) -> None:
+    batch_id = submitted(store)
+    assert not store.batch(batch_id).paused
+    store.pause(owner="me")
+    assert store.batch(batch_id).paused
+    store.pause(batch_id=batch_id)
+    store.resume(owner="me")
+    assert [batch.paused for batch in store.batches()] == [True]
+
+
+def test_what_is_given_up_is_not_there_for_anybody_and_its_key_is_free(store: JobStore) -> None:
+    batch_id = submitted(store, key="monday")
+    store.give_up(batch_id, cancel=True)
+    for ask in (lambda: store.batch(batch_id), lambda: store.batch("sea"), lambda: store.job(f"{batch_id}-1")):
+        with pytest.raises(NotFound):
+            ask()
+    assert store.batches() == []
+    assert (store.waiting_by_model(), store.unheld(), store.enqueue(9), store.unnoted()) == ({}, [], [], [])
+    assert submitted(store, key="monday") != batch_id
+    assert store.given_up() == [batch_id]
+    assert store.abandoned() == []
+    with pytest.raises(NotFound):
+        store.give_up(batch_id)
+
+
+def test_what_has_not_ended_is_given_up_only_with_what_it_still_does(store: JobStore) -> None:
+    batch_id = submitted(store)
+    with pytest.raises(NotEnded, match=re.escape(f"3 jobs of {batch_id}")):
+        store.give_up(batch_id)
+    held, *_ = claimed(store, batch_id, 1)
+    store.give_up(batch_id, cancel=True)
+    assert store.claim(f"{batch_id}-2", "w1@host") is None  # its message rings in vain
+    assert not store.at_rest(batch_id)
+    assert store.beat("w1@host", {}).cancelled == frozenset()
+    assert store.stopped(held)
+    assert store.at_rest(batch_id)
+
+
+def test_what_a_late_pass_has_queued_is_stopped(store: JobStore, database: Database) -> None:
+    batch_id = submitted(store)
+    store.give_up(batch_id, cancel=True)
+    with database.write() as session:  # as a dispatcher does that looked before the batch was given up
+        session.execute(sa.update(JobRow).values(state=JobState.QUEUED.value))
+    assert store.at_rest(batch_id)
+    assert store.claim(f"{batch_id}-1", "w1@host") is None
+
+
+def rows_of(database: Database) -> tuple[int, ...]:
+    with database.read() as session:
+        tables = (BatchRow, JobRow, AttemptRow, JobCountRow)
+        return tuple(session.scalar(sa.select(sa.func.count()).select_from(table)) or 0 for table in tables)
+
+
+def test_rows_go_a_piece_at_a_time_whoever_goes_on_and_nothing_else_does(store: JobStore, database: Database) -> None:
+    other = ended(store)
+    batch_id = submitted(store, 2500)
+    held, *_ = claimed(store, batch_id, 1)
+    store.succeed(held, picture(held))
+    store.give_up(batch_id, cancel=True)
+    after = store.forget(batch_id)
+    assert after == 1000
+    assert store.forget(batch_id) == 2000  # another one, who finds what is left
+    assert store.forget(batch_id, after) == 2000
+    assert store.given_up() == [batch_id]
+    assert store.forget(batch_id, 2000) is None
+    assert store.forget(batch_id) is None
+    assert rows_of(database)[:3] == (1, 3, 3)
+    assert store.batch(other).counts[JobState.SUCCEEDED] == 2
+    assert store.given_up() == []
+
+
+def test_a_batch_that_is_there_is_not_forgotten(store: JobStore, database: Database) -> None:
+    batch_id = ended(store)
+    assert store.forget(batch_id) is None
+    assert rows_of(database)[:3] == (1, 3, 3)
+
+
+def test_batches_are_given_up_by_how_long_ago_they_ended(store: JobStore, database: Database) -> None:
+    old, young, tried = noted(store), noted(store), noted(store)
+    with database.write() as session:
+        long_ago = sa.update(BatchRow).values(ended_at=now_plus(sa.literal(-3 * 24 * 3600.0)))
+        session.execute(long_ago.where(BatchRow.id.in_([old, tried])))
+    store.retry(batch_id=tried)
+    assert store.give_up_older_than(4) == []
+    assert store.give_up_older_than(2.9) == [old]
+    assert store.given_up() == [old]
+    assert {batch.id for batch in store.batches()} == {young, tried}
