@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import redis
 
-from farm.broker import RENDER_TASK, Broker, make_app, queue_name
+from farm.broker import RENDER_TASK, Broker, make_app, priority_step, queue_name
 from farm.client import Farm
 from farm.local import LocalFarm
 from farm.states import JobState
@@ -80,11 +80,11 @@ class Line:
         self._from = self._log.stat().st_size
         self._pids = whole.pids()
 
-    def put(self, *messages: str) -> None:
+    def put(self, *messages: str | bytes, queue: str = QUEUE) -> None:
         """Put messages into the queue and wait until all are taken, and a job behind them is rendered."""
         for one in messages:
-            self._client.lpush(QUEUE, one)
-        wait_until(lambda: not self._client.llen(QUEUE), "every message is taken", 30)
+            self._client.lpush(queue, one)
+        wait_until(lambda: not self._client.llen(queue), "every message is taken", 30)
         batch = self._farm.submit(["a cat"], num_inference_steps=1)
         assert batch.wait(30).counts[JobState.SUCCEEDED] == 1
         wait_until(lambda: not self._client.hlen("unacked"), "every message is acknowledged", 30)
@@ -161,6 +161,31 @@ def test_a_message_of_another_shape_is_put_away_and_ends_no_worker(line: Line) -
         *(message(body=body) for body in (b"[1,2]", b'{"a":1}', b'"x"', b"[" * 100_000, b'[["other-1"],{},{}]')),
     )
     assert line.said().count("refused a message") == 10
+
+
+def test_what_is_no_message_at_all_is_put_away_and_ends_no_worker(line: Line) -> None:
+    unread: list[str | bytes] = [
+        "5",
+        "[]",
+        '""',
+        "null",
+        "{}",
+        "",
+        "hello",
+        b"\xff\xfe",
+        "[" * 100_000,
+        '{"properties": 5}',
+    ]
+    for name in ("delivery_tag", "delivery_info", "body_encoding"):
+        unread += [tampered(lambda given, name=name: given["properties"].update({name: [1]}))]
+    unread += [tampered(lambda given: given.update(body=[1]))]
+    line.put(*unread)
+    assert line.said().count("refused a message") == len(unread)
+
+
+def test_what_is_no_message_among_less_urgent_ones_ends_no_worker_either(line: Line) -> None:
+    line.put("5", b"\xff\xfe", queue=f"{QUEUE}:{priority_step(50)}")
+    assert line.said().count("refused a message") == 2
 
 
 def test_the_dispatcher_passes_over_what_is_no_message(whole: LocalFarm) -> None:
