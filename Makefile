@@ -18,13 +18,13 @@ demo: $(VENV)/.farm  ## start the embedded farm, render examples/prompts.txt, sh
 up: $(VENV)/.farm  ## start the embedded farm and keep it running until Ctrl-C
 	@$(BIN)/farm up
 
-test: $(VENV)/.dev  ## run all tests, against real servers (some fifteen minutes on two cores)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+test: $(VENV)/.dev  ## run all tests, against real servers (some ten minutes on two cores)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 chaos: $(VENV)/.dev  ## strike at a farm of real processes for long: CHAOS_JOBS, CHAOS_MINUTES, CHAOS_SEED
 	$(BIN)/python -m pytest tests/chaos -m chaos $(ARGS)
 
-bench-engine: $(VENV)/.dev  ## the engine beside diffusers' own pipeline, on this machine (eleven minutes on two cores)
+bench-engine: $(VENV)/.dev  ## the engine beside diffusers' own pipeline, on this machine (eight to eleven minutes on two cores)
 	$(BIN)/python -m benchmarks.engine $(ARGS)
 
 bench-queue: $(VENV)/.dev  ## the farm as a queue beside Celery, rq, dramatiq and huey, on this machine
