@@ -75,27 +75,15 @@ class Attempts(Leases):
 
     def _succeed(self, ended: Sequence[tuple[Claim, Picture]], *, skip_locked: bool = False) -> set[str]:
         claims = {claim.job_id: claim for claim, _ in ended}
-        which = sa.tuple_(JobRow.id, JobRow.attempt).in_([(claim.job_id, claim.attempt) for claim, _ in ended])
         with self._db.write() as session:
-            held = set(
-                end_attempts(
-                    session,
-                    which,
-                    outcome=Outcome.SUCCEEDED.value,
-                    steps_done=sa.case(
-                        {claim.job_id: claim.spec.num_inference_steps for claim, _ in ended}, value=JobRow.id
-                    ),
-                    device_seconds=sa.case(
-                        {claim.job_id: sa.cast(picture.device_seconds, sa.Double()) for claim, picture in ended},
-                        value=JobRow.id,
-                    ),
-                    skip_locked=skip_locked,
-                )
-            )
+            connection = session.connection()
+            running = connection.execute(_RUNNING_FREE if skip_locked else _RUNNING, {"ended": list(claims)})
+            held = {row.id for row in running if row.attempt == claims[row.id].attempt}
             if held:
-                session.connection().execute(
+                connection.execute(
                     _SUCCEED, [_succeeded(claim, picture) for claim, picture in ended if claim.job_id in held]
                 )
+                connection.execute(_END_SUCCEEDED, {"held": list(held)})
         for job_id in held:
             log.info("ended job_id=%s attempt=%d now=succeeded", job_id, claims[job_id].attempt)
         if not skip_locked:
@@ -157,6 +145,14 @@ class Attempts(Leases):
         return True
 
 
+# Written once, since to put them together takes as long as to execute them.
+_RUNNING = (
+    sa.select(JobRow.id, JobRow.attempt)
+    .where(in_state(JobState.RUNNING), JobRow.id.in_(sa.bindparam("ended", expanding=True)))
+    .with_for_update()
+)
+# Waits for nobody while it holds some of the rows: so no two transactions can wait for each other.
+_RUNNING_FREE = _RUNNING.with_for_update(skip_locked=True)
 _SUCCEED = (
     sa.update(JobRow)
     .where(
@@ -183,6 +179,30 @@ _SUCCEED = (
             )
         },
     )
+)
+
+
+_END_SUCCEEDED = sa.insert(AttemptRow).from_select(
+    [
+        AttemptRow.job_id,
+        AttemptRow.attempt,
+        AttemptRow.worker,
+        AttemptRow.started_at,
+        AttemptRow.ended_at,
+        AttemptRow.outcome,
+        AttemptRow.steps_done,
+        AttemptRow.device_seconds,
+    ],
+    sa.select(
+        JobRow.id,
+        JobRow.attempt,
+        JobRow.worker,
+        JobRow.started_at,
+        JobRow.finished_at,
+        sa.literal(Outcome.SUCCEEDED.value),
+        JobRow.steps_done,
+        JobRow.device_seconds,
+    ).where(JobRow.id.in_(sa.bindparam("held", expanding=True))),
 )
 
 

@@ -73,6 +73,12 @@ class Leases(JobQueries):
             session.execute(sa.insert(WorkerRow).values(name=worker.name, **values))
         self._lose(JobRow.worker == worker.name)
 
+    def describe(self, worker: WorkerInfo) -> None:
+        """Record what is known by now of the models that a worker serves."""
+        with self._db.write() as session:
+            models = [dict(model) for model in worker.models]
+            session.execute(sa.update(WorkerRow).where(WorkerRow.name == worker.name).values(models=models))
+
     def leave(self, worker: str) -> None:
         """Forget a worker that has stopped in good order."""
         with self._db.write() as session:
@@ -87,10 +93,11 @@ class Leases(JobQueries):
         here, while another live worker serves its model.
         """
         queued = (JobRow.id == job_id, in_state(JobState.QUEUED))
+        wanted = self._wanted([job_id], worker)
         with self._db.write() as session:
-            claims = _take(session, self._lease(worker), *queued, _elsewhere(worker), ~_PAUSED)
+            claims = _take(session, _CLAIM, wanted)
             if not claims and not self._put_back(session, job_id, worker, *queued):
-                claims = _take(session, self._lease(worker), *queued, ~_PAUSED)
+                claims = _take(session, _CLAIM_AGAIN, wanted)
         return _told(claims, worker).get(job_id)
 
     def claim_many(self, job_ids: Collection[str], worker: str) -> dict[str, Claim]:
@@ -98,29 +105,16 @@ class Leases(JobQueries):
 
         All in one transaction, except for what can't be had at once.
         """
-        # It waits for nobody while it holds some of the rows: no two transactions can ever wait for each other.
-        free = (
-            sa.select(JobRow.id)
-            .where(JobRow.id.in_(job_ids), in_state(JobState.QUEUED), _elsewhere(worker), ~_PAUSED)
-            .with_for_update(skip_locked=True)
-        )
         with self._db.write() as session:
-            claims = _take(session, self._lease(worker), JobRow.id.in_(free), in_state(JobState.QUEUED))
+            claims = _take(session, _CLAIM_AT_ONCE, self._wanted(job_ids, worker))
         claims = _told(claims, worker)
         for job_id in job_ids:
             if job_id not in claims and (claim := self.claim(job_id, worker)):
                 claims[job_id] = claim
         return claims
 
-    def _lease(self, worker: str) -> dict[str, Any]:
-        return {
-            "state": JobState.RUNNING.value,
-            "attempt": JobRow.attempt + 1,
-            "worker": worker,
-            "lease_until": now_plus(sa.literal(self._lease_seconds)),
-            "started_at": now(),
-            "steps_done": 0,
-        }
+    def _wanted(self, job_ids: Collection[str], worker: str) -> dict[str, Any]:
+        return {"wanted": list(job_ids), "claimer": worker, "lease_seconds": self._lease_seconds}
 
     def _put_back(self, session: Session, job_id: str, worker: str, *queued: sa.ColumnElement[bool]) -> bool:
         """Whether a queued job is not for this worker to take now, and is back in the backlog if it was there."""
@@ -234,23 +228,41 @@ class Leases(JobQueries):
         return now_plus(seconds)
 
 
-def _elsewhere(worker: str) -> sa.ColumnElement[bool]:
-    """That a job did not run out of memory on that worker."""
-    return sa.or_(JobRow.avoid_worker.is_(None), JobRow.avoid_worker != worker)
+# Written once, since to put them together takes as long as to execute them.
+_WANTED = (JobRow.id.in_(sa.bindparam("wanted", expanding=True)), in_state(JobState.QUEUED))
+_MAY_BE_HERE = sa.or_(JobRow.avoid_worker.is_(None), JobRow.avoid_worker != sa.bindparam("claimer"))
+_LEASE = (
+    sa.update(JobRow)
+    .values(
+        state=JobState.RUNNING.value,
+        attempt=JobRow.attempt + 1,
+        worker=sa.bindparam("claimer"),
+        lease_until=now_plus(sa.bindparam("lease_seconds", type_=sa.Double())),
+        started_at=now(),
+        steps_done=0,
+    )
+    .returning(*_TAKEN)
+)
+_CLAIM = _LEASE.where(*_WANTED, _MAY_BE_HERE, ~_PAUSED)
+_CLAIM_AGAIN = _LEASE.where(*_WANTED, ~_PAUSED)
+# Waits for nobody while it holds some of the rows: so no two transactions can wait for each other.
+_CLAIM_AT_ONCE = _LEASE.where(
+    JobRow.id.in_(sa.select(JobRow.id).where(*_WANTED, _MAY_BE_HERE, ~_PAUSED).with_for_update(skip_locked=True)),
+    in_state(JobState.QUEUED),
+)
+_BATCHES = sa.select(BatchRow.id, BatchRow.name, BatchRow.total).where(
+    BatchRow.id.in_(sa.bindparam("batch_ids", expanding=True))
+)
 
 
-def _take(session: Session, lease: Mapping[str, Any], *which: sa.ColumnElement[bool]) -> dict[str, Claim]:
-    taken = sa.update(JobRow).where(*which).values(**lease).returning(*_TAKEN)
+def _take(session: Session, claiming: sa.UpdateBase, wanted: Mapping[str, Any]) -> dict[str, Claim]:
     # By the connection: the session has nothing in memory that it would have to bring up to date.
-    rows = session.connection().execute(taken).all()
+    connection = session.connection()
+    rows = connection.execute(claiming, wanted).all()
     if not rows:
         return {}
-    batches = {
-        batch.id: batch
-        for batch in session.execute(
-            sa.select(BatchRow.id, BatchRow.name, BatchRow.total).where(BatchRow.id.in_({row.batch_id for row in rows}))
-        )
-    }
+    batch_ids = {"batch_ids": list({row.batch_id for row in rows})}
+    batches = {batch.id: batch for batch in connection.execute(_BATCHES, batch_ids)}
     return {
         row.id: Claim(
             job_id=row.id,
@@ -281,13 +293,11 @@ def end_attempts(
     error_class: Any = None,
     reason: Any = None,
     steps_done: Any = JobRow.steps_done,
-    device_seconds: Any = None,
-    skip_locked: bool = False,
+    device_seconds: float | None = None,
 ) -> list[str]:
     """Write what became of the attempts of these running jobs, and lock the jobs until the transaction ends.
 
-    Returns their ids, without those that somebody else has locked if these are to be skipped. Whoever calls moves them
-    out of running.
+    Returns their ids. Whoever calls moves them out of running.
     """
     ending = (
         sa.select(
@@ -304,7 +314,7 @@ def end_attempts(
         )
         .where(in_state(JobState.RUNNING), *which)
         .order_by(JobRow.id)
-        .with_for_update(skip_locked=skip_locked)
+        .with_for_update()
     )
     written = sa.insert(AttemptRow).from_select([column.name for column in AttemptRow.__table__.columns], ending)
     return list(session.scalars(written.returning(AttemptRow.job_id)))
