@@ -11,6 +11,7 @@ import sqlalchemy as sa
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from farm.copies import Copier
 from farm.db import Database, now
 from farm.errors import ErrorClass
 from farm.jobs import JobStore
@@ -77,8 +78,8 @@ class Quiet:
         return {text.partition(" [")[0] for text in told if not text.startswith("the story of")}
 
     def ordered(self, name: str, priority: int) -> Order:
-        """What was submitted under a name."""
-        return order(1, name, SCALE, priority=priority)
+        """What was submitted under a name; under `again`, the first order once more."""
+        return order(1, "first" if name == "again" else name, SCALE, priority=priority)
 
     def job(self, index: int = 2) -> JobRow:
         """A job of the first batch, which succeeded."""
@@ -139,6 +140,29 @@ def quiet(settings: Settings, database: Database, tmp_path: Path) -> Iterator[Qu
 
 def test_a_farm_that_was_left_in_peace_breaches_nothing(quiet: Quiet) -> None:
     assert quiet.found() == set()
+
+
+def again(quiet: Quiet) -> list[str]:
+    """Hand the first order in once more, let its pictures be copied, one of them at the second go; the new jobs."""
+    specs = quiet.ordered("again", 50).specs
+    quiet.journal.write("asks", "again", priority=50)
+    batch_id = quiet.store.submit("again", "me", 50, specs)
+    sources = {f"{batch_id}-{index}": quiet.job(index).id for index in range(1, len(specs) + 1)}
+    quiet.store.begin_copies({f"{batch_id}-1": quiet.job(1).id})
+    assert Copier(quiet.store, quiet.storage).copy(sources) == len(specs)
+    return list(sources)
+
+
+def test_copies_breach_nothing(quiet: Quiet) -> None:
+    again(quiet)
+    assert quiet.found() == set()
+
+
+def test_a_copy_that_says_to_be_of_another_picture_than_it_is_breaches(quiet: Quiet) -> None:
+    job_ids = again(quiet)
+    with quiet.db.write() as session:
+        session.execute(sa.update(JobRow).where(JobRow.id == job_ids[1]).values(reused_from=quiet.job(3).id))
+    assert quiet.found() == {"pictures_are_what_sql_says"}
 
 
 def half_submitted(quiet: Quiet) -> None:

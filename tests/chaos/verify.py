@@ -225,7 +225,8 @@ def _wrong_picture(evidence: Evidence, job: JobRow) -> str | None:
         if colours != [(image.width * image.height, pixel(spec.seed))]:
             return f"its picture is {colours}, not {pixel(spec.seed)} all over"
         origin = png.read(image)
-    if (origin["job"], origin["attempt"]) != (job.id, job.attempt):
+    original = job if job.reused_from is None else evidence.jobs.get(job.reused_from)
+    if original is not None and (origin["job"], origin["attempt"]) != (original.id, original.attempt):
         return f"its picture says {origin['job']}, attempt {origin['attempt']}"
     return None
 
@@ -239,12 +240,18 @@ def nothing_else_lies_in_the_bucket(evidence: Evidence) -> Iterator[Breach]:
 
 
 def moves_are_legal_and_in_order(evidence: Evidence) -> Iterator[Breach]:
-    """Each move begins where the last one ended, along an arrow; a claim alone makes an attempt; what ended stays."""
+    """Each move begins where the last one ended, along an arrow; what ended stays.
+
+    A claim alone makes an attempt, and who begins a copy for a job that stays in the backlog.
+    """
     for job_id, made in evidence.moves.items():
         state, attempt = JobState.PENDING, 0
         for move in made:
             if (move.was, move.attempt_was) != (state, attempt):
                 yield Breach(f"{job_id}: {move} does not follow {state}, attempt {attempt}", job_id)
+            elif move.was is move.now is JobState.PENDING:
+                if move.attempt - move.attempt_was != 1:
+                    yield Breach(f"{job_id}: {move} counts other than one attempt", job_id)
             elif move.now not in TRANSITIONS[move.was]:
                 yield Breach(f"{job_id}: {move} is no move there is", job_id)
             elif move.attempt - move.attempt_was != (move.now is JobState.RUNNING):
