@@ -69,6 +69,7 @@ def batch_json(batch: BatchStatus) -> dict[str, Any]:
         "priority": batch.priority,
         "total": batch.total,
         "done": batch.done,
+        "paused": batch.paused,
         "counts": {state.value: count for state, count in batch.counts.items()},
         "created_at": batch.created_at,
         "finished_at": batch.finished_at,

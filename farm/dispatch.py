@@ -10,6 +10,7 @@ from farm.copies import Copier
 from farm.errors import BrokerUnavailable, DatabaseUnavailable, ServiceUnavailable
 from farm.jobs import JobStore
 from farm.leadership import RENEW_SECONDS, Leadership
+from farm.retention import Retention
 from farm.settings import Settings
 from farm.storage import Storage
 
@@ -35,6 +36,7 @@ class Dispatcher:
         self._broker = broker
         self._storage = storage
         self._copier = Copier(store, storage)
+        self._retention = Retention(store, storage, settings)
         self._window = settings.window
         self._beat_seconds = settings.beat_seconds
         self._lease_seconds = settings.lease_seconds
@@ -142,9 +144,11 @@ class Dispatcher:
         pause = 0.0
         while not stop.wait(pause):
             try:
+                more = False
                 if leadership.leads:
                     self.sweep()
-                pause = _SWEEP_SECONDS
+                    more = self._retention.turn(stop)
+                pause = 0.0 if more else _SWEEP_SECONDS
             except ServiceUnavailable as error:
                 log.warning("can't sweep, trying again in %.0f s: %s", _SWEEP_OUTAGE_SECONDS, error)
                 pause = _SWEEP_OUTAGE_SECONDS

@@ -1,17 +1,22 @@
 """Handles on what was handed in: `Batch`, `Job`, `Owner`, to watch, to steer, and to fetch what comes of them."""
 
 import html
+import logging
 import os
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Self
+from typing import Any, Self, TypeVar
 
 from PIL import Image
 
 from farm import pictures
 from farm import progress as bars
+from farm.archive import archive
+from farm.deletion import Deletion
+from farm.errors import StorageUnavailable
 from farm.jobs import JobStore
+from farm.manifests import Manifests
 from farm.previews import Preview, watch
 from farm.records import AttemptInfo, BatchStatus, JobInfo, Picture
 from farm.settings import Settings
@@ -21,8 +26,11 @@ from farm.states import JobState
 from farm.storage import Storage
 from farm.waiting import polls
 
-_DOWNLOADS = 8
+log = logging.getLogger(__name__)
+
 _SHEET_PICTURES = 200
+
+T = TypeVar("T")
 
 
 class Batch:
@@ -40,15 +48,27 @@ class Batch:
         """How far it is, now."""
         return self._store.batch(self.id)
 
-    def jobs(self) -> Iterator["Job"]:
-        """Its jobs as they are now, in their order."""
-        after = 0
-        while found := self._store.jobs(self.id, after=after):
-            for info in found:
-                yield self._job(info)
+    def jobs(self, *, after: int = 0, states: Sequence[JobState] = ()) -> Iterator["Job"]:
+        """Its jobs as they are now, in their order: all, or those from the one after that index, or in those states.
+
+        Read a thousand at a time, however many there are.
+        """
+        return map(self._job, self._infos(after, states))
+
+    def __iter__(self) -> Iterator["Job"]:
+        return self.jobs()
+
+    def _infos(self, after: int = 0, states: Sequence[JobState] = ()) -> Iterator[JobInfo]:
+        while found := self._store.jobs(self.id, after=after, states=states):
+            yield from found
             after = found[-1].index
 
-    __iter__ = jobs
+    def _pictured(self) -> Iterator[JobInfo]:
+        return (info for info in self._infos(states=[JobState.SUCCEEDED]) if info.picture is not None)
+
+    def wrong(self, limit: int = 20) -> list["Job"]:
+        """Its first jobs with an error: those that failed, and those whose last try did."""
+        return [self._job(info) for info in self._store.wrong(self.id, limit)]
 
     def _job(self, info: JobInfo) -> "Job":
         return Job(self._store, self._storage, self._settings, info)
@@ -106,28 +126,49 @@ class Batch:
 
         Raises `StorageUnavailable`.
         """
+        return list(self.fetch(folder, progress=progress))
+
+    def fetch(self, folder: str | os.PathLike[str], *, progress: bool = False) -> Iterator[Path]:
+        """The same as `download`, a path at a time as the pictures come: of a million none is kept in memory."""
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
-        found = [job for job in self.jobs() if job.picture is not None]
-        paths: list[Path] = []
-        with (
-            bars.bar(f"{self.name}: fetching", len(found), shown=progress) as shown,
-            ThreadPoolExecutor(_DOWNLOADS) as pool,
-        ):
-            for path in pool.map(lambda job: job.download(target), found):
-                paths.append(path)
-                shown.update(len(paths))
-        return paths
+        found = self._pictured()
+        paths = pictures.fetched(lambda job: pictures.download(self._storage, job, target), found)
+        return self._shown(paths, progress=progress)
+
+    def archive(self, path: str | os.PathLike[str], *, progress: bool = False) -> int:
+        """Write the pictures of all jobs that succeeded so far, and the manifest, into a ZIP file; returns how many.
+
+        With their films, where there are any. Each is checked, and the file is put in place whole.
+
+        Raises `StorageUnavailable`.
+        """
+        found = self._pictured()
+        packed = archive(self._storage, found, self.manifest(), Path(path))
+        return sum(1 for _ in self._shown(packed, progress=progress))
+
+    def _shown(self, found: Iterator[T], *, progress: bool) -> Iterator[T]:
+        total = self.status().counts[JobState.SUCCEEDED]
+        with bars.bar(f"{self.name}: fetching", total, shown=progress) as shown:
+            for count, one in enumerate(found, 1):
+                shown.update(count)
+                yield one
+
+    def manifest(self) -> Iterator[dict[str, Any]]:
+        """What became of each of its jobs, in order: state, spec, key, SHA-256, worker, error, and so on.
+
+        As it lies in the bucket once it has ended, `{batch}/manifest.jsonl`; as SQL has it until then.
+        """
+        return Manifests(self._store, self._storage).read(self.id)
 
     def contact_sheet(self, columns: int | None = None) -> Image.Image:
         """All its pictures on one page, each with its prompt; a job without one leaves an empty frame.
 
         At most the first 200.
         """
-        jobs = [job for _, job in zip(range(_SHEET_PICTURES), self.jobs(), strict=False)]
-        with ThreadPoolExecutor(_DOWNLOADS) as pool:
-            images = pool.map(lambda job: job.image() if job.picture else None, jobs)
-            return contact_sheet(list(zip(images, (job.spec.prompt for job in jobs), strict=True)), columns)
+        jobs = list(islice(self.jobs(), _SHEET_PICTURES))
+        images = pictures.fetched(lambda job: job.image() if job.picture else None, jobs)
+        return contact_sheet(list(zip(images, (job.spec.prompt for job in jobs), strict=True)), columns)
 
     def cancel(self) -> int:
         """Cancel what has not ended; returns how many jobs that were. A running one stops within a beat."""
@@ -147,6 +188,20 @@ class Batch:
     def retry(self) -> int:
         """Give its failed jobs all their tries anew; returns how many jobs that were."""
         return self._store.retry(batch_id=self.id)
+
+    def delete(self, *, cancel: bool = False) -> bool:
+        """Delete it, its pictures first and its jobs last; from now on it is not there, and its key is free.
+
+        Whether all of it is gone: else jobs of it are still rendered, or the object store is away, and the dispatcher
+        deletes the rest later, as it does when this is interrupted. Raises `NotEnded` if it has jobs that have not
+        ended, unless they are to be cancelled with it.
+        """
+        self._store.give_up(self.id, cancel=cancel)
+        try:
+            return Deletion(self._store, self._storage).carry_out(self.id)
+        except StorageUnavailable as error:
+            log.warning("%s is deleted when its objects can be: %s", self.id, error)
+            return False
 
     def __repr__(self) -> str:
         return f"<Batch {self.id}: {self.total} jobs>"

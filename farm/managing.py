@@ -1,15 +1,19 @@
-"""The commands that steer what was handed in: `show`, `cancel`, `pause`, `resume`, `retry`."""
+"""The commands that steer what was handed in: `show`, `cancel`, `pause`, `resume`, `retry`, `delete`."""
 
 from collections.abc import Callable
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
 from farm.client import Farm
-from farm.console import Json, attempt_json, find, job_json, open_farm, out, say_json
+from farm.console import Json, attempt_json, err, find, job_json, open_farm, out, say_json
+from farm.errors import NotEnded
 from farm.handles import Batch, Job, Owner
 from farm.records import JobInfo
+from farm.states import JobState
 from farm.story import story
+from farm.tables import printable
 
 app = typer.Typer()
 
@@ -52,6 +56,33 @@ def resume(which: Which = None, owner: Owned = None) -> None:
 def retry(which: Which = None, owner: Owned = None) -> None:
     """Give the failed jobs of a batch, a failed job, or an owner's, all their tries anew."""
     _steer(which, owner, lambda it: it.retry(), "{} to be tried anew", "nothing has failed")
+
+
+@app.command()
+def delete(
+    which: Annotated[list[str], typer.Argument(metavar="BATCH...", help="Their names or ids.")],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    cancel: Annotated[bool, typer.Option("--cancel", help="Those too that have not ended: cancel them first.")] = False,
+) -> None:
+    """Delete batches for good: every picture, everything beside it, and all that is known of their jobs."""
+    with open_farm() as farm:
+        batches = {batch.id: batch for batch in map(farm.batch, which)}
+        going_on = 0
+        for batch in batches.values():
+            status = batch.status()
+            left = status.total - status.ended
+            going_on += bool(left)
+            pictures, more = status.counts[JobState.SUCCEEDED], f", {left} of them not ended" if left else ""
+            out.print(Text(printable(f"{batch.id}: {status.total} jobs{more}, {pictures} pictures")), soft_wrap=True)
+        if going_on and not cancel:
+            raise NotEnded("nothing was deleted: what has not ended is deleted with --cancel, or when it has")
+        if not yes and not typer.confirm(f"delete {'this' if len(batches) == 1 else 'these'} for good?", err=True):
+            raise typer.Exit(1)
+        for batch in batches.values():
+            with err.status(f"deleting {printable(batch.id)} …"):
+                gone = batch.delete(cancel=cancel)
+            later = "" if gone else "; the dispatcher deletes the rest of it when it can"
+            out.print(Text(printable(f"{batch.id} deleted{later}")), soft_wrap=True)
 
 
 def _steer(

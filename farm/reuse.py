@@ -288,6 +288,8 @@ def _recorded(one: Copying) -> sa.Executable:
             JobRow.attempt == one.attempt,
             in_state(JobState.PENDING),
             sa.exists().where(source.id == one.source_id, source.image_key.is_not(None)),
+            # Its own batch may have been given up meanwhile, and its objects deleted.
+            sa.exists().where(BatchRow.id == JobRow.batch_id, BatchRow.deleted_at.is_(None)).correlate(JobRow),
         )
         .values(
             state=JobState.SUCCEEDED.value,

@@ -1,5 +1,6 @@
 """The object store: keys a person can read, and put, get, presign over S3."""
 
+import io
 import re
 import threading
 import unicodedata
@@ -25,6 +26,7 @@ PRESIGN_SECONDS = 7 * 24 * 3600
 _SLUG_CHARS = 48
 _DELETE_CHUNK = 1000
 """The most that DeleteObjects takes."""
+_LINES_BYTES = 256 * 1024
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -65,6 +67,11 @@ def trajectory_keys(image_key: str) -> tuple[str, str]:
     """Beside a picture: the film strip of its steps, `….trajectory.png`, and their animation, `….trajectory.webp`."""
     stem = image_key.removesuffix(".png")
     return f"{stem}.trajectory.png", f"{stem}.trajectory.webp"
+
+
+def manifest_key(batch_id: str) -> str:
+    """`{batch}/manifest.jsonl`: what became of each job of a batch, a JSON line a job."""
+    return f"{batch_id}/manifest.jsonl"
 
 
 class Storage:
@@ -138,6 +145,27 @@ class Storage:
                 return False
             self._s3.copy_object(Bucket=self.bucket, Key=key, CopySource={"Bucket": self.bucket, "Key": source})
         return True
+
+    def put_stream(self, key: str, lines: Iterable[bytes], content_type: str) -> None:
+        """Write an object as its bytes come, in few megabytes of memory however many they are.
+
+        It is there whole or not at all: what `lines` raises is raised, and nothing is written.
+        """
+        from boto3.s3.transfer import TransferConfig  # here, since most clients never need it
+
+        with self._reached(key):
+            self._s3.upload_fileobj(
+                io.BufferedReader(_Joined(lines)),
+                self.bucket,
+                key,
+                ExtraArgs={"ContentType": content_type},
+                Config=TransferConfig(use_threads=False),
+            )
+
+    def lines(self, key: str) -> Iterator[bytes]:
+        """An object's lines as they come; raises `NotFound` if there is none."""
+        with self._reached(key):
+            yield from self._s3.get_object(Bucket=self.bucket, Key=key)["Body"].iter_lines(_LINES_BYTES)
 
     def get(self, key: str) -> bytes:
         """An object's bytes; raises `NotFound` if there is none."""
@@ -231,3 +259,25 @@ class Storage:
     def _told(self, error: Exception) -> str:
         # boto3 names the address as it was given.
         return str(error).replace(self._endpoint, without_login(self._endpoint)) if self._endpoint else str(error)
+
+
+class _Joined(io.RawIOBase):
+    """Pieces of bytes as one file to read, each taken when it is needed."""
+
+    def __init__(self, pieces: Iterable[bytes]) -> None:
+        self._pieces = iter(pieces)
+        self._piece = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, into: Any, /) -> int:
+        while not self._piece:
+            piece = next(self._pieces, None)
+            if piece is None:
+                return 0
+            self._piece = memoryview(piece)
+        count = min(len(into), len(self._piece))
+        into[:count] = self._piece[:count]
+        self._piece = self._piece[count:]
+        return count

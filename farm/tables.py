@@ -36,7 +36,7 @@ def batch_table(batches: Iterable[BatchStatus]) -> RenderableType:
     """A line a batch: how far it is, and in which states its jobs are."""
     table = Table("batch", "done", "", "jobs", "submitted", box=None, header_style="bold")
     for batch in batches:
-        counts = Text()
+        counts = Text("paused  ", style="bold") if batch.paused else Text()
         for state, count in batch.counts.items():
             if count:
                 counts.append(f"{count} {state}  ", style=_STYLES[state])

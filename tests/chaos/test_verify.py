@@ -16,10 +16,11 @@ from farm.db import Database, now
 from farm.errors import ErrorClass
 from farm.jobs import JobStore
 from farm.records import Claim, Picture
+from farm.retention import Retention
 from farm.schema import AttemptRow, BatchRow, JobCountRow, JobRow
 from farm.settings import Settings
 from farm.spec import RenderSpec
-from farm.storage import Storage, checkpoint_key, image_key
+from farm.storage import Storage, checkpoint_key, image_key, manifest_key
 from tests.chaos import moves, verify
 from tests.chaos.orders import Journal, Order, Scale, order
 from tests.gated import pixel
@@ -134,6 +135,7 @@ def quiet(settings: Settings, database: Database, tmp_path: Path) -> Iterator[Qu
     quiet = Quiet(database, JobStore(database, settings), storage, Journal(tmp_path / "journal"), {"w1": ""}, [])
     quiet.run("first")
     quiet.run("second", cancelled=True)
+    Retention(quiet.store, storage, settings).turn()
     yield quiet
     storage.close()
 
@@ -241,6 +243,14 @@ def checkpoint_left(quiet: Quiet) -> None:
     quiet.storage.put(checkpoint_key(job.batch_id, job.index, job.attempt), b"state")
 
 
+def manifest_lost(quiet: Quiet) -> None:
+    quiet.storage.delete(manifest_key(quiet.job().batch_id))
+
+
+def manifest_of_another_batch(quiet: Quiet) -> None:
+    quiet.storage.put(manifest_key(quiet.job().batch_id), b"")
+
+
 def moved_on_after_the_end(quiet: Quiet) -> None:
     quiet.set(state="pending")
     quiet.set(state="succeeded")
@@ -315,6 +325,8 @@ def surprised(quiet: Quiet) -> None:
         (another_attempts_picture, "pictures_are_what_sql_says"),
         (orphan, "nothing_else_lies_in_the_bucket"),
         (checkpoint_left, "nothing_else_lies_in_the_bucket"),
+        (manifest_lost, "manifests_say_how_their_batches_ended"),
+        (manifest_of_another_batch, "manifests_say_how_their_batches_ended"),
         (moved_on_after_the_end, "moves_are_legal_and_in_order"),
         (written_to_after_the_end, "moves_are_legal_and_in_order"),
         (attempt_without_a_claim, "moves_are_legal_and_in_order"),

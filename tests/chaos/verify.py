@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from farm.errors import NotFound
 from farm.schema import AttemptRow, BatchRow, JobCountRow, JobRow
 from farm.spec import RenderSpec
 from farm.states import TRANSITIONS, JobState, Outcome
-from farm.storage import Storage
+from farm.storage import Storage, manifest_key
 from tests.chaos import moves
 from tests.chaos.moves import Move
 from tests.chaos.orders import Journal, Order
@@ -234,9 +235,25 @@ def _wrong_picture(evidence: Evidence, job: JobRow) -> str | None:
 def nothing_else_lies_in_the_bucket(evidence: Evidence) -> Iterator[Breach]:
     """No picture of an attempt that lost, no checkpoint, no preview."""
     owned = {job.image_key for job in evidence.jobs.values() if job.state == JobState.SUCCEEDED}
+    owned |= {manifest_key(batch.id) for batch in evidence.accepted}
     owners = {f"{job.batch_id}/{job.index:05d}": job.id for job in evidence.jobs.values()}
     for key in sorted(evidence.keys - owned):
         yield Breach(f"{key} lies in the bucket, and is nobody's", owners.get(re.split(r"(?<=/\d{5})", key)[0]))
+
+
+def manifests_say_how_their_batches_ended(evidence: Evidence) -> Iterator[Breach]:
+    """A batch whose end is noted has a manifest, and that says of each job what SQL says."""
+    for batch in evidence.accepted:
+        if batch.ended_at is None:
+            continue
+        try:
+            said = [json.loads(line) for line in evidence.storage.lines(manifest_key(batch.id))]
+        except NotFound:
+            yield Breach(f"{batch.name} has ended, and has no manifest")
+            continue
+        there = [(job.id, job.state, job.image_key, job.image_sha256) for job in evidence.of(batch)]
+        if [(one["id"], one["state"], one.get("key"), one.get("sha256")) for one in said] != there:
+            yield Breach(f"the manifest of {batch.name} does not say what SQL does")
 
 
 def moves_are_legal_and_in_order(evidence: Evidence) -> Iterator[Breach]:
@@ -368,6 +385,7 @@ CHECKS: tuple[Check, ...] = (
     what_nobody_cancelled_succeeded,
     pictures_are_what_sql_says,
     nothing_else_lies_in_the_bucket,
+    manifests_say_how_their_batches_ended,
     moves_are_legal_and_in_order,
     every_attempt_ended_once,
     times_are_in_order,

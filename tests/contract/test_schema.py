@@ -13,7 +13,7 @@ from alembic.script import ScriptDirectory
 from farm.db import Database, _alembic, now, now_plus
 from farm.errors import DatabaseUnavailable, NotConfigured, SchemaMismatch
 from farm.jobs import JobStore
-from farm.queries import STALE, in_state
+from farm.queries import STALE, VISIBLE, in_state
 from farm.records import Pace
 from farm.schema import Base, BatchRow, JobCountRow, JobRow
 from farm.settings import Settings
@@ -173,6 +173,28 @@ def test_a_database_without_a_schema_or_of_another_version_is_refused(database: 
             sa.select(JobRow.id)
             .where(JobRow.batch_id == "b", JobRow.finished_at >= now())
             .order_by(JobRow.finished_at),
+        ),
+        (
+            "ix_jobs_wrong",
+            sa.select(JobRow.id)
+            .where(JobRow.batch_id == "b", JobRow.error.is_not(None))
+            .order_by(JobRow.index)
+            .limit(10),
+        ),
+        (
+            "ix_batches_open",
+            sa.select(BatchRow.id).where(VISIBLE, BatchRow.ended_at.is_(None)).order_by(BatchRow.accepted_at).limit(10),
+        ),
+        (
+            "ix_batches_ended_at",
+            sa.select(BatchRow.id)
+            .where(BatchRow.ended_at < now(), BatchRow.deleted_at.is_(None))
+            .order_by(BatchRow.ended_at)
+            .limit(10),
+        ),
+        (
+            "ix_batches_deleted_at",
+            sa.select(BatchRow.id).where(BatchRow.deleted_at.is_not(None)).order_by(BatchRow.deleted_at).limit(10),
         ),
         (
             "ix_jobs_stale_checkpoints",

@@ -10,7 +10,7 @@ from farm.client import Farm
 from farm.handles import Job
 from farm.spec import RenderSpec
 from farm.states import JobState
-from farm.storage import Storage
+from farm.storage import Storage, manifest_key
 from tests.checkpoints import build_checkpoint
 from tests.integration.conftest import Crew, Process, wait_until
 from workers.engine import Engine
@@ -25,9 +25,9 @@ SLOW = "tiny=null:?seconds_per_step=0.1"
 
 
 def keys(farm: Farm, batch_id: str) -> list[str]:
-    """What lies in the bucket of a batch."""
+    """What lies in the bucket of a batch beside its manifest."""
     storage = Storage(farm.settings)
-    found = list(storage.keys(f"{batch_id}/"))
+    found = [key for key in storage.keys(f"{batch_id}/") if key != manifest_key(batch_id)]
     storage.close()
     return found
 
