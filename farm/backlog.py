@@ -21,6 +21,7 @@ from farm.queries import ACCEPTED, JobQueries, in_state, models_in
 from farm.reuse import Works
 from farm.schema import BatchRow, JobRow, OwnerRow
 from farm.settings import Settings
+from farm.sizes import fits
 from farm.spec import URGENT
 from farm.states import JobState
 
@@ -52,6 +53,7 @@ class Backlog(JobQueries):
         self._most_queued = settings.most_queued
         self._ledger = Ledger()
         self._settled_at = -_SETTLE_SECONDS
+        self._rooms: Mapping[str, int] = {}
         self._seen: dict[tuple[str, str], int] = {}
         """How far the jobs of a batch have been looked at, of a model, where many of them wait for others."""
 
@@ -74,6 +76,7 @@ class Backlog(JobQueries):
                 return []
             in_flight = _in_flight(session)
             works = Works(session, self._lease_seconds, copies)
+            self._rooms = self.rooms(session)
             for model in models:
                 rows = session.execute(in_line(model)).all()
                 for urgent in (True, False):
@@ -175,12 +178,13 @@ class Backlog(JobQueries):
         a pass looks so much further, and the next one goes on from there.
         """
         batch_id, priority = its[0].batch_id, max(each.priority for each in its)
-        rows = session.execute(next_jobs(model, batch_id, len(its), reached)).all()
+        most = self._rooms.get(model)
+        rows = session.execute(next_jobs(model, batch_id, len(its), reached, most)).all()
         found, last = works.to_render(rows, model, priority, len(its))
         reached = reached if last is None else last
         if len(found) < len(its) == len(rows) and works.further > 0:
             seen = self._seen.get((model, batch_id), 0)
-            rows = session.execute(next_jobs(model, batch_id, works.further, max(reached, seen))).all()
+            rows = session.execute(next_jobs(model, batch_id, works.further, max(reached, seen), most)).all()
             more, last = works.to_render(rows, model, priority, len(its) - len(found))
             reached = reached if last is None else last
             found += more
@@ -263,8 +267,13 @@ def in_line(model: str) -> sa.Select[*tuple[Any, ...]]:
     )
 
 
-def next_jobs(model: str, batch_id: str, count: int, after: int = 0) -> sa.Select[*tuple[Any, ...]]:
-    """The next jobs of a batch that may be dispatched, by their places, from the one after that place."""
+def next_jobs(
+    model: str, batch_id: str, count: int, after: int = 0, most: int | None = None
+) -> sa.Select[*tuple[Any, ...]]:
+    """The next jobs of a batch that may be dispatched, by their places, from the one after that place.
+
+    `most` is what the workers have room for, in `row_pixels`; None if that is not known.
+    """
     return (
         sa.select(JobRow.id, JobRow.index.label("place"), JobRow.work_sha256)
         .where(
@@ -274,6 +283,7 @@ def next_jobs(model: str, batch_id: str, count: int, after: int = 0) -> sa.Selec
             JobRow.index > after,
             sa.or_(JobRow.not_before.is_(None), JobRow.not_before <= now()),
             ~JobRow.paused,
+            *(() if most is None else (fits(most),)),
         )
         .order_by(JobRow.index)
         .limit(count)

@@ -173,6 +173,13 @@ class Farm:
         """The models that jobs, or a batch's jobs, wait for and no living worker holds; they start when one does."""
         return self._store.unheld(batch_id)
 
+    def too_large(self, batch_id: str | None = None) -> dict[str, int]:
+        """The models of which jobs, or a batch's jobs, wait that no living worker has the memory for.
+
+        With the most pixels that one has room for; a picture with guidance counts twice. They start when one does.
+        """
+        return self._store.too_large(batch_id)
+
     def waiting(self) -> dict[str, int]:
         """How many jobs of each model wait for a worker."""
         return self._store.waiting_by_model()

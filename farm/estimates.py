@@ -9,6 +9,7 @@ import sqlalchemy as sa
 from farm.db import Database
 from farm.queries import ACCEPTED, in_state
 from farm.schema import BatchRow, JobRow
+from farm.sizes import row_pixels
 from farm.spec import RenderSpec
 from farm.states import JobState
 
@@ -42,12 +43,11 @@ class DryRun:
 
 
 def work(spec: RenderSpec, width: int, height: int) -> int:
-    """What rendering time goes by: steps, pixels, and rows of a forward, which are two with guidance.
+    """What rendering time goes by: steps, pixels, and rows of a forward.
 
     `width` and `height` (pixels) are the model's own.
     """
-    rows = 2 if spec.guidance_scale > 1 or spec.true_cfg_scale > 1 else 1
-    return spec.num_inference_steps * (spec.width or width) * (spec.height or height) * rows
+    return spec.num_inference_steps * row_pixels(spec, width, height)
 
 
 def speeds(db: Database) -> dict[str, Speed]:

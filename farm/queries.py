@@ -11,6 +11,7 @@ from farm.errors import NotFound
 from farm.records import BatchStatus, JobInfo, WorkerInfo, job_info
 from farm.schema import BatchRow, JobCountRow, JobRow, OwnerRow, WorkerRow
 from farm.settings import Settings
+from farm.sizes import fits, rooms
 from farm.states import ACTIVE, JobState
 from farm.storage import checkpoint_key, image_key, preview_key, trajectory_keys
 
@@ -177,6 +178,20 @@ class JobQueries:
             }
         return sorted(missing)
 
+    def rooms(self, session: Session) -> dict[str, int]:
+        """The most row pixels that any living worker has room for, by model, where that is known."""
+        alive = WorkerRow.seen_at > now_plus(sa.literal(-self._lease_seconds))
+        return rooms(session.scalars(sa.select(WorkerRow.models).where(alive)))
+
+    def too_large(self, batch_id: str | None = None) -> dict[str, int]:
+        """What there is room for, in row pixels, by model of which jobs, or a batch's jobs, wait that need more."""
+        with self._db.read() as session:
+            return {
+                model: most
+                for model, most in self.rooms(session).items()
+                if _has(session, JobState.PENDING, model, batch_id, ~fits(most))
+            }
+
     def queued_models(self) -> list[str]:
         """The models that have queued jobs."""
         with self._db.read() as session:
@@ -213,8 +228,8 @@ def in_state(state: JobState) -> sa.ColumnElement[bool]:
     return JobRow.state == sa.literal_column(f"'{state.value}'")
 
 
-def _has(session: Session, state: JobState, model: str, batch_id: str | None) -> bool:
-    query = sa.select(JobRow.batch_id).join(BatchRow).where(in_state(state), JobRow.model == model, VISIBLE)
+def _has(session: Session, state: JobState, model: str, batch_id: str | None, *which: sa.ColumnElement[bool]) -> bool:
+    query = sa.select(JobRow.batch_id).join(BatchRow).where(in_state(state), JobRow.model == model, VISIBLE, *which)
     if batch_id is not None:
         query = query.where(JobRow.batch_id == batch_id)
     return session.scalar(query.limit(1)) is not None

@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,6 +18,8 @@ from farm.errors import FarmError, ModelError, ModelUnavailable, ServiceUnavaila
 from farm.jobs import JobStore
 from farm.records import Claim, Pace, Picture, WorkerInfo
 from farm.settings import Settings
+from farm.sizes import MOST, row_pixels
+from farm.spec import RenderSpec
 from farm.storage import Storage
 from workers import tiny
 from workers.device import choose_device, choose_dtype, keep_freed_memory, use_threads
@@ -161,6 +164,19 @@ class Worker:
         self.store.introduce(self.info)
         self._heart.start()
         self._guard.start()
+
+    def no_room(self, spec: RenderSpec) -> None:
+        """Make known that there is no memory here for a picture of that size, until this worker starts anew."""
+        if spec.width is None or spec.height is None:
+            return  # the model's own size: nobody who submits knows what that is
+        most = row_pixels(spec, spec.width, spec.height) - 1
+        with self._lock:
+            models = [
+                {**model, MOST: min([most, *filter(None, [model.get(MOST)])])} if model["name"] == spec.model else model
+                for model in self.info.models
+            ]
+            self.info = replace(self.info, models=tuple(models))
+        self.store.describe(self.info)
 
     # --- leases ---------------------------------------------------------------------------------------------
 

@@ -32,6 +32,8 @@ class NullPipeline:
     seconds_per_step: float = 0.0
     width: int = 64
     height: int = 64
+    most_pixels: int = 0
+    """A forward of a larger picture finds no memory; 0 means that any does."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
     nbytes: int = 0
@@ -71,6 +73,8 @@ class NullPipeline:
     def denoise(self, requests: Sequence[RenderRequest], rows: int | None = None) -> torch.Tensor:
         """Take as long as a forward would; each output is the request's colour."""
         time.sleep(self.seconds_per_step)
+        if 0 < self.most_pixels < 64 * requests[0].latents[0, 0].numel():
+            raise torch.OutOfMemoryError(f"there is no more than {self.most_pixels} pixels")
         return torch.cat([request.conditioning["colour"].expand_as(request.latents) for request in requests])
 
     def step(self, requests: Sequence[RenderRequest], outputs: torch.Tensor) -> torch.Tensor:
@@ -96,7 +100,7 @@ def load(
 ) -> NullPipeline:
     """The null pipeline of a source's parameters. Raises `ModelError` for one that it has not."""
     given = parse_qsl(checkpoint.source.removeprefix("null:").removeprefix("?"), keep_blank_values=True)
-    known = {"seconds_per_step": float, "width": int, "height": int}
+    known = {"seconds_per_step": float, "width": int, "height": int, "most_pixels": int}
     try:
         values = {key: known[key](value) for key, value in given}
     except (KeyError, ValueError) as error:

@@ -97,6 +97,8 @@ def _render(worker: Worker, held: Held) -> str:
         reason, error_class = str(error), error.error_class
         log.warning("render failed job_id=%s attempt=%d: %s", claim.job_id, claim.attempt, error)
         _forget(worker, held)
+        if error_class is ErrorClass.OUT_OF_MEMORY:
+            _insist(lambda: worker.no_room(claim.spec))
         _insist(lambda: store.fail(claim, reason, error_class))
         raise
     except Exception as error:

@@ -1,0 +1,82 @@
+"""Jobs that are too large for the workers that are there: they wait, with the reason, and go when one has room."""
+
+from datetime import UTC, datetime
+
+import pytest
+import sqlalchemy as sa
+
+from farm.db import Database
+from farm.jobs import JobStore
+from farm.records import WorkerInfo
+from farm.schema import WorkerRow
+from farm.settings import Settings
+from farm.sizes import MOST
+from farm.spec import RenderSpec
+
+SETTINGS = Settings.load(database_url="sqlite://", broker_url="redis://", s3_bucket="farm")
+ROOM = 2 * 512 * 512
+
+
+@pytest.fixture
+def store(database: Database) -> JobStore:
+    return JobStore(database, SETTINGS)
+
+
+def worker(name: str, most: int | None, *, model: str = "tiny") -> WorkerInfo:
+    return WorkerInfo(name, "cpu", "float32", 4, "1", ({"name": model, MOST: most} if most else {"name": model},))
+
+
+def spec(width: int | None, height: int | None, guidance_scale: float = 5.0) -> RenderSpec:
+    return RenderSpec(prompt="x", width=width, height=height, guidance_scale=guidance_scale)
+
+
+def queued(store: JobStore) -> list[str]:
+    return [bell.job_id.rpartition("-")[2] for bell in store.enqueue(10)]
+
+
+def test_what_no_worker_has_room_for_waits_and_what_one_has_passes_it(store: JobStore) -> None:
+    store.introduce(worker("w1", ROOM))
+    sizes = [spec(1024, 1024), spec(512, 512), spec(512, 1024), spec(512, 1024, 1.0), spec(None, None)]
+    batch_id = store.submit("b", "me", 50, sizes)
+    assert queued(store) == ["2", "4", "5"]
+    assert queued(store) == []
+    assert store.too_large(batch_id) == store.too_large() == {"tiny": ROOM}
+
+
+def test_it_goes_when_a_worker_comes_that_has_room_or_has_not_found_out(store: JobStore) -> None:
+    store.introduce(worker("w1", ROOM))
+    store.submit("b", "me", 50, [spec(1024, 1024), spec(4096, 4096)])
+    assert queued(store) == []
+    store.introduce(worker("w2", 2 * 1024 * 1024))
+    assert queued(store) == ["1"]
+    store.introduce(worker("w3", None))
+    assert queued(store) == ["2"]
+    assert store.too_large() == {}
+
+
+def test_a_worker_that_is_gone_has_room_for_nothing(store: JobStore, database: Database) -> None:
+    store.introduce(worker("w1", ROOM))
+    store.introduce(worker("w2", None))
+    store.submit("b", "me", 50, [spec(1024, 1024)])
+    assert store.too_large() == {}
+    with database.write() as session:
+        long_ago = datetime(2000, 1, 1, tzinfo=UTC)
+        session.execute(sa.update(WorkerRow).where(WorkerRow.name == "w2").values(seen_at=long_ago))
+    assert store.too_large() == {"tiny": ROOM}
+    assert queued(store) == []
+
+
+def test_other_batches_and_models_are_none_of_it(store: JobStore) -> None:
+    store.introduce(worker("w1", ROOM))
+    store.introduce(worker("w2", ROOM, model="other"))
+    store.submit("large", "me", 50, [spec(1024, 1024)])
+    small = store.submit("small", "me", 50, [spec(512, 512)])
+    assert store.too_large(small) == {}
+    assert store.too_large() == {"tiny": ROOM}
+
+
+def test_a_worker_can_find_out_later(store: JobStore) -> None:
+    store.introduce(worker("w1", None))
+    store.submit("b", "me", 50, [spec(1024, 1024)])
+    store.describe(worker("w1", ROOM))
+    assert queued(store) == []
