@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,11 +19,12 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from farm import __version__, managing, operating
+from farm import __version__, fetching, managing, operating
 from farm.client import Farm
 from farm.console import Json, batch_json, complain, err, find, job_json, open_farm, out, say_json
 from farm.errors import FarmError, InvalidInput, JobNotSucceeded, ServiceUnavailable
 from farm.estimates import FIRST, DryRun
+from farm.fetching import fetched, sheet
 from farm.handles import Batch
 from farm.previews import Preview
 from farm.records import JobInfo
@@ -39,9 +41,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(managing.app)
+app.add_typer(fetching.app)
 app.add_typer(operating.app)
 
 _WATCH_SECONDS = 0.5
+_FIRST_JOBS = 1000
+_WRONG = 20
 
 
 def main() -> None:
@@ -190,7 +195,7 @@ def status(
     which: Annotated[str | None, typer.Argument(metavar="[BATCH|JOB]", help="Its name or id.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Show the newest batches, or one batch or job."""
+    """Show the newest batches, or one batch or job; as JSON with a batch's first jobs (`farm jobs` lists all)."""
     with open_farm() as farm:
         if which is None:
             batches = farm.batches()
@@ -204,13 +209,12 @@ def status(
         if isinstance(found, JobInfo):
             say_json(job_json(found)) if as_json else out.print(job_table([found], whole=True))
         elif as_json:
-            say_json({**batch_json(found.status()), "jobs": [job_json(job.info) for job in found]})
+            first = [job_json(job.info) for job in islice(found, _FIRST_JOBS)]
+            say_json({**batch_json(found.status()), "jobs": first, "further": found.total > len(first)})
         else:
             out.print(batch_table([found.status()]))
             _warn_unheld(farm, found.id)
-            wrong = [job.info for job in found if job.error]
-            if wrong:
-                out.print(job_table(wrong[:20]))
+            _say_wrong(found)
 
 
 @app.command()
@@ -257,29 +261,6 @@ def _show(shown: Preview, path: Path) -> None:
     out.print(Text(f"step {shown.step} of {shown.steps} in {path}"), soft_wrap=True)
 
 
-@app.command()
-def get(
-    which: Annotated[str, typer.Argument(metavar="BATCH|JOB", help="Its name or id.")],
-    folder: Annotated[Path, typer.Option("--out", help="Where to put the pictures.")] = Path("out"),
-    sheet: Annotated[bool, typer.Option("--sheet", help="A contact sheet beside them.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Fetch the pictures of a batch or a job."""
-    with open_farm() as farm:
-        found = find(farm, which)
-        if isinstance(found, JobInfo):
-            folder.mkdir(parents=True, exist_ok=True)
-            paths = [farm.job(found.id).download(folder)]
-        else:
-            paths = found.download(folder, progress=not as_json)
-            if sheet:
-                paths.append(_sheet(found, folder))
-        if as_json:
-            say_json({"files": [str(path) for path in paths]})
-        else:
-            out.print(Text(f"{len(paths)} files in {folder}"), soft_wrap=True)
-
-
 def _say_dry_run(found: DryRun, *, as_json: bool) -> None:
     if as_json:
         say_json({**vars(found), "first": [spec.model_dump(mode="json", exclude_unset=True) for spec in found.first]})
@@ -319,31 +300,31 @@ def _warn_unheld(farm: Farm, batch_id: str | None = None) -> None:
         complain(f"no worker has the memory for {model} beyond {room} now; what is larger waits until one has")
 
 
-def _sheet(batch: Batch, folder: Path) -> Path:
-    path = folder / "contact_sheet.png"
-    batch.contact_sheet().save(path)
-    return path
-
-
 def _see_through(batch: Batch, folder: Path | None, *, as_json: bool) -> None:
     """Wait for a batch behind a bar, fetch its pictures, say how it ended; exits with 1 unless all succeeded."""
     with _interrupted(batch):
         ended = batch.wait(progress=not as_json)
-    files: list[Path] = []
+    count, files = 0, list[str]()
     if folder is not None:
-        files = batch.download(folder, progress=not as_json)
-        files.append(_sheet(batch, folder))
+        count, files = fetched(batch, folder, as_json=as_json)
+        files.append(str(sheet(batch, folder)))
     if as_json:
-        say_json({**batch_json(ended), "files": [str(path) for path in files]})
+        say_json({**batch_json(ended), "files": files})
     else:
         out.print(batch_table([ended]))
-        wrong = [job.info for job in batch if job.state is JobState.FAILED]
-        if wrong:
-            out.print(job_table(wrong[:20]))
+        _say_wrong(batch)
         if folder is not None:
-            out.print(Text(f"{len(files) - 1} pictures and contact_sheet.png in {folder}"), soft_wrap=True)
+            out.print(Text(f"{count} pictures and contact_sheet.png in {folder}"), soft_wrap=True)
     if ended.counts[JobState.SUCCEEDED] < ended.total:
         raise typer.Exit(1)
+
+
+def _say_wrong(batch: Batch) -> None:
+    """The first of its jobs that have an error: found without a look at the others."""
+    if wrong := [job.info for job in batch.wrong(_WRONG + 1)]:
+        out.print(job_table(wrong[:_WRONG]))
+        if len(wrong) > _WRONG:
+            out.print(Text(f"… and more: farm jobs {batch.id} --wrong --limit 1000"), soft_wrap=True)
 
 
 @contextmanager
