@@ -28,10 +28,12 @@ class Deletion:
         self._storage.delete_many(keys)
         if len(keys) == _OBJECTS:
             return False
-        after: int | None = 0
+        after = 0
         for _ in range(_PIECES):
-            if (after := self._store.forget(batch_id, after)) is None:
+            following = self._store.forget(batch_id, after)
+            if following is None:
                 return True
+            after = following
             time.sleep(_REST_SECONDS)
         return False
 
