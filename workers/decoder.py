@@ -46,6 +46,14 @@ class Decoder:
         else:
             self.side.start(pipeline.device, self._decode)
 
+    def drop(self, request: RenderRequest) -> bool:
+        """Whether a request waited here to be decoded, and does no more; False while it is being decoded."""
+        with self._lock:
+            left = [entry for entry in self._waiting if entry[1] is not request]
+            dropped = len(left) < len(self._waiting)
+            self._waiting = left
+        return dropped
+
     def picture(self, pipeline: Pipeline, snapshot: Snapshot, *, vae: bool) -> Image.Image:
         """What the latents of a snapshot show, after what waits to be decoded."""
         request = RenderRequest("preview", snapshot.spec, resume=snapshot)

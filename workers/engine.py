@@ -11,14 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from PIL import Image
 
-from farm.errors import (
-    BadImage,
-    EngineFailed,
-    FarmError,
-    OutOfMemory,
-    RenderCancelled,
-    RenderHandedBack,
-)
+from farm.errors import BadImage, EngineFailed, FarmError, OutOfMemory, RenderCancelled, RenderHandedBack
 from workers import sampling
 from workers.decoder import Decoder
 from workers.device import use_threads
@@ -52,6 +45,8 @@ class _Render:
     future: Future[Rendered] = field(default_factory=Future)
     looks: list[tuple[int, Future[Snapshot]]] = field(default_factory=list)
     """Who wants its state, from which number of steps on."""
+    unwanted: FarmError | None = None
+    """What it ends with when its picture is decoded, which nobody wants any more."""
 
 
 class Engine:
@@ -232,7 +227,7 @@ class Engine:
             raise RenderHandedBack("the engine takes no more requests")
 
     def _leave(self, request_id: str, ending: _Ending) -> bool:
-        """Take a request out of the line, and end it when it is in no forward."""
+        """Take a request out of the line, and end it when it is in no forward, and not being decoded."""
         with self._changed:
             render = self._renders.get(request_id)
             if render is None:
@@ -241,6 +236,8 @@ class Engine:
                 self._scheduler.leave(request_id)
                 self._leaving.append((render, ending))
                 self._changed.notify_all()
+            elif render.request.denoised and not self._decoder.drop(render.request):
+                render.unwanted = ending(None)  # the device is not done with it before
             elif all(render is not other for other, _ in self._leaving):
                 self._end(render, ending(_state(render)))
         return True
@@ -404,7 +401,7 @@ class Engine:
         with self._changed:
             render = self._renders.get(request.id)
             if render is not None and render.request is request:
-                self._end(render, outcome)
+                self._end(render, render.unwanted or outcome)
 
     def _end(self, render: _Render, outcome: Rendered | FarmError) -> bool:
         """Take a request out and resolve its future; False, and nothing done, if somebody has before."""
