@@ -29,6 +29,7 @@ from workers.gathering import Gathered
 from workers.observing import Held, Observer
 from workers.pins import Pins
 from workers.pipelines import Pipeline, load
+from workers.reporting import Reporter
 from workers.warming import warm
 
 log = logging.getLogger(__name__)
@@ -293,8 +294,6 @@ class Worker:
             self._heart.join(self.settings.beat_seconds + 5)
         self.engine.stop()
         self.observer.close()
-        self._claims.close()
-        self._ends.close()
         try:
             self.store.leave(self.name)
         except ServiceUnavailable as error:
@@ -317,6 +316,10 @@ def attach(app: Celery, worker: Worker) -> None:
     def shut_down(**_: object) -> None:
         worker.stop()
 
+    app.steps["consumer"].add(Reporter)
+    # Each transition has its line already, where it is committed.
+    for told_anyway in ("celery.worker.strategy", "celery.app.trace"):
+        logging.getLogger(told_anyway).setLevel(logging.WARNING)
     signals.worker_ready.connect(ready, weak=False)
     signals.worker_shutting_down.connect(shutting_down, weak=False)
     signals.worker_shutdown.connect(shut_down, weak=False)
