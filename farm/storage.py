@@ -107,6 +107,8 @@ class Storage:
                         read_timeout=20,
                         retries={"mode": "standard", "total_max_attempts": 3},
                         max_pool_connections=32,
+                        # What is signed has its SHA-256 in the signature, which S3 checks: no second sum of it.
+                        request_checksum_calculation="when_required",
                         # A proxy from the environment can't reach the loopback interface of this machine.
                         proxies={} if urlsplit(self._endpoint or "").hostname in _LOOPBACK else None,
                         s3={"addressing_style": "path" if self._endpoint else "auto"},
