@@ -33,6 +33,7 @@ def settings(settings: Settings) -> Settings:
 
 
 def test_submit_puts_a_window_of_jobs_into_redis_before_it_returns(settings: Settings, database: Database) -> None:
+    settings = settings.model_copy(update={"lease_seconds": 600.0})  # the worker is alive, however slow the machine
     JobStore(database, settings).introduce(WORKER)
     with Farm(settings) as farm:
         batch = farm.submit([f"prompt {n}" for n in range(25)], priority=100)
