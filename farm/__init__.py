@@ -22,9 +22,9 @@ if TYPE_CHECKING:
         NotFound,
         ServiceUnavailable,
     )
-    from farm.handles import Batch, Job
+    from farm.handles import Batch, Job, Owner
     from farm.previews import Preview
-    from farm.records import BatchStatus
+    from farm.records import AttemptInfo, BatchStatus
     from farm.settings import Settings
     from farm.spec import RenderSpec
     from farm.states import JobState
@@ -35,6 +35,7 @@ except PackageNotFoundError:  # a source tree that is not installed
     __version__ = "0"
 
 _HOMES = {
+    "AttemptInfo": "records",
     "Batch": "handles",
     "BatchStatus": "records",
     "Farm": "client",
@@ -45,6 +46,7 @@ _HOMES = {
     "JobState": "states",
     "NotConfigured": "errors",
     "NotFound": "errors",
+    "Owner": "handles",
     "Preview": "previews",
     "RenderSpec": "spec",
     "ServiceUnavailable": "errors",
@@ -52,6 +54,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "AttemptInfo",
     "Batch",
     "BatchStatus",
     "Farm",
@@ -62,6 +65,7 @@ __all__ = [
     "JobState",
     "NotConfigured",
     "NotFound",
+    "Owner",
     "Preview",
     "RenderSpec",
     "ServiceUnavailable",

@@ -19,11 +19,25 @@ from farm.jobs import JobStore
 from farm.records import BatchStatus, WorkerInfo
 from farm.settings import Settings
 from farm.sources import Expansion, Given, Grid, Problems, specs
-from farm.spec import RenderSpec
+from farm.spec import RenderSpec, shown
 from farm.storage import Storage
 from farm.submissions import seed_from
 
 log = logging.getLogger(__name__)
+
+MAX_NAME_CHARS = 200
+"""How long the name, the owner and the key of a batch may be."""
+
+
+def _is_name(given: object) -> bool:
+    """Whether both databases can keep it: PostgreSQL has no NUL, and neither has lone surrogates."""
+    if not isinstance(given, str) or len(given) > MAX_NAME_CHARS or "\x00" in given:
+        return False
+    try:
+        given.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class Farm:
@@ -87,12 +101,12 @@ class Farm:
         is not. Raises `InvalidInput` with everything that is wrong, `KeyUsed` if the key was used for other specs, and
         `DatabaseUnavailable`.
         """
-        if key is not None and wildcard_seed is None:
-            wildcard_seed = seed_from(key, 0)
+        whose = owner or self.settings.owner or getpass.getuser()
         name, made = self._read(
             what,
             name=name,
             priority=priority,
+            owner=whose,
             key=key,
             grid=grid,
             seeds=seeds,
@@ -101,7 +115,6 @@ class Farm:
             wildcard_seed=wildcard_seed,
             **defaults,
         )
-        whose = owner or self.settings.owner or getpass.getuser()
         batch_id = self._store.submit(name, whose, priority, made, key=key)
         try:
             Dispatcher(self._store, self._broker, self._storage, self.settings).fill()
@@ -134,13 +147,16 @@ class Farm:
     ) -> tuple[str, Iterator[RenderSpec]]:
         """A batch's name and its specs, which raise `InvalidInput` at their end."""
         problems = Problems()
-        if not 0 <= priority <= 100:
-            problems.add(Problem("", "priority", f"should be 0 to 100, not {priority}"))
+        if not isinstance(priority, int) or not 0 <= priority <= 100:
+            problems.add(Problem("", "priority", f"should be 0 to 100, not {shown(priority)}"))
+        for field, given in (("name", name), ("owner", owner), ("key", key)):
+            if given is not None and not (_is_name(given) and (given or field != "key")):
+                problems.add(Problem("", field, "should be 1 to 200 characters of valid Unicode, without NUL"))
+        if problems:
+            raise problems.error()
         name = (name or "").strip() or "batch"
-        if len(name) > 200 or "\x00" in name:
-            problems.add(Problem("", "name", "should be at most 200 characters, without NUL"))
-        if key is not None and not (0 < len(key) <= 200 and "\x00" not in key):
-            problems.add(Problem("", "key", "should be 1 to 200 characters, without NUL"))
+        if key is not None and wildcard_seed is None:
+            wildcard_seed = seed_from(key, 0)
         expansion = Expansion.read(
             problems, grid=grid, seeds=seeds, template=template, wildcards=wildcards, wildcard_seed=wildcard_seed
         )

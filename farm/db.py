@@ -20,6 +20,7 @@ from farm.errors import DatabaseUnavailable, NotConfigured, SchemaMismatch
 from farm.schema import UTCDateTime
 
 CONNECT_SECONDS = 5
+_SILENT_SECONDS = 15
 
 
 class now_plus(FunctionElement[datetime]):  # noqa: N801  (an SQL function, like sqlalchemy.func's)
@@ -125,15 +126,17 @@ class Database:
         try:
             yield
         except OperationalError as error:
-            raise DatabaseUnavailable(f"the database {self._shown} does not answer: {_line(error)}") from error
+            raise DatabaseUnavailable(f"the database {self.shown} does not answer: {_line(error)}") from error
         except DBAPIError as error:
             if not error.connection_invalidated:
                 raise
-            raise DatabaseUnavailable(f"the connection to {self._shown} broke: {_line(error)}") from error
+            raise DatabaseUnavailable(f"the connection to {self.shown} broke: {_line(error)}") from error
 
     @property
-    def _shown(self) -> str:
-        return self.url.render_as_string(hide_password=True)
+    def shown(self) -> str:
+        """Its address as it may be shown: libpq takes passwords in the query as well."""
+        secret = [name for name in self.url.query if "pass" in name.lower()]
+        return self.url.difference_update_query(secret).render_as_string(hide_password=True)
 
 
 def _line(error: DBAPIError) -> str:
@@ -156,7 +159,13 @@ def _postgresql(url: sa.URL) -> sa.Engine:
         pool_pre_ping=True,
         pool_size=10,
         max_overflow=20,
-        connect_args={"connect_timeout": CONNECT_SECONDS},
+        connect_args={
+            "connect_timeout": CONNECT_SECONDS,
+            # A host that is gone without a word is noticed in seconds, and not when TCP gives up after a quarter hour.
+            "tcp_user_timeout": 1000 * _SILENT_SECONDS,
+            "keepalives_idle": _SILENT_SECONDS,
+            "keepalives_interval": _SILENT_SECONDS // 3,
+        },
     )
 
 

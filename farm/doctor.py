@@ -97,7 +97,7 @@ def _settings(settings: Settings, *, embedded: bool) -> Finding:
 
 
 def _database(database: Database) -> Finding:
-    shown = database.url.render_as_string(hide_password=True)
+    shown = database.shown
     try:
         database.check_schema()
     except SchemaMismatch as error:

@@ -1,17 +1,18 @@
 """What to render: `RenderSpec`, its bounds and its hash."""
 
 import hashlib
+import reprlib
 import secrets
 from typing import Annotated, Any, Self
 
 from pydantic import (
     AfterValidator,
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
     ValidationInfo,
+    model_validator,
 )
 from pydantic_core import ErrorDetails
 
@@ -27,6 +28,7 @@ MAX_TRAJECTORY_STEPS = 200
 MAX_PROMPT_CHARS = 20_000
 MODEL_NAME = r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,199}$"
 """What a model may be called: a hub id (`org/name`) or a plain name. It becomes part of a queue's name."""
+_SHOWN_CHARS = 80
 URGENT = 90
 """From this priority on, of 0 to 100, a job is urgent: it waits neither for a worker's free thread nor for its slot."""
 
@@ -34,10 +36,6 @@ URGENT = 90
 def draw_seed() -> int:
     """A seed nobody chose, drawn from the system's randomness."""
     return secrets.randbelow(MAX_SEED + 1)
-
-
-def _seed_or_drawn(value: object) -> object:
-    return draw_seed() if value is None else value
 
 
 def _multiple_of_8(value: int | None) -> int | None:
@@ -105,13 +103,21 @@ class RenderSpec(BaseModel):
     """The share of noise that samplers with an eta (DDIM's, Song et al. 2020) add back at each step."""
     width: Size = None
     height: Size = None
-    seed: Annotated[int, Field(ge=0, le=MAX_SEED), BeforeValidator(_seed_or_drawn)] = Field(default_factory=draw_seed)
+    seed: int = Field(default_factory=draw_seed, ge=0, le=MAX_SEED)
     scheduler: Annotated[str | None, AfterValidator(_known_sampler)] = None
     model: str = Field(default="tiny", pattern=MODEL_NAME)
     deterministic: bool = False
     """Whether its bytes must not depend on what is rendered beside it; slower."""
     trajectory: Annotated[bool, AfterValidator(_of_few_steps)] = False
     """Whether the picture of every step is kept, as a film strip and an animation; at most 200 steps then."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _unchosen(cls, values: Any) -> Any:
+        # As good as left out: whoever stores the spec may draw it, and nothing else is the same work.
+        if isinstance(values, dict) and "seed" in values and values["seed"] is None:
+            return {name: value for name, value in values.items() if name != "seed"}
+        return values
 
     @classmethod
     def parse(cls, values: "dict[str, Any] | str | RenderSpec", where: str = "spec") -> Self:
@@ -131,6 +137,18 @@ class RenderSpec(BaseModel):
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
 
 
+_BRIEF = reprlib.Repr()
+_BRIEF.maxstring = _BRIEF.maxother = _BRIEF.maxlong = 4 * _SHOWN_CHARS
+
+
+def shown(value: object) -> str:
+    """The beginning of a value, as a message says it; as little work however large it is."""
+    try:
+        return f"{_BRIEF.repr(value):.{_SHOWN_CHARS}}"
+    except (ValueError, RecursionError):  # an integer of 5,000 digits
+        return f"such a {type(value).__name__}"
+
+
 def _problem(where: str, detail: ErrorDetails) -> Problem:
     field = ".".join(map(str, detail["loc"]))
     if detail["type"] == "extra_forbidden":
@@ -140,5 +158,5 @@ def _problem(where: str, detail: ErrorDetails) -> Problem:
     message = detail["msg"].removeprefix("Value error, ").replace("Input should", "should")
     if detail["type"] in ("missing", "model_type"):
         return Problem(where, field, "is missing" if field else "is neither a prompt nor a spec")
-    given = "" if detail["type"] == "value_error" else f", not {detail['input']!r:.80}"
+    given = "" if detail["type"] == "value_error" else f", not {shown(detail['input'])}"
     return Problem(where, field, message + given)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from farm.errors import InvalidInput, Problem
-from farm.sources.problems import Problems, parsed, shown
-from farm.spec import RenderSpec
+from farm.sources.problems import Problems, parsed
+from farm.spec import RenderSpec, shown
 
 MAX_SPECS = 10_000_000
 """How many pictures one submission may ask for."""

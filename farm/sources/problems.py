@@ -46,14 +46,6 @@ def parsed(values: Any, where: str) -> RenderSpec:
         raise InvalidInput([Problem(where, "", f"has a value that can't be read: {error}")]) from error
 
 
-def shown(value: object) -> str:
-    """The beginning of a value, as a message says it."""
-    try:
-        return f"{value!r:.80}"
-    except (ValueError, RecursionError):
-        return f"such a {type(value).__name__}"
-
-
 def more(count: int) -> MoreProblems:
     """The line that stands for so many problems."""
     return MoreProblems("", "", f"… and {count:,} more", count)

@@ -172,7 +172,8 @@ def _fields(
     elif isinstance(values, str):
         own = {"prompt": values}
     elif isinstance(values, Mapping):
-        own = values
+        # A seed of null is as good as none, and leaves room for a default.
+        own = {name: value for name, value in values.items() if name != "seed" or value is not None}
     else:
         return values, []
     merged = {**defaults, **own, **place}

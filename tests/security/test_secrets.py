@@ -190,6 +190,7 @@ def test_an_address_is_shown_without_its_login(url: str, without: str) -> None:
         {"flower_url": "http://user:hunter2@127.0.0.1:1"},
         {"flower_url": "http://user:x@127.0.0.1:hunter2"},
         {"database_url": "postgresql://u:hunter2@127.0.0.1:1/farm"},
+        {"database_url": "postgresql://127.0.0.1:1/farm?user=u&password=hunter2&sslpassword=hunter2"},
     ],
     ids=lambda wrong: "".join(wrong.values()),
 )

@@ -102,3 +102,30 @@ def test_the_hash_tells_specs_apart_and_survives_json() -> None:
     assert again == spec
     assert again.sha256() == spec.sha256()
     assert RenderSpec(prompt="ä", seed=2, scheduler="euler_a").sha256() != spec.sha256()
+
+
+def test_a_seed_of_none_counts_as_not_chosen() -> None:
+    for spec in (
+        RenderSpec(prompt="x", seed=None),
+        RenderSpec.parse({"prompt": "x", "seed": None}),
+        RenderSpec.model_validate_json('{"prompt": "x", "seed": null}'),
+    ):
+        assert "seed" not in spec.model_fields_set
+        assert spec.seed >= 0
+
+
+@pytest.mark.parametrize(
+    "value", [10**5000, [[]] * 10**6, "x" * 10**7, {"a": [1] * 10**6}], ids=["number", "list", "text", "object"]
+)
+def test_what_is_wrong_is_said_in_short_however_large_it_is(value: object) -> None:
+    with pytest.raises(InvalidInput) as raised:
+        RenderSpec.parse({"prompt": "x", "guidance_scale": value})
+    assert len(str(raised.value)) < 250
+
+
+def test_a_value_too_deep_to_be_shown_is_invalid_input() -> None:
+    deep: list[object] = []
+    for _ in range(10_000):
+        deep = [deep]
+    with pytest.raises(InvalidInput):
+        RenderSpec.parse({"prompt": deep})
