@@ -216,3 +216,13 @@ def test_batches_are_given_up_by_how_long_ago_they_ended(store: JobStore, databa
     assert store.give_up_older_than(2.9) == [old]
     assert store.given_up() == [old]
     assert {batch.id for batch in store.batches()} == {young, tried}
+
+
+def test_a_copy_for_a_batch_that_was_given_up_meanwhile_comes_too_late(store: JobStore) -> None:
+    source = ended(store)
+    batch_id = submitted(store, 1)
+    made = store.begin_copies({f"{batch_id}-1": f"{source}-1"})
+    assert len(made) == 1
+    store.give_up(batch_id, cancel=True)
+    assert store.at_rest(batch_id)
+    assert store.end_copies(made) == made  # whoever made it deletes it
