@@ -114,6 +114,8 @@ class Storage:
                         s3={"addressing_style": "path" if self._endpoint else "auto"},
                     ),
                 )
+                # What is put here is small: to ask first whether it may be sent is one more way there and back.
+                self._made.meta.events.register_last("before-call.s3", _ask_nothing)
             return self._made
 
     def ensure_bucket(self) -> None:
@@ -283,3 +285,7 @@ class _Joined(io.RawIOBase):
         into[:count] = self._piece[:count]
         self._piece = self._piece[count:]
         return count
+
+
+def _ask_nothing(params: dict[str, Any], **_: Any) -> None:
+    params["headers"].pop("Expect", None)
