@@ -44,6 +44,8 @@ class Held:
     """Keys of what lies in the object store for it and goes with it."""
     checkpointed: float = field(default_factory=time.monotonic)
     """When its state was last written down, or asked for."""
+    keeping: bool = False
+    """Whether it is on its way there: while the object store is away, no more states of it pile up."""
     preview_vae: bool | None = None
     """How somebody wants to see it now; None while nobody does."""
 
@@ -76,9 +78,9 @@ class Observer:
             one.preview_vae = wanted
             due = self._checkpoint_seconds is not None and now - one.checkpointed >= self._checkpoint_seconds
             # The film of a trajectory needs every step: such a render begins anew.
-            if due and not one.claim.spec.trajectory:
-                one.checkpointed = now
-                self._look(one, 0, self.checkpoint)
+            if due and not one.claim.spec.trajectory and not one.keeping:
+                one.checkpointed, one.keeping = now, True
+                self._look(one, 0, self._keep)
 
     def end(self, held: Held) -> None:
         """Write nothing more of a job, whatever is under way."""
@@ -113,6 +115,12 @@ class Observer:
                 log.warning("can't record the checkpoint of job_id=%s: %s", claim.job_id, error)
             else:
                 log.info("checkpointed job_id=%s attempt=%d step=%d", claim.job_id, claim.attempt, snapshot.steps_done)
+
+    def _keep(self, held: Held, snapshot: Snapshot) -> None:
+        try:
+            self.checkpoint(held, snapshot)
+        finally:
+            held.keeping = False
 
     def _checkpoint_on(self, held: Held, snapshot: Snapshot) -> None:
         self.checkpoint(held, snapshot)
