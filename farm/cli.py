@@ -86,6 +86,9 @@ def submit(
     key: Annotated[
         str | None, typer.Option(help="Your name for this submission: handed in again, it is the same batch.")
     ] = None,
+    reuse: Annotated[
+        bool, typer.Option("--reuse/--no-reuse", help="Copy pictures that were rendered before, of the same spec.")
+    ] = True,
     model: Annotated[str | None, typer.Option(help="A model that a worker pins.")] = None,
     negative_prompt: Annotated[str | None, typer.Option("--negative-prompt", "--negative")] = None,
     num_inference_steps: Annotated[int | None, typer.Option("--num-inference-steps", "--steps")] = None,
@@ -168,6 +171,7 @@ def submit(
         "name": name or _name_from(what),
         "priority": priority,
         "key": key,
+        "reuse": reuse,
         "seeds": seeds,
         "template": template,
         "wildcards": choices or wildcards,

@@ -71,6 +71,7 @@ class Farm:
         priority: int = 50,
         owner: str | None = None,
         key: str | None = None,
+        reuse: bool = True,
         grid: Grid | None = None,
         seeds: str | Iterable[int] | None = None,
         template: str | None = None,
@@ -97,6 +98,9 @@ class Farm:
         is not clear what it left: the same specs in the same order are the same batch then, and seeds nobody chose
         are drawn from the key and the place.
 
+        A job of the same spec, with a seed that was chosen, as one that was rendered by a model of the same weights
+        gets a copy of that picture, and of such jobs at once one is rendered. With `reuse=False` each is rendered.
+
         A sampler that the model of a spec can't use, as the workers hold that now, is refused; a model that none holds
         is not. Raises `InvalidInput` with everything that is wrong, `KeyUsed` if the key was used for other specs, and
         `DatabaseUnavailable`.
@@ -115,7 +119,7 @@ class Farm:
             wildcard_seed=wildcard_seed,
             **defaults,
         )
-        batch_id = self._store.submit(name, whose, priority, made, key=key)
+        batch_id = self._store.submit(name, whose, priority, made, key=key, reuse=reuse)
         try:
             Dispatcher(self._store, self._broker, self._storage, self.settings).fill()
         except BrokerUnavailable as error:
@@ -138,6 +142,7 @@ class Farm:
         priority: int = 50,
         owner: str | None = None,
         key: str | None = None,
+        reuse: bool = True,
         grid: Grid | None = None,
         seeds: str | Iterable[int] | None = None,
         template: str | None = None,

@@ -74,7 +74,7 @@ def test_the_commands_find_the_farm_and_say_what_there_is(user: UserFarm) -> Non
 def test_the_same_spec_gives_the_same_picture(user: UserFarm) -> None:
     spec = RenderSpec(prompt="a red heart on a black background", seed=11, num_inference_steps=8, scheduler="euler_a")
     with client(user) as farm:
-        first, second = (next(iter(farm.submit([spec]))).image() for _ in range(2))
+        first, second = (next(iter(farm.submit([spec], reuse=False))).image() for _ in range(2))
     assert first.tobytes() == second.tobytes()
 
 

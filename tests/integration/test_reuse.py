@@ -116,10 +116,11 @@ def test_other_weights_a_picture_that_is_gone_and_no_reuse_are_rendered(
     second = farm.submit(SPEC)
     ended_well(farm, second)
     assert None not in rendered_by(database, second).values()
-    store = JobStore(database, farm.settings)
-    third = farm.batch(store.submit("third", "me", 50, [SPEC, SPEC], reuse=False))
+    third = farm.submit([SPEC, SPEC], reuse=False)
     ended_well(farm, third)
     assert None not in rendered_by(database, third).values()
+    farm_says(crew, "submit", "a boat", "--seed", "1", "--steps", "2", "--no-reuse", "--wait", "--name", "shell")
+    assert None not in rendered_by(database, farm.batch("shell")).values()
     assert worker.stop() == 0
     crew.worker("w2", "tiny=null:?seconds_per_step=0.001")
     fourth = farm.submit(SPEC)
