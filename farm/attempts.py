@@ -57,6 +57,18 @@ class Attempts(Leases):
             ).one_or_none()
         return row is not None
 
+    def leaves(self, claim: Claim) -> bool:
+        """Note that a claimed job's worker is about to write objects beside its picture; False if the claim is void.
+
+        Before it writes the first: whatever dies or is away then, the dispatcher looks for them when the job has ended.
+        """
+        with self._db.write() as session:
+            noted = sa.func.coalesce(JobRow.checkpoint_key, "")
+            row = session.execute(
+                sa.update(JobRow).where(*_holds(claim)).values(checkpoint_key=noted).returning(JobRow.id)
+            ).one_or_none()
+        return row is not None
+
     def succeed(self, claim: Claim, picture: Picture) -> bool:
         """Record the picture of a claimed job; False if the claim no longer holds.
 

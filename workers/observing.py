@@ -156,8 +156,10 @@ class Observer:
         with held.writing:
             if held.ended:
                 return False
-            held.objects.add(key)
             try:
+                if not held.objects and not self._store.leaves(held.claim):
+                    return False
+                held.objects.add(key)
                 self._storage.put(key, data, content_type)
             except FarmError as error:
                 log.warning("can't write %s: %s", key, error)

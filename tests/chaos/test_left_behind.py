@@ -11,8 +11,9 @@ from farm.broker import Broker
 from farm.client import Farm
 from farm.db import Database
 from farm.dispatch import Dispatcher
+from farm.errors import DatabaseUnavailable
 from farm.jobs import JobStore
-from farm.records import Picture
+from farm.records import Claim, Picture
 from farm.settings import Settings
 from farm.spec import RenderSpec
 from farm.states import JobState
@@ -64,6 +65,30 @@ def test_the_checkpoint_of_a_job_whose_worker_died_after_its_success_is_swept(
     picture = Picture(key, hashlib.sha256(b"picture").hexdigest(), 7, 64, 64, "0" * 64, 1.0)
     assert store.succeed(claim, picture)
     # Here its worker dies, or finds the object store away.
+    dispatcher.sweep()
+    assert list(storage.keys()) == [key]
+
+
+def test_a_checkpoint_that_was_not_recorded_because_sql_was_away_is_swept(
+    settings: Settings, database: Database, storage: Storage, dispatcher: Dispatcher
+) -> None:
+    class Away(JobStore):
+        def checkpointed(self, claim: Claim, key: str) -> bool:
+            raise DatabaseUnavailable(f"{claim.job_id} and {key} can't be recorded")
+
+    store = Away(database, settings)
+    store.submit("batch", "me", 50, [RenderSpec(prompt="x")])
+    (bell,) = store.enqueue(10)
+    claim = store.claim(bell.job_id, "w1@host")
+    assert claim is not None
+    observer = Observer(Engine(Pins.of({"tiny": NullPipeline()})), storage, store, settings)
+    observer.checkpoint(Held(claim), snapshot(claim.spec))
+    observer.close()
+    assert list(storage.keys()) == [checkpoint_key(claim.batch_id, claim.index, claim.attempt)]
+    key = image_key(claim.batch_id, claim.index, claim.attempt, "x")
+    storage.put(key, b"picture")
+    assert store.succeed(claim, Picture(key, hashlib.sha256(b"picture").hexdigest(), 7, 64, 64, "0" * 64, 1.0))
+    # Here its worker finds the object store away.
     dispatcher.sweep()
     assert list(storage.keys()) == [key]
 

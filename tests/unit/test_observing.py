@@ -4,7 +4,6 @@ import threading
 
 from farm.db import Database
 from farm.jobs import JobStore
-from farm.records import Claim
 from farm.settings import Settings
 from farm.storage import Storage
 from tests.gated import SOON, Gated, request, running
@@ -32,10 +31,14 @@ class Hung(Storage):
 def test_states_do_not_pile_up_while_the_object_store_hangs(sqlite_url: str) -> None:
     gated, storage, database = Gated(), Hung(), Database(sqlite_url)
     with running(gated) as engine:
-        observer = Observer(engine, storage, JobStore(database, SETTINGS), SETTINGS)
-        render = request("b-1", steps=100)
-        held = Held(Claim("b-1", 1, render.spec, "b", "b", 1, 1, 50, None))
-        future = engine.submit(render)
+        store = JobStore(database, SETTINGS)
+        observer = Observer(engine, storage, store, SETTINGS)
+        store.submit("b", "me", 50, [request("", steps=100).spec])
+        (bell,) = store.enqueue(10)
+        claim = store.claim(bell.job_id, "w1@host")
+        assert claim is not None
+        held = Held(claim)
+        future = engine.submit(request(claim.job_id, steps=100))
         gated.begun()
         for _ in range(10):
             observer.beat([held], {})
