@@ -69,6 +69,12 @@ class Attempts(Leases):
             ).one_or_none()
         return row is not None
 
+    def left_behind(self, claim: Claim) -> None:
+        """Note that objects of a claim, void or not, may lie in the object store that a sweep has not seen."""
+        with self._db.write() as session:
+            noted = sa.func.coalesce(JobRow.checkpoint_key, "")
+            session.execute(sa.update(JobRow).where(JobRow.id == claim.job_id).values(checkpoint_key=noted))
+
     def succeed(self, claim: Claim, picture: Picture) -> bool:
         """Record the picture of a claimed job; False if the claim no longer holds.
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Iterator
 from functools import partial
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeGuard
 
 from farm.broker import Broker
 from farm.db import Database
@@ -29,7 +29,7 @@ MAX_NAME_CHARS = 200
 """How long the name, the owner and the key of a batch may be."""
 
 
-def _is_name(given: object) -> bool:
+def _is_name(given: object) -> TypeGuard[str]:
     """Whether both databases can keep it: PostgreSQL has no NUL, and neither has lone surrogates."""
     if not isinstance(given, str) or len(given) > MAX_NAME_CHARS or "\x00" in given:
         return False
@@ -157,10 +157,8 @@ class Farm:
         for field, given in (("name", name), ("owner", owner), ("key", key)):
             if given is not None and not (_is_name(given) and (given or field != "key")):
                 problems.add(Problem("", field, "should be 1 to 200 characters of valid Unicode, without NUL"))
-        if problems:
-            raise problems.error()
-        name = (name or "").strip() or "batch"
-        if key is not None and wildcard_seed is None:
+        name = (name.strip() if _is_name(name) else "") or "batch"
+        if _is_name(key) and wildcard_seed is None:
             wildcard_seed = seed_from(key, 0)
         expansion = Expansion.read(
             problems, grid=grid, seeds=seeds, template=template, wildcards=wildcards, wildcard_seed=wildcard_seed

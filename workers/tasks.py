@@ -82,7 +82,7 @@ def _render(worker: Worker, held: Held) -> str:
             _forget(worker, held)
             _insist(lambda: store.stopped(claim))
             return "cancelled"
-        worker.observer.end(held)
+        _leave(worker, held)
         return "lease lost: rendered elsewhere"
     except RenderHandedBack as error:
         snapshot = error.snapshot if isinstance(error, HandedBack) else None
@@ -160,7 +160,7 @@ def _deliver(worker: Worker, held: Held, rendered: Rendered) -> str:
     succeeded = _insist(lambda: worker.succeed(held, picture))
     if not succeeded:
         # Somebody else renders this job now, under another attempt and so other keys.
-        worker.observer.end(held)
+        _leave(worker, held)
         _insist(lambda: storage.delete_many([name for name, _, _ in objects]))
         return "too late: rendered elsewhere"
     _forget(worker, held)
@@ -173,6 +173,17 @@ def _forget(worker: Worker, held: Held) -> None:
         worker.observer.forget(held)
     except FarmError as error:
         log.warning("left behind for job_id=%s: %s (%s)", held.claim.job_id, ", ".join(sorted(held.objects)), error)
+        _leave(worker, held)
+
+
+def _leave(worker: Worker, held: Held) -> None:
+    """Write nothing more of a job, and have the dispatcher look for what was written once it has ended.
+
+    Whoever has it now may have ended it, and the dispatcher looked, while something of this attempt was on its way.
+    """
+    worker.observer.end(held)
+    if held.objects:
+        _insist(lambda: worker.store.left_behind(held.claim))
 
 
 def _insist(call: Callable[[], T], seconds: float = OUTAGE_SECONDS) -> T:

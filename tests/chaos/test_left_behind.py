@@ -1,6 +1,8 @@
 """What a worker that is killed, or comes too late, does to the bucket at the one moment when nobody knows of it."""
 
 import hashlib
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -134,6 +136,29 @@ def test_a_worker_that_lost_its_lease_leaves_the_checkpoint_that_the_next_attemp
     following = store.claim(bell.job_id, "w2@host")
     assert following is not None
     assert following.checkpoint_key in list(storage.keys())
+
+
+def test_a_checkpoint_that_a_frozen_worker_ends_writing_after_the_sweep_is_swept_all_the_same(
+    crew: Crew, database: Database, storage: Storage, dispatcher: Dispatcher
+) -> None:
+    zombie = crew.worker("w1", "tiny=null:?seconds_per_step=0.5", FARM_CHECKPOINT_STEPS="1")
+    with Farm(crew.settings) as farm:
+        batch = farm.submit(RenderSpec(prompt="x", num_inference_steps=1000))
+        (job,) = batch
+
+        def kept() -> bool:
+            return any("checkpoint" in key for key in list(storage.keys()))
+
+        wait_until(kept, "it is checkpointed")
+        os.kill(zombie.popen.pid, signal.SIGSTOP)
+        batch.cancel()
+        crew.dispatcher()
+        assert job.wait(60).state is JobState.CANCELLED
+        wait_until(lambda: not kept(), "its checkpoint is swept", 30)
+        # What was on its way when the worker froze.
+        storage.put(checkpoint_key(batch.id, 1, 1), b"state")
+        os.kill(zombie.popen.pid, signal.SIGCONT)
+        wait_until(lambda: not kept(), "what came after is swept too", 30)
 
 
 def snapshot(spec: RenderSpec) -> Snapshot:

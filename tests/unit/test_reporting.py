@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from celery import Celery
 from kombu import Queue
 from kombu.asynchronous import Hub
+from kombu.transport.virtual.base import BrokerState
 
 from workers.reporting import Reporter
 
@@ -12,6 +13,8 @@ from workers.reporting import Reporter
 def test_events_of_several_tasks_are_one_message() -> None:
     app = Celery("test", broker="memory://", set_as_current=False)
     with app.connection_for_write() as connection:
+        # All of a process's connections in memory share it otherwise, and what earlier tests declared.
+        connection.transport.state = BrokerState()
         events = app.events.Dispatcher(connection, hostname="w1@host", buffer_group=["task"])
         seen = Queue("seen", events.exchange, routing_key="#")(connection.default_channel)
         seen.declare()
