@@ -86,12 +86,19 @@ def models(as_json: Json = False) -> None:
 
 
 @app.command()
-def migrate() -> None:
+def migrate(
+    bucket: Annotated[bool, typer.Option("--bucket", help="Make the bucket too, where it is not there.")] = False,
+) -> None:
     """Bring the database's schema up to this version's; harmless when it is."""
     from farm.db import Database
+    from farm.storage import Storage
 
-    Database(Settings.load().database_url).migrate()
+    settings = Settings.load()
+    Database(settings.database_url).migrate()
     out.print("the schema is this version's")
+    if bucket:
+        Storage(settings).ensure_bucket()
+        out.print(f"bucket {settings.s3_bucket} is there")
 
 
 @app.command()

@@ -47,6 +47,8 @@ class Settings(BaseSettings):
     s3_bucket: str
     s3_endpoint_url: str | None = None
     """None means AWS itself."""
+    s3_public_endpoint_url: str | None = None
+    """Where presigned URLs lead, for a process that reaches S3 by a name of its own; None means the same address."""
     s3_access_key_id: str | None = None
     """None means boto3's own search: `AWS_*`, `~/.aws`, the instance's role."""
     s3_secret_access_key: SecretStr | None = None

@@ -84,23 +84,27 @@ class Storage:
         self.bucket = settings.s3_bucket
         self._endpoint = settings.s3_endpoint_url
         self._settings = settings
-        self._made: S3Client | None = None
+        self._public = settings.s3_public_endpoint_url or settings.s3_endpoint_url
+        self._made: dict[str | None, S3Client] = {}
         self._making = threading.Lock()
 
     @property
     def _s3(self) -> "S3Client":
+        return self._client(self._endpoint)
+
+    def _client(self, endpoint: str | None) -> "S3Client":
         # Making a client reads boto3's data files for a third of a second: only who needs one pays.
         with self._making:
-            if self._made is None:
+            if endpoint not in self._made:
                 secret = self._settings.s3_secret_access_key
                 session = boto3.session.Session(
                     aws_access_key_id=self._settings.s3_access_key_id,
                     aws_secret_access_key=secret.get_secret_value() if secret else None,
                     region_name=self._settings.s3_region,
                 )
-                self._made = session.client(
+                self._made[endpoint] = session.client(
                     "s3",
-                    endpoint_url=self._endpoint,
+                    endpoint_url=endpoint,
                     config=Config(
                         signature_version="s3v4",
                         connect_timeout=3,
@@ -110,13 +114,13 @@ class Storage:
                         # What is signed has its SHA-256 in the signature, which S3 checks: no second sum of it.
                         request_checksum_calculation="when_required",
                         # A proxy from the environment can't reach the loopback interface of this machine.
-                        proxies={} if urlsplit(self._endpoint or "").hostname in _LOOPBACK else None,
-                        s3={"addressing_style": "path" if self._endpoint else "auto"},
+                        proxies={} if urlsplit(endpoint or "").hostname in _LOOPBACK else None,
+                        s3={"addressing_style": "path" if endpoint else "auto"},
                     ),
                 )
                 # What is put here is small: to ask first whether it may be sent is one more way there and back.
-                self._made.meta.events.register_last("before-call.s3", _ask_nothing)
-            return self._made
+                self._made[endpoint].meta.events.register_last("before-call.s3", _ask_nothing)
+            return self._made[endpoint]
 
     def ensure_bucket(self) -> None:
         """Make the bucket if it is not there."""
@@ -208,7 +212,7 @@ class Storage:
     def url(self, key: str, seconds: int = 3600) -> str:
         """A presigned address that anybody may GET for that many seconds (at most seven days)."""
         with self._reached(key):
-            return self._s3.generate_presigned_url(
+            return self._client(self._public).generate_presigned_url(
                 "get_object", Params={"Bucket": self.bucket, "Key": key}, ExpiresIn=min(seconds, PRESIGN_SECONDS)
             )
 
@@ -244,8 +248,8 @@ class Storage:
 
     def close(self) -> None:
         """Close every connection."""
-        if self._made is not None:
-            self._made.close()
+        for made in self._made.values():
+            made.close()
 
     @contextmanager
     def _reached(self, what: str = "") -> Iterator[None]:

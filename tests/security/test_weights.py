@@ -128,7 +128,7 @@ def stubbed() -> Iterator[tuple[Storage, Stubber]]:
     """A storage whose service says what a real one would tidy up."""
     storage = Storage(Settings(database_url="", broker_url="", s3_bucket="b"))
     client = boto3.client("s3", region_name="us-east-1", config=Config(signature_version=UNSIGNED))
-    storage._made = client
+    storage._made[None] = client
     with Stubber(client) as stub:
         yield storage, stub
     storage.close()
