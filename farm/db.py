@@ -16,8 +16,9 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import Session
 from sqlalchemy.sql.expression import FunctionElement
 
+from farm import __version__
 from farm.errors import DatabaseUnavailable, NotConfigured, SchemaMismatch
-from farm.schema import UTCDateTime
+from farm.schema import ReleaseRow, UTCDateTime
 
 CONNECT_SECONDS = 5
 _SILENT_SECONDS = 15
@@ -99,23 +100,53 @@ class Database:
             if self.engine.dialect.name == "postgresql":
                 connection.execute(sa.select(sa.func.pg_advisory_lock(_MIGRATION_LOCK)))
                 connection.commit()
-            config = _alembic()
-            config.attributes["connection"] = connection
-            command.upgrade(config, "head")
-            connection.commit()
+            if self._newer(connection) is None:
+                connection.rollback()
+                config = _alembic()
+                config.attributes["connection"] = connection.execution_options(writes=True)
+                command.upgrade(config, "head")
+                connection.commit()
 
     def check_schema(self) -> None:
-        """Raise `SchemaMismatch` unless the schema is this version's."""
+        """Raise `SchemaMismatch` unless programs of this version work with the schema.
+
+        It may be a later version's, while a farm is upgraded program by program, if that one says that it serves
+        this version too.
+        """
         with self._reached(), self.engine.connect() as connection:
+            if self._newer(connection) is not None:
+                return
             found = MigrationContext.configure(connection).get_current_revision()
-        head = ScriptDirectory.from_config(_alembic()).get_current_head()
         if found is None:
             raise SchemaMismatch("the database has no farm schema yet: run `farm migrate`")
+        head = _scripts().get_current_head()
         if found != head:
             raise SchemaMismatch(
-                f"the database's schema is {found}, this version works with {head}: run `farm migrate` with the "
-                "newest version, and upgrade what is older"
+                f"the database's schema is {found}, and farm {__version__} needs {head}: run `farm migrate` of this "
+                "version first; what runs goes on meanwhile"
             )
+
+    def _newer(self, connection: sa.Connection) -> str | None:
+        """The schema's revision if it is a later version's that serves this one; raises `SchemaMismatch` if not."""
+        found = MigrationContext.configure(connection).get_current_revision()
+        scripts = _scripts()
+        head = scripts.get_current_head()
+        if found is None or head is None or any(script.revision == found for script in scripts.walk_revisions()):
+            return None
+        release = connection.execute(
+            sa.select(ReleaseRow.version, ReleaseRow.serves_from).where(ReleaseRow.revision == found)
+        ).one_or_none()
+        if release is None:
+            raise SchemaMismatch(
+                f"the database's schema is {found}, which farm {__version__} (schema {head}) knows nothing of: "
+                "install the version that the rest of the farm runs"
+            )
+        if head < release.serves_from:
+            raise SchemaMismatch(
+                f"the database's schema is {found}, of farm {release.version}, and this is farm {__version__} (schema "
+                f"{head}), which it no longer serves: pip install 'diffusion-farm=={release.version}' here"
+            )
+        return found
 
     def close(self) -> None:
         """Close every connection."""
@@ -151,6 +182,10 @@ def _alembic() -> Config:
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
     config.set_main_option("path_separator", "os")
     return config
+
+
+def _scripts() -> ScriptDirectory:
+    return ScriptDirectory.from_config(_alembic())
 
 
 def _postgresql(url: sa.URL) -> sa.Engine:

@@ -65,6 +65,7 @@ class Leases(JobQueries):
             "slots": worker.slots,
             "version": worker.version,
             "models": [dict(model) for model in worker.models],
+            "metrics_url": worker.metrics_url,
             "started_at": now(),
             "seen_at": now(),
         }

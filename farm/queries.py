@@ -139,6 +139,7 @@ class JobQueries:
                     models=tuple(row.models),
                     started_at=row.started_at,
                     alive=bool(lives),
+                    metrics_url=row.metrics_url,
                 )
                 for row, lives in session.execute(sa.select(WorkerRow, alive).order_by(WorkerRow.name))
             ]

@@ -166,6 +166,8 @@ class WorkerInfo:
     started_at: datetime | None = None
     alive: bool = True
     """Whether it has given a sign of life within one lease time."""
+    metrics_url: str | None = None
+    """Where Prometheus finds its metrics, if anywhere."""
 
 
 def job_info(row: JobRow) -> JobInfo:

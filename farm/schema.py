@@ -260,3 +260,18 @@ class WorkerRow(Base):
     version: Mapped[str] = mapped_column(sa.String(40))
     models: Mapped[list[dict[str, Any]]]
     """Of each model it serves: name, and once it is loaded sha256, bytes, family, samplers."""
+    metrics_url: Mapped[str | None] = mapped_column(sa.Text)
+    """Where Prometheus finds its metrics, if anywhere."""
+
+
+class ReleaseRow(Base):
+    """A step of the schema, noted by the migration to it, for programs that are older than it."""
+
+    __tablename__ = "releases"
+
+    revision: Mapped[str] = mapped_column(sa.String(32), primary_key=True)
+    """Alembic's."""
+    version: Mapped[str] = mapped_column(sa.String(40))
+    """The farm's, which brought it."""
+    serves_from: Mapped[str] = mapped_column(sa.String(32))
+    """The oldest revision whose programs work with this one as well."""

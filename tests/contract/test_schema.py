@@ -10,12 +10,13 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
+from farm import __version__
 from farm.db import Database, _alembic, now, now_plus
 from farm.errors import DatabaseUnavailable, NotConfigured, SchemaMismatch
 from farm.jobs import JobStore
 from farm.queries import STALE, VISIBLE, in_state
 from farm.records import Pace
-from farm.schema import Base, BatchRow, JobCountRow, JobRow
+from farm.schema import Base, BatchRow, JobCountRow, JobRow, ReleaseRow
 from farm.settings import Settings
 from farm.spec import RenderSpec
 from farm.states import JobState
@@ -129,6 +130,58 @@ def test_what_is_undone_is_not_counted(database: Database) -> None:
 
 def test_there_is_one_head() -> None:
     assert len(ScriptDirectory.from_config(_alembic()).get_heads()) == 1
+
+
+def test_each_migration_says_which_programs_its_schema_serves(database: Database) -> None:
+    scripts = [
+        script for script in ScriptDirectory.from_config(_alembic()).walk_revisions() if script.revision > "0004"
+    ]
+    with database.read() as session:
+        noted = {row.revision: (row.version, row.serves_from) for row in session.scalars(sa.select(ReleaseRow))}
+    assert noted == {script.revision: (__version__, script.module.serves_from) for script in scripts}
+    # They are compared as text.
+    assert all(len(text) == 4 for script in scripts for text in (script.revision, script.module.serves_from))
+
+
+def move_on(database: Database, serves_from: str) -> None:
+    """Leave the schema as a later version's migration would."""
+    with database.write() as session:
+        session.execute(sa.text("UPDATE alembic_version SET version_num = '9999'"))
+        session.add(ReleaseRow(revision="9999", version="9.9", serves_from=serves_from))
+
+
+def test_a_newer_schema_that_serves_this_version_is_worked_with(database: Database) -> None:
+    move_on(database, serves_from="0005")
+    database.check_schema()
+    database.migrate()
+    with database.read() as session:
+        assert session.scalar(sa.text("SELECT version_num FROM alembic_version")) == "9999"
+
+
+def test_a_newer_schema_that_no_longer_serves_this_version_is_refused_with_what_to_install(database: Database) -> None:
+    move_on(database, serves_from="9998")
+    for refused in (database.check_schema, database.migrate):
+        with pytest.raises(SchemaMismatch, match=rf"9\.9.*farm {__version__} .*pip install 'diffusion-farm==9\.9'"):
+            refused()
+
+
+def test_an_older_schema_asks_for_a_migration_first(database: Database) -> None:
+    go_back(database, "0004")
+    with pytest.raises(SchemaMismatch, match=r"is 0004, and farm .* needs .*: run `farm migrate`"):
+        database.check_schema()
+
+
+def test_a_migration_waits_for_whoever_writes(database: Database) -> None:
+    go_back(database, "0004")
+    with ThreadPoolExecutor(1) as pool:
+        with database.write() as session:
+            session.execute(sa.text("INSERT INTO owners (name) VALUES ('somebody')"))
+            migrated = pool.submit(database.migrate)
+            if database.engine.dialect.name == "sqlite":  # which has one writer
+                with pytest.raises(TimeoutError):
+                    migrated.result(0.3)
+        migrated.result(30)
+    database.check_schema()
 
 
 def test_a_database_without_a_schema_or_of_another_version_is_refused(database: Database) -> None:
