@@ -141,6 +141,30 @@ class Storage:
         with self._reached(key):
             self._s3.put_object(Bucket=self.bucket, Key=key, Body=data, ContentType=content_type)
 
+    def put_if(self, key: str, data: bytes, etag: str | None, content_type: str = "application/octet-stream") -> bool:
+        """Write an object if that of its key still has the ETag given, or if there is none and None is given.
+
+        False if it was not written.
+        """
+        with self._reached(key):
+            try:
+                if etag is None:
+                    self._s3.put_object(
+                        Bucket=self.bucket, Key=key, Body=data, ContentType=content_type, IfNoneMatch="*"
+                    )
+                else:
+                    self._s3.put_object(Bucket=self.bucket, Key=key, Body=data, ContentType=content_type, IfMatch=etag)
+            except ClientError as error:
+                if error.response["Error"]["Code"] in (
+                    "PreconditionFailed",
+                    "ConditionalRequestConflict",
+                    "412",
+                    "409",
+                ):
+                    return False
+                raise
+        return True
+
     def copy(self, source: str, key: str, size: int | None = None) -> bool:
         """Copy an object within the store, over any of that key; False, and no copy, if it has not that many bytes.
 
@@ -245,6 +269,12 @@ class Storage:
         if not count:
             raise NotFound(f"there is nothing under s3://{bucket}/{prefix}")
         return count
+
+    @contextmanager
+    def reaching(self, what: str) -> Iterator["S3Client"]:
+        """The client itself, for what takes more than one call; its errors become the farm's, naming `what`."""
+        with self._reached(what):
+            yield self._s3
 
     def close(self) -> None:
         """Close every connection."""
