@@ -54,6 +54,10 @@ class Settings(BaseSettings):
     s3_secret_access_key: SecretStr | None = None
     s3_region: str = "us-east-1"
     flower_url: str | None = None
+    metrics_port: int | None = Field(default=None, ge=0, le=65535)
+    """Where a dispatcher or worker tells Prometheus how it is; 0 is any free port, and None means nowhere."""
+    metrics_host: str = "127.0.0.1"
+    """On which address; `0.0.0.0` for a Prometheus elsewhere. Nobody is asked for a password there."""
 
     owner: str = Field(default_factory=getpass.getuser)
     """Who new batches belong to."""
@@ -105,6 +109,8 @@ class Settings(BaseSettings):
     """After how many steps it goes there; None means not by steps."""
     preview_steps: int = Field(default=5, ge=1)
     """After how many steps each a render that somebody watches shows itself."""
+    progress_seconds: float | None = Field(default=1.0, ge=1)
+    """How often Flower is told how far each render and each batch is; None means not at all."""
     stuck_seconds: float = Field(default=300.0, gt=0)
     """How long one forward may take before the worker takes its device for hung and ends."""
     drain_seconds: float = Field(default=20.0, ge=0)
