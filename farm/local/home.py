@@ -46,6 +46,8 @@ class Access:
     """The ports and credentials of an embedded farm, made once and kept."""
 
     ports: Mapping[str, int]
+    host: str = LOOPBACK
+    """Where Redis and S3 listen."""
     redis_password: str = field(default_factory=_secret, repr=False)
     s3_access_key_id: str = field(default_factory=lambda: f"farm{secrets.token_hex(8)}")
     s3_secret_access_key: str = field(default_factory=_secret, repr=False)
@@ -120,7 +122,7 @@ class Home:
         ports = kept.pop("ports", None)
         if not isinstance(ports, dict) or set(ports) != set(_PORT_NAMES) or not _free(list(ports.values())):
             ports = _free_ports()
-        names = set(Access.__dataclass_fields__) - {"ports"}
+        names = set(Access.__dataclass_fields__) - {"ports", "host"}
         return Access(ports=ports, **{name: value for name, value in kept.items() if name in names})
 
     def settings(self, access: Access) -> Settings:
@@ -138,9 +140,9 @@ class Home:
         ports = access.ports
         return {
             "database_url": f"sqlite:///{self.path / 'farm.db'}",
-            "broker_url": f"redis://:{access.redis_password}@{LOOPBACK}:{ports['redis']}/0",
+            "broker_url": f"redis://:{access.redis_password}@{access.host}:{ports['redis']}/0",
             "s3_bucket": BUCKET,
-            "s3_endpoint_url": f"http://{LOOPBACK}:{ports['s3']}",
+            "s3_endpoint_url": f"http://{access.host}:{ports['s3']}",
             "s3_access_key_id": access.s3_access_key_id,
             "s3_secret_access_key": access.s3_secret_access_key,
             "flower_url": f"http://{LOOPBACK}:{ports['flower']}",

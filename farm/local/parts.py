@@ -79,7 +79,7 @@ def valkey(home: Home, access: Access, settings: Settings) -> Part:
     port = access.ports["redis"]
     write_private(
         config,
-        f"bind {LOOPBACK}\nport {port}\nprotected-mode yes\nrequirepass {access.redis_password}\n"
+        f"bind {access.host}\nport {port}\nprotected-mode yes\nrequirepass {access.redis_password}\n"
         f'dir "{data}"\nappendonly yes\nappendfsync everysec\nsave ""\n'
         # A full queue must refuse, never forget.
         "maxmemory-policy noeviction\n"
@@ -99,7 +99,7 @@ def valkey(home: Home, access: Access, settings: Settings) -> Part:
     return Part(
         name="redis",
         shown="Redis (Valkey)",
-        address=f"redis://{LOOPBACK}:{port}/0",
+        address=f"redis://{access.host}:{port}/0",
         command=(str(get_binary_path()), str(config)),
         env=_bare_env(data),
         cwd=data,
@@ -115,7 +115,7 @@ def seaweed(home: Home, access: Access, settings: Settings) -> Part:
     storage = Storage(settings)
 
     def answers(_process: "Process") -> bool:
-        if not _listens(ports["s3"]):  # boto3 would try again for seconds
+        if not _listens(access.host, ports["s3"]):  # boto3 would try again for seconds
             return False
         try:
             storage.ensure_bucket()
@@ -134,8 +134,8 @@ def seaweed(home: Home, access: Access, settings: Settings) -> Part:
             "-logtostderr",
             "mini",
             f"-dir={data}",
-            f"-ip={LOOPBACK}",
-            f"-ip.bind={LOOPBACK}",
+            f"-ip={access.host}",
+            f"-ip.bind={access.host}",
             *(f"-{door}.port={ports[door]}" for door in doors),
             "-master.telemetry=false",
             # Resumed, the master is no leader yet when its volume server first calls, which then waits for 5 s. It
@@ -284,7 +284,7 @@ def _gpus() -> int:
     return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
 
 
-def _listens(port: int) -> bool:
+def _listens(host: str, port: int) -> bool:
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.settimeout(1)
-        return probe.connect_ex((LOOPBACK, port)) == 0
+        return probe.connect_ex((host, port)) == 0

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -147,6 +148,19 @@ class Standing:
             self._process = None
 
 
+class OneMachine:
+    """Where the parts of a farm run: all of them here, on the loopback interface."""
+
+    address = LOOPBACK
+    """Where its servers listen."""
+    remote = False
+    """Whether its users come over a network."""
+
+    def prefix(self, _name: str) -> tuple[str, ...]:
+        """What the command of the program of that name begins with."""
+        return ()
+
+
 class ChaosFarm:
     """Valkey, SeaweedFS behind a proxy, SQLite or PostgreSQL, two dispatchers, three workers, a client.
 
@@ -154,9 +168,20 @@ class ChaosFarm:
     """
 
     def __init__(
-        self, folder: Path, kind: str, seed: int, scale: Scale, *, loud: bool = False, small: bool = False
+        self,
+        folder: Path,
+        kind: str,
+        seed: int,
+        scale: Scale,
+        *,
+        loud: bool = False,
+        small: bool = False,
+        place: OneMachine | None = None,
+        more_models: str = "",
     ) -> None:
         self.kind, self.seed, self.scale, self._small = kind, seed, scale, small
+        self._place = place or OneMachine()
+        self._models = ",".join(filter(None, (f"tiny=null:?seconds_per_step={scale.seconds_per_step}", more_models)))
         self._loud = loud
         self.home = Home(folder / "home")
         self.journal = Journal(folder / "journal.jsonl")
@@ -187,20 +212,20 @@ class ChaosFarm:
         parts.require(worker=True, flower=False)
         self.home.take()
         self._undo.callback(self.home.release)
-        access = self.home.access()
+        access = replace(self.home.access(), host=self._place.address)
         direct = self.home.settings(access)
         self.postgres: Postgres | None = None
         database_url = direct.database_url
         if self.kind == "postgresql":
-            self.postgres = Postgres()
+            self.postgres = Postgres(self._place.address if self._place.remote else None)
             self._undo.callback(self.postgres.close)
             database_url = self.postgres.url
-        self.proxy = Proxy(access.ports["s3"])
+        self.proxy = Proxy(access.ports["s3"], self._place.address)
         self._undo.callback(self.proxy.close)
         self.settings = direct.model_copy(
             update={
                 "database_url": database_url,
-                "s3_endpoint_url": f"http://{LOOPBACK}:{self.proxy.port}",
+                "s3_endpoint_url": f"http://{self._place.address}:{self.proxy.port}",
                 "lease_seconds": LEASE_SECONDS,
                 "beat_seconds": LEASE_SECONDS / 5,
                 "forward_sizes": self.home.path / "forwards.json",
@@ -251,7 +276,7 @@ class ChaosFarm:
     def _program(self, name: str, module: str, *arguments: str) -> Part:
         env = environment(
             self.settings,
-            FARM_MODELS=f"tiny=null:?seconds_per_step={self.scale.seconds_per_step}",
+            FARM_MODELS=self._models,
             FARM_SLOTS=SLOTS,
             FARM_WINDOW=self.settings.window,
             FARM_CHECKPOINT_STEPS=10,
@@ -267,7 +292,7 @@ class ChaosFarm:
             name=name,
             shown=name,
             address="",
-            command=(sys.executable, "-m", module, *arguments),
+            command=(*self._place.prefix(name), sys.executable, "-m", module, *arguments),
             env=env,
             cwd=ROOT,
             answers=lambda _process: True,

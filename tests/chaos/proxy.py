@@ -8,12 +8,13 @@ LOOPBACK = "127.0.0.1"
 
 
 class Proxy:
-    """Passes connections on to a port of this machine: at once, late, or not to their end."""
+    """Passes connections on to a port at its own address: at once, late, or not to their end."""
 
-    def __init__(self, target: int) -> None:
+    def __init__(self, target: int, address: str = LOOPBACK) -> None:
         self.delay_seconds = 0.0
         """How long every piece is held, each way."""
         self._target = target
+        self._address = address
         self._loop = asyncio.new_event_loop()
         self._ends: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -34,7 +35,7 @@ class Proxy:
         self._loop.close()
 
     async def _listen(self) -> asyncio.Server:
-        return await asyncio.start_server(self._accept, LOOPBACK, 0)
+        return await asyncio.start_server(self._accept, self._address, 0)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
@@ -43,7 +44,7 @@ class Proxy:
         self._ends.add(writer)
         there = None
         try:
-            from_there, there = await asyncio.open_connection(LOOPBACK, self._target)
+            from_there, there = await asyncio.open_connection(self._address, self._target)
             self._ends.add(there)
             await asyncio.gather(self._pass(reader, there), self._pass(from_there, writer))
         except (OSError, asyncio.CancelledError):

@@ -62,33 +62,39 @@ def chaos(kind: str, folder: Path, scale: Scale, *, rounds: int, seconds: float,
     again = f"CHAOS_SEED={seed} {replay.format(kind=kind)}"
     print(f"\nchaos on {kind}, seed {seed}; the same again: {again}", flush=True)
     rng, deadline = random.Random(seed), time.monotonic() + seconds
-    with ChaosFarm(folder, kind, seed, scale, loud=rounds > 1) as farm, _told(farm, again):
+    with ChaosFarm(folder, kind, seed, scale, loud=rounds > 1) as farm, told(farm, again):
         farm.say("up")
         for faults in _drawn(rng, rounds):
             _let_work(farm, rng)
             strike(farm, faults, rng)
             if time.monotonic() > deadline or (rounds > 1 and farm.ended() >= scale.jobs):
                 break
-        farm.settle(max(seconds, 90.0))
-        farm.say("all jobs have ended")
-        farm.stop_users()
-        sweep(farm)
-        evidence = verify.Evidence.gather(
-            farm.db,
-            farm.storage,
-            farm.journal,
-            lambda name, priority: ordered(farm, name, priority),
-            farm.logs(),
-            farm.deaths(),
-        )
-        found = list(verify.breaches(evidence))
-        attempts = sum(job.attempt for job in evidence.jobs.values())
-        starts = sum(one.starts for one in farm.workers)
-        farm.say(f"{len(evidence.jobs)} jobs, {attempts} attempts, {starts} starts of workers, looked at")
-        if found:
-            raise AssertionError("\n".join(found))
+        look(farm, max(seconds, 90.0))
         if rounds == 1:
             print(farm.told[-1], flush=True)
+
+
+def look(farm: ChaosFarm, seconds: float) -> verify.Evidence:
+    """Let all jobs end and everybody stop, and fail with what is not as it must be."""
+    farm.settle(seconds)
+    farm.say("all jobs have ended")
+    farm.stop_users()
+    sweep(farm)
+    evidence = verify.Evidence.gather(
+        farm.db,
+        farm.storage,
+        farm.journal,
+        lambda name, priority: ordered(farm, name, priority),
+        farm.logs(),
+        farm.deaths(),
+    )
+    found = list(verify.breaches(evidence))
+    attempts = sum(job.attempt for job in evidence.jobs.values())
+    starts = sum(one.starts for one in farm.workers)
+    farm.say(f"{len(evidence.jobs)} jobs, {attempts} attempts, {starts} starts of workers, looked at")
+    if found:
+        raise AssertionError("\n".join(found))
+    return evidence
 
 
 def _drawn(rng: random.Random, rounds: int) -> Iterator[tuple[Fault, ...]]:
@@ -122,7 +128,8 @@ def sweep(farm: ChaosFarm) -> None:
 
 
 @contextmanager
-def _told(farm: ChaosFarm, again: str) -> Iterator[None]:
+def told(farm: ChaosFarm, again: str) -> Iterator[None]:
+    """Say of an error what was done to the farm, and where its logs are."""
     try:
         yield
     except Exception as error:
