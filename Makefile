@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 OUT    ?= out/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test chaos bench-engine bench-queue lint format clean
+.PHONY: help setup demo up test chaos hosts-test bench-engine bench-queue lint format clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,6 +23,9 @@ test: $(VENV)/.dev  ## run all tests, against real servers (some ten minutes on 
 
 chaos: $(VENV)/.dev  ## strike at a farm of real processes for long: CHAOS_JOBS, CHAOS_MINUTES, CHAOS_SEED
 	$(BIN)/python -m pytest tests/chaos -m chaos $(ARGS)
+
+hosts-test: $(VENV)/.dev  ## a farm on many hosts, each a network namespace; needs root and iproute2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/hosts -m hosts $(ARGS)
 
 bench-engine: $(VENV)/.dev  ## the engine beside diffusers' own pipeline, on this machine (eight to eleven minutes on two cores)
 	$(BIN)/python -m benchmarks.engine $(ARGS)
