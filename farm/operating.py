@@ -5,13 +5,14 @@ import signal
 import sys
 import threading
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
-from farm.console import Json, home, open_farm, out, say_json
+from farm.console import Json, complain, home, open_farm, out, say_json
 from farm.errors import NotConfigured
 from farm.log import configure
 from farm.settings import Settings
@@ -25,6 +26,32 @@ def up(workers: Annotated[int, typer.Option(min=0, help="How many workers share 
     from farm.local import LocalFarm
 
     LocalFarm(home(), workers=workers, console=out).run()
+
+
+@app.command()
+def env(
+    to: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Write it there, for you alone.")] = None,
+    export: Annotated[
+        bool, typer.Option("--export", help='As lines for a shell: eval "$(farm env --export)".')
+    ] = False,
+) -> None:
+    """Print what other machines need to join this farm, passwords and all: for `--env FILE` or FARM_ENV_FILE there."""
+    from farm.environment import as_file, as_shell, reach, variables
+    from farm.local.home import write_private
+
+    settings = Settings.load()
+    values = variables(settings)
+    text = as_shell(values) if export else as_file(values)
+    if to is None:
+        print(text, end="")
+    else:
+        try:
+            write_private(to, text)
+        except OSError as error:
+            raise NotConfigured(f"can't write {to}: {error.strerror}") from error
+    complain("this holds the farm's passwords: who has it can read, change and delete everything in the farm")
+    for line in reach(settings):
+        complain(line)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})

@@ -1,12 +1,14 @@
 """Where the farm's services are and how it behaves: `FARM_*` variables, or what the embedded farm left."""
 
 import getpass
+import stat
 from pathlib import Path
 from typing import Any, Self
 
 from pydantic import ByteSize, Field, SecretStr, ValidationError
 from pydantic_settings import (
     BaseSettings,
+    DotEnvSettingsSource,
     JsonConfigSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
@@ -22,15 +24,16 @@ _CACHE = Path(".cache") / "diffusion-farm"
 
 
 class _Home(BaseSettings):
-    """The one setting that must be known before the others: where an embedded farm may be."""
+    """What must be known before the other settings: where they may be."""
 
     model_config = SettingsConfigDict(env_prefix="FARM_")
 
     home: Path = Path(".farm")
+    env_file: Path | None = None
 
 
 class Settings(BaseSettings):
-    """Everything that can be set, from `FARM_*` in the environment.
+    """Everything that can be set, from `FARM_*` in the environment, or in the file that `FARM_ENV_FILE` names.
 
     Without `FARM_DATABASE_URL`, `FARM_BROKER_URL` and `FARM_S3_BUCKET`, the services are those of the
     embedded farm in `FARM_HOME`. `none` stands for None. Make one with `Settings.load()`, which says what is missing.
@@ -90,7 +93,9 @@ class Settings(BaseSettings):
     dtype: str | None = None
     """`float32`, `bfloat16`, `float16`; None chooses for the device."""
     model_cache: Path = Field(default_factory=lambda: Path.home() / _CACHE / "models")
-    """Where models from `s3://` are kept."""
+    """Where models from the object store are kept, for all workers of a machine."""
+    model_cache_size: ByteSize | None = Field(default=None, gt=0)
+    """What they may take there together, such as `200GB`; None means what the disk has."""
     memory_budget: ByteSize | None = Field(default=None, gt=0)
     """What the pinned models may take together, such as `20GiB`; None means what the device has."""
     slots: int = Field(default=16, ge=1, le=256)
@@ -148,17 +153,47 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Arguments, then the environment, then the embedded farm's file.
+        """Arguments, then the environment, then the file that it names, or the embedded farm's.
 
-        One service named in the environment rules the file out: half of one farm and half of another would
-        put the jobs of one into the queue of the other.
+        One service named in the environment rules the embedded farm out: half of one farm and half of another would
+        put the jobs of one into the queue of the other. A file that names other services than the environment is an
+        error for the same reason.
         """
-        given = {**env_settings(), **init_settings()}
+        named = env_settings()
+        given = {**named, **init_settings()}
+        if any(name in init_settings() for name in _SERVICES):
+            return init_settings, env_settings
+        places = _Home()
+        if places.env_file is not None:
+            file = _env_file(settings_cls, places.env_file.expanduser())
+            held = file()
+            if differ := [name for name in _SERVICES if name in named and named[name] != held.get(name)]:
+                names = ", ".join(f"FARM_{name.upper()}" for name in differ)
+                raise NotConfigured(
+                    f"{names}: the environment says something else than {places.env_file}, which FARM_ENV_FILE names: "
+                    "unset the one or the other"
+                )
+            return init_settings, env_settings, file
         if any(name in given for name in _SERVICES):
             return init_settings, env_settings
-        home = Path(given.get("home", _Home().home))
+        home = Path(given.get("home", places.home))
         return (
             init_settings,
             env_settings,
             JsonConfigSettingsSource(settings_cls, json_file=home / EMBEDDED_FILE),
         )
+
+
+def _env_file(settings_cls: type[BaseSettings], path: Path) -> DotEnvSettingsSource:
+    """What `farm env` has written; raises `NotConfigured` if it can't be read, or everybody here can read it."""
+    try:
+        if path.stat().st_mode & stat.S_IRWXO:
+            raise NotConfigured(f"{path} holds passwords, and everybody on this machine can read it: chmod 600 {path}")
+        source = DotEnvSettingsSource(settings_cls, env_file=path)
+    except OSError as error:
+        raise NotConfigured(f"FARM_ENV_FILE can't be read: {error.strerror}: {path}") from error
+    except ValueError as error:
+        raise NotConfigured(f"FARM_ENV_FILE: {path} is no file of variables: {error}") from error
+    if not any(name in source() for name in _SERVICES):
+        raise NotConfigured(f"FARM_ENV_FILE: {path} names no farm; `farm env --out FILE` writes such a file")
+    return source

@@ -24,6 +24,7 @@ SERVICE_VARIABLES = frozenset(
         "S3_ACCESS_KEY_ID",
         "S3_SECRET_ACCESS_KEY",
         "FLOWER_URL",
+        "ENV_FILE",
     )
 )
 """Where these are set, they lead away from the farm that stands in the home."""
