@@ -232,12 +232,17 @@ class Backlog(JobQueries):
                 )
 
 
-def in_line(model: str) -> sa.Select[*tuple[Any, ...]]:
-    """The batches that have jobs of a model in the backlog and may be served, with their owners, first come first."""
+def batches_waiting(model: str) -> sa.CTE:
+    """The ids of the batches that have jobs of a model in the backlog: as many look-ups as there are such batches."""
     first = sa.select(sa.func.min(JobRow.batch_id)).where(in_state(JobState.PENDING), JobRow.model == model)
     waiting = sa.select(first.scalar_subquery().label("batch_id")).cte("waiting", recursive=True)
     following = first.where(JobRow.batch_id > waiting.c.batch_id).correlate(waiting)
-    waiting = waiting.union_all(sa.select(following.scalar_subquery()).where(waiting.c.batch_id.is_not(None)))
+    return waiting.union_all(sa.select(following.scalar_subquery()).where(waiting.c.batch_id.is_not(None)))
+
+
+def in_line(model: str) -> sa.Select[*tuple[Any, ...]]:
+    """The batches that have jobs of a model in the backlog and may be served, with their owners, first come first."""
+    waiting = batches_waiting(model)
     finished = sa.select(sa.func.max(JobRow.finished_at)).where(JobRow.batch_id == BatchRow.id).correlate(BatchRow)
     return (
         sa.select(
