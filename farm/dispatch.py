@@ -3,7 +3,9 @@
 import logging
 import threading
 import time
+from collections import Counter
 from contextlib import suppress
+from dataclasses import dataclass, field
 
 from farm.broker import Broker
 from farm.copies import Copier
@@ -24,6 +26,20 @@ _SWEEP_SECONDS, _SWEEP_OUTAGE_SECONDS = 5.0, 60.0
 _SWEEP_CHUNK = 1000
 
 
+@dataclass
+class Tally:
+    """What a dispatcher has done since it began."""
+
+    passes: int = 0
+    pass_seconds: float = 0.0
+    dispatched: int = 0
+    """Jobs it has moved into Redis."""
+    lost_leases: int = 0
+    lost_messages: int = 0
+    errors: Counter[str] = field(default_factory=lambda: Counter(sql=0, redis=0, s3=0))
+    """How often which service did not answer."""
+
+
 class Dispatcher:
     """Keeps a window of jobs in Redis, in the order the farm wants them served.
 
@@ -42,6 +58,7 @@ class Dispatcher:
         self._lease_seconds = settings.lease_seconds
         self._grace_seconds = settings.lease_seconds / 2
         self._missed_since: dict[str, float] = {}
+        self.tally = Tally()
 
     def fill(self) -> int:
         """Move jobs from the backlog into Redis until each model has what its live workers need; returns how many.
@@ -70,6 +87,7 @@ class Dispatcher:
         of a worker that is about to claim. A message that turns up after all finds nothing to claim.
         """
         lost = self._store.expire_leases()
+        self.tally.lost_leases += lost
         now, missed = time.monotonic(), {}
         for model in self._store.queued_models():
             for job_id in set(self._store.queued(model)) - self._broker.waiting(model):
@@ -78,7 +96,9 @@ class Dispatcher:
         self._missed_since = {job_id: since for job_id, since in missed.items() if job_id not in gone}
         if gone:
             log.warning("messages gone, jobs brought back: %s", ", ".join(gone[:20]))
-            lost += self._store.unqueue(gone)
+            back = self._store.unqueue(gone)
+            self.tally.lost_messages += back
+            lost += back
         return lost
 
     def sweep(self) -> int:
@@ -120,6 +140,9 @@ class Dispatcher:
                 if away:
                     self._broker.ping()  # rather than move a window of jobs there and back every second
                 moved = self.fill()
+                self.tally.passes += 1
+                self.tally.pass_seconds += time.monotonic() - began
+                self.tally.dispatched += moved
                 if time.monotonic() - began > self._grace_seconds:  # the database hung, and has come back
                     since_recovery = after_outage
                 if since_recovery >= recover_seconds:
@@ -129,6 +152,7 @@ class Dispatcher:
                     log.info("back again, dispatching")
                 pause, away = BUSY_SECONDS if moved else IDLE_SECONDS, ""
             except ServiceUnavailable as error:
+                self.tally.errors[error.service] += 1
                 if type(error).__name__ != away:
                     log.error("%s; trying again every second", error)
                 pause, away = _OUTAGE_SECONDS, type(error).__name__
@@ -150,5 +174,6 @@ class Dispatcher:
                     more = self._retention.turn(stop)
                 pause = 0.0 if more else _SWEEP_SECONDS
             except ServiceUnavailable as error:
+                self.tally.errors[error.service] += 1
                 log.warning("can't sweep, trying again in %.0f s: %s", _SWEEP_OUTAGE_SECONDS, error)
                 pause = _SWEEP_OUTAGE_SECONDS

@@ -57,8 +57,8 @@ class Leases(JobQueries):
 
     # --- the worker's start and end -----------------------------------------------------------------------------
 
-    def introduce(self, worker: WorkerInfo) -> None:
-        """Record a worker that has just started, and take back what an earlier one of its name had left."""
+    def introduce(self, worker: WorkerInfo) -> int:
+        """Record a worker that has just started, and take back what an earlier one of its name had left: how many."""
         values = {
             "device": worker.device,
             "dtype": worker.dtype,
@@ -72,7 +72,7 @@ class Leases(JobQueries):
         with self._db.write() as session:
             session.execute(sa.delete(WorkerRow).where(WorkerRow.name == worker.name))
             session.execute(sa.insert(WorkerRow).values(name=worker.name, **values))
-        self._lose(JobRow.worker == worker.name)
+        return self._lose(JobRow.worker == worker.name)
 
     def describe(self, worker: WorkerInfo) -> None:
         """Record what is known by now of the models that a worker serves."""
@@ -251,7 +251,7 @@ _CLAIM_AT_ONCE = _LEASE.where(
     JobRow.id.in_(sa.select(JobRow.id).where(*_WANTED, _MAY_BE_HERE, ~_PAUSED).with_for_update(skip_locked=True)),
     in_state(JobState.QUEUED),
 )
-_BATCHES = sa.select(BatchRow.id, BatchRow.name, BatchRow.total).where(
+_BATCHES = sa.select(BatchRow.id, BatchRow.name, BatchRow.total, BatchRow.accepted_at, now().label("now")).where(
     BatchRow.id.in_(sa.bindparam("batch_ids", expanding=True))
 )
 
@@ -276,9 +276,14 @@ def _take(session: Session, claiming: sa.UpdateBase, wanted: Mapping[str, Any]) 
             priority=row.priority,
             checkpoint_key=row.checkpoint_key or None,
             tries=row.tries,
+            waited_seconds=_seconds_since(batches[row.batch_id]),
         )
         for row in rows
     }
+
+
+def _seconds_since(batch: sa.Row[Any]) -> float:
+    return 0.0 if batch.accepted_at is None else max(0.0, (batch.now - batch.accepted_at).total_seconds())
 
 
 def _told(claims: dict[str, Claim], worker: str) -> dict[str, Claim]:

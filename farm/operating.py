@@ -71,6 +71,7 @@ def dispatcher() -> None:
     from farm.dispatch import Dispatcher
     from farm.jobs import JobStore
     from farm.leadership import Leadership
+    from farm.metrics import serve
     from farm.storage import Storage
 
     configure()
@@ -82,34 +83,17 @@ def dispatcher() -> None:
     db.check_schema()
     broker = Broker(settings)
     storage = Storage(settings)
+    store, leadership = JobStore(db, settings), Leadership(db, "dispatcher")
+    dispatcher = Dispatcher(store, broker, storage, settings)
+    exposition = serve(db, store, dispatcher, leadership, settings)
     try:
-        Dispatcher(JobStore(db, settings), broker, storage, settings).run(stop, Leadership(db, "dispatcher"))
+        dispatcher.run(stop, leadership)
     finally:
+        if exposition is not None:
+            exposition.close()
         broker.close()
         storage.close()
         db.close()
-
-
-@app.command()
-def models(as_json: Json = False) -> None:
-    """Show which models the workers hold, and what waits for each."""
-    with open_farm() as farm:
-        held: dict[str, dict[str, Any]] = {}
-        for one in farm.workers():
-            for model in one.models if one.alive else ():
-                entry = held.setdefault(model["name"], {"sha256": None, "workers": [], "waiting": 0})
-                entry["sha256"] = model.get("sha256") or entry["sha256"]  # not there while a worker has not loaded it
-                entry["workers"].append(one.name)
-        for model_name, waiting in farm.waiting().items():
-            held.setdefault(model_name, {"sha256": None, "workers": []})["waiting"] = waiting
-    if as_json:
-        say_json(held)
-        return
-    table = Table("model", "weights", "workers", "waiting", box=None, header_style="bold")
-    for model_name, entry in sorted(held.items()):
-        holders = Text(", ".join(entry["workers"])) if entry["workers"] else Text("none holds it", style="red")
-        table.add_row(Text(model_name), (entry["sha256"] or "")[:12], holders, str(entry["waiting"]))
-    out.print(table if held else "no worker is there, and nothing waits")
 
 
 @app.command()

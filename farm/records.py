@@ -27,6 +27,8 @@ class Claim:
     """What an earlier attempt left to go on from; None means from the first step."""
     tries: int = 0
     """Errors before this attempt."""
+    waited_seconds: float = 0.0
+    """Since its batch was handed in."""
 
 
 @dataclass(frozen=True)
