@@ -78,7 +78,8 @@ class Attempts(Leases):
     def succeed(self, claim: Claim, picture: Picture) -> bool:
         """Record the picture of a claimed job; False if the claim no longer holds.
 
-        What its attempts left beside the picture the worker deletes, or else the dispatcher.
+        Done again, because the answer of the first time was lost, it is True again. What its attempts left beside the
+        picture the worker deletes, or else the dispatcher.
         """
         return bool(self._succeed([(claim, picture)]))
 
@@ -93,10 +94,13 @@ class Attempts(Leases):
 
     def _succeed(self, ended: Sequence[tuple[Claim, Picture]], *, skip_locked: bool = False) -> set[str]:
         claims = {claim.job_id: claim for claim, _ in ended}
+        keys = {claim.job_id: picture.key for claim, picture in ended}
         with self._db.write() as session:
             connection = session.connection()
-            running = connection.execute(_RUNNING_FREE if skip_locked else _RUNNING, {"ended": list(claims)})
-            held = {row.id for row in running if row.attempt == claims[row.id].attempt}
+            found = connection.execute(_CLAIMED_FREE if skip_locked else _CLAIMED, {"ended": list(claims)}).all()
+            mine = [row for row in found if row.attempt == claims[row.id].attempt]
+            held = {row.id for row in mine if row.state == JobState.RUNNING.value}
+            done = {row.id for row in mine if row.image_key == keys[row.id]}
             if held:
                 connection.execute(
                     _SUCCEED, [_succeeded(claim, picture) for claim, picture in ended if claim.job_id in held]
@@ -105,9 +109,9 @@ class Attempts(Leases):
         for job_id in held:
             log.info("ended job_id=%s attempt=%d now=succeeded", job_id, claims[job_id].attempt)
         if not skip_locked:
-            for job_id in claims.keys() - held:
+            for job_id in claims.keys() - held - done:
                 log.warning("too late job_id=%s attempt=%d", job_id, claims[job_id].attempt)
-        return held
+        return held | done
 
     def fail(self, claim: Claim, error: str, error_class: ErrorClass = ErrorClass.TRANSIENT) -> bool:
         """Record a claimed job's error: back to the backlog, for a while, if it has tries left and another may help.
@@ -164,13 +168,13 @@ class Attempts(Leases):
 
 
 # Written once, since to put them together takes as long as to execute them.
-_RUNNING = (
-    sa.select(JobRow.id, JobRow.attempt)
-    .where(in_state(JobState.RUNNING), JobRow.id.in_(sa.bindparam("ended", expanding=True)))
+_CLAIMED = (
+    sa.select(JobRow.id, JobRow.attempt, JobRow.state, JobRow.image_key)
+    .where(JobRow.id.in_(sa.bindparam("ended", expanding=True)))
     .with_for_update()
 )
 # Waits for nobody while it holds some of the rows: so no two transactions can wait for each other.
-_RUNNING_FREE = _RUNNING.with_for_update(skip_locked=True)
+_CLAIMED_FREE = _CLAIMED.with_for_update(skip_locked=True)
 _SUCCEED = (
     sa.update(JobRow)
     .where(

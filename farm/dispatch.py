@@ -7,6 +7,7 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field
 
+from farm.batch_rows import BatchRows
 from farm.broker import Broker
 from farm.copies import Copier
 from farm.errors import BrokerUnavailable, DatabaseUnavailable, ServiceUnavailable
@@ -53,6 +54,7 @@ class Dispatcher:
         self._storage = storage
         self._copier = Copier(store, storage)
         self._retention = Retention(store, storage, settings)
+        self._batch_rows = BatchRows(store, settings)
         self._window = settings.window
         self._beat_seconds = settings.beat_seconds
         self._lease_seconds = settings.lease_seconds
@@ -101,17 +103,18 @@ class Dispatcher:
             lost += back
         return lost
 
-    def sweep(self) -> int:
+    def sweep(self, settled_seconds: float = 0.0) -> int:
         """Delete what jobs that have ended left in the object store beside their pictures; returns of how many.
 
-        And from SQL what submissions that were broken off have left. Deleted first, forgotten second: what fails
-        between is only done again. Raises `StorageUnavailable`.
+        Only of those that ended so long ago at least: what a worker was still writing may come after it is killed. And
+        from SQL what submissions that were broken off have left. Deleted first, forgotten second: what fails between is
+        only done again. Raises `StorageUnavailable`.
         """
         for batch_id in self._store.abandoned():
             log.warning("batch_id=%s was never submitted to its end, deleted", batch_id)
             self._store.discard(batch_id)
         swept = 0
-        while stale := self._store.leftovers(_SWEEP_CHUNK):
+        while stale := self._store.leftovers(_SWEEP_CHUNK, settled_seconds):
             self._storage.delete_many(key for _, keys in stale for key in keys)
             self._store.forget_leftovers([job_id for job_id, _ in stale])
             swept += len(stale)
@@ -120,9 +123,11 @@ class Dispatcher:
     def run(self, stop: threading.Event, leadership: Leadership) -> None:
         """Fill, and recover twice a beat, while it leads, until `stop` is set; an outage is logged once and waited out.
 
-        It sweeps and copies beside that, in threads of their own: an object store that hangs holds up no job.
+        It sweeps, copies, and tells Flower of the batches beside that, in threads of their own: neither an object store
+        that hangs nor whoever listens to events holds up a job.
         """
         threading.Thread(target=self._sweep_on, args=(stop, leadership), name="sweep", daemon=True).start()
+        threading.Thread(target=self._batch_rows.run, args=(stop, leadership), name="batch rows", daemon=True).start()
         self._copier.start(stop)
         log.info("dispatching, window %d", self._window)
         recover_seconds = self._beat_seconds / 2
@@ -170,7 +175,7 @@ class Dispatcher:
             try:
                 more = False
                 if leadership.leads:
-                    self.sweep()
+                    self.sweep(2 * self._lease_seconds)
                     more = self._retention.turn(stop)
                 pause = 0.0 if more else _SWEEP_SECONDS
             except ServiceUnavailable as error:

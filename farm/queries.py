@@ -203,14 +203,17 @@ class JobQueries:
         with self._db.read() as session:
             return list(session.scalars(sa.select(JobRow.id).where(in_state(JobState.QUEUED), JobRow.model == model)))
 
-    def leftovers(self, limit: int = 100) -> list[tuple[str, list[str]]]:
+    def leftovers(self, limit: int = 100, settled_seconds: float = 0.0) -> list[tuple[str, list[str]]]:
         """Jobs that ended and may have left objects beside their picture, and the keys of these, first ended first.
 
+        Those that ended less than `settled_seconds` ago are left out: something of them may still be on its way.
         Whichever of its attempts was lost can have left its state, a preview, or a picture that nobody recorded.
         """
         columns = JobRow.id, JobRow.batch_id, JobRow.index.label("place"), JobRow.attempt, JobRow.spec, JobRow.image_key
+        settled = JobRow.finished_at <= now_plus(sa.literal(-settled_seconds))
+        query = sa.select(*columns).where(*STALE, settled).order_by(JobRow.finished_at).limit(limit)
         with self._db.read() as session:
-            rows = session.execute(sa.select(*columns).where(*STALE).order_by(JobRow.finished_at).limit(limit)).all()
+            rows = session.execute(query).all()
         return [(row.id, list(_beside_the_picture(row))) for row in rows]
 
 

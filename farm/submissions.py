@@ -102,10 +102,12 @@ class Submissions(JobQueries):
             if first is None:
                 raise
             return self._same(first, key, total, content.hexdigest())
-        except BaseException:
-            if staged:
-                self._discard_quietly(batch_id)
-            raise
+        except BaseException as error:
+            # What the database had done when its answer was lost is done all the same.
+            if not (isinstance(error, DatabaseUnavailable) and self._accepted(batch_id)):
+                if staged:
+                    self._discard_quietly(batch_id)
+                raise
         if not total:
             raise InvalidInput([Problem("", "", "there is nothing to render: no prompts")])
         log.info("submitted batch_id=%s name=%r jobs=%d", batch_id, name, total)
@@ -118,14 +120,23 @@ class Submissions(JobQueries):
             return list(session.scalars(sa.select(BatchRow.id).where(~ACCEPTED, old).limit(limit)))
 
     def discard(self, batch_id: str) -> None:
-        """Delete a batch and its jobs from SQL, in short transactions."""
-        some = sa.select(JobRow.id).where(JobRow.batch_id == batch_id).limit(_CHUNK).scalar_subquery()
+        """Delete a batch that is not accepted, and its jobs, from SQL, in short transactions."""
+        unseen = sa.select(BatchRow.id).where(BatchRow.id == batch_id, ~ACCEPTED)
+        some = sa.select(JobRow.id).where(JobRow.batch_id.in_(unseen)).limit(_CHUNK).scalar_subquery()
         left = True
         while left:
             with self._db.write() as session:
                 left = bool(session.execute(sa.delete(JobRow).where(JobRow.id.in_(some)).returning(JobRow.id)).all())
         with self._db.write() as session:
-            session.execute(sa.delete(BatchRow).where(BatchRow.id == batch_id))
+            session.execute(sa.delete(BatchRow).where(BatchRow.id == batch_id, ~ACCEPTED))
+
+    def _accepted(self, batch_id: str) -> bool:
+        """Whether it is known to be accepted."""
+        try:
+            with self._db.read() as session:
+                return session.scalar(sa.select(BatchRow.id).where(BatchRow.id == batch_id, ACCEPTED)) is not None
+        except DatabaseUnavailable:
+            return False
 
     def _discard_quietly(self, batch_id: str) -> None:
         try:

@@ -306,6 +306,25 @@ def test_only_the_current_attempt_leaves_a_checkpoint(store: JobStore) -> None:
     assert again(store, claim).checkpoint_key is None
 
 
+def test_a_success_that_is_recorded_again_since_its_answer_was_lost_is_one_still(store: JobStore) -> None:
+    first, second = claimed(store, 2)
+    mine, other = replace(PICTURE, key="b/1.png"), replace(PICTURE, key="b/2.png")
+    assert store.succeed(first, mine)
+    assert store.succeed(first, mine)
+    assert store.succeed_many([(first, mine), (second, other)]) == {first.job_id, second.job_id}
+    assert not store.succeed(first, other)
+    assert store.job(first.job_id).picture.key == "b/1.png"
+    assert [len(store.attempts(claim.job_id)) for claim in (first, second)] == [1, 1]
+
+
+def test_what_a_job_left_is_not_swept_before_it_has_settled(store: JobStore) -> None:
+    (claim,) = claimed(store)
+    store.checkpointed(claim, "b/1.a1.checkpoint.safetensors")
+    store.succeed(claim, PICTURE)
+    assert store.leftovers(settled_seconds=60) == []
+    assert len(store.leftovers()) == 1
+
+
 def test_a_job_that_succeeded_at_once_leaves_nothing_to_sweep(store: JobStore) -> None:
     (claim,) = claimed(store)
     store.succeed(claim, PICTURE)

@@ -4,12 +4,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import sqlalchemy as sa
+from sqlalchemy.orm import Session
 
 from farm.db import Database, now_plus
-from farm.errors import ErrorClass, InvalidInput, KeyUsed, NotFound
+from farm.errors import DatabaseUnavailable, ErrorClass, InvalidInput, KeyUsed, NotFound
 from farm.jobs import JobStore
 from farm.records import WorkerInfo
 from farm.schema import BatchRow, JobCountRow, JobRow, WorkerRow
@@ -101,6 +103,30 @@ def test_what_a_crash_left_is_found_after_an_hour_and_discarded(store: JobStore,
     store.discard(half)
     assert rows(database)[:2] == (1, 3)
     assert store.batch(whole).total == 3
+
+
+def test_a_submission_whose_acceptance_lost_its_answer_is_the_batch_that_was_accepted(
+    store: JobStore, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = database.write
+
+    @contextmanager
+    def answerless() -> Iterator[Session]:
+        with write() as session:
+            yield session
+        if store.batches():
+            raise DatabaseUnavailable("the connection broke after the commit")
+
+    monkeypatch.setattr(database, "write", answerless)
+    batch_id = store.submit("batch", "me", 50, some(4500))
+    monkeypatch.undo()
+    assert store.batch(batch_id).total == 4500
+    assert rows(database)[:2] == (1, 4500)
+
+
+def test_an_accepted_batch_is_never_discarded(store: JobStore, database: Database) -> None:
+    store.discard(store.submit("batch", "me", 50, some(3)))
+    assert rows(database)[:2] == (1, 3)
 
 
 def test_a_submission_that_was_swept_away_under_its_writer_is_refused(store: JobStore, database: Database) -> None:
