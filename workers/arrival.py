@@ -64,6 +64,19 @@ class CheckedTransport(kombu_redis.Transport):
     class Channel(kombu_redis.Channel):
         """kombu's channel, which reads its messages with a client that has looked at them."""
 
+        class QoS(kombu_redis.QoS):
+            """kombu's note of what was taken and not yet acknowledged."""
+
+            def restore_unacked(self, client: Any = None) -> None:
+                """Called when a channel closes, also where its connection is gone: kombu's own then ends the worker.
+
+                What was taken goes back to Redis a visibility timeout later, or is found missing by the dispatcher.
+                """
+                if getattr(self.channel.connection, "client", None) is None:
+                    self._delivered.clear()
+                else:
+                    super().restore_unacked(client)
+
         def _get_client(self) -> Any:
             super()._get_client()  # type: ignore[misc]  # it knows which versions of redis-py will do
             return partial(_CheckedRedis, readable=self._readable)
