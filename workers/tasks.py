@@ -157,6 +157,7 @@ def _deliver(worker: Worker, held: Held, rendered: Rendered) -> str:
         ]
     for name, content, content_type in objects:
         _insist(lambda: storage.put(name, content, content_type))  # noqa: B023 - called here and now
+    worker.observer.end(held)  # before anybody may look for what is left: nothing comes after
     succeeded = _insist(lambda: worker.succeed(held, picture))
     if not succeeded:
         # Somebody else renders this job now, under another attempt and so other keys.

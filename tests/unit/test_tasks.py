@@ -5,9 +5,14 @@ from types import SimpleNamespace
 
 import pytest
 from celery.exceptions import Ignore
+from PIL import Image
 
 from farm.errors import DatabaseUnavailable
+from farm.records import Claim
+from farm.spec import RenderSpec
 from workers import tasks
+from workers.observing import Held
+from workers.request import Rendered
 
 
 class Away:
@@ -49,3 +54,20 @@ def test_a_worker_that_drains_meanwhile_puts_the_job_back(monkeypatch: pytest.Mo
     with pytest.raises(Ignore):
         tasks.render_job(worker, "b-1")
     assert worker.unqueued == [["b-1"]]
+
+
+def test_nothing_more_of_a_job_is_written_once_its_picture_is_recorded() -> None:
+    """Or else it comes after the dispatcher has looked for what is left, and a worker that dies then leaves it."""
+    done: list[str] = []
+    spec = RenderSpec(prompt="x", seed=1)
+    claim = Claim("b-1", 1, spec, "b", "b", 1, 1, 50, None)
+    image = Image.new("RGB", (8, 8))
+    rendered = Rendered(image, "tiny", "0" * 64, 8, 8, 1, "none", "cpu", "float32", 0.1)
+    worker = SimpleNamespace(
+        name="w",
+        storage=SimpleNamespace(put=lambda *_: done.append("put"), bucket="farm"),
+        observer=SimpleNamespace(end=lambda _: done.append("end"), forget=lambda _: done.append("forget")),
+        succeed=lambda *_: done.append("succeed") or True,
+    )
+    tasks._deliver(worker, Held(claim), rendered)
+    assert done == ["put", "end", "succeed", "forget"]
