@@ -21,7 +21,7 @@ from farm.errors import DatabaseUnavailable, NotConfigured, SchemaMismatch
 from farm.schema import ReleaseRow, UTCDateTime
 
 CONNECT_SECONDS = 5
-_SILENT_SECONDS = 15
+_SILENT_SECONDS, _PROBE_SECONDS = 15, 5
 
 
 class now_plus(FunctionElement[datetime]):  # noqa: N801  (an SQL function, like sqlalchemy.func's)
@@ -189,7 +189,7 @@ def _scripts() -> ScriptDirectory:
 
 
 def _postgresql(url: sa.URL) -> sa.Engine:
-    return sa.create_engine(
+    engine = sa.create_engine(
         url,
         pool_pre_ping=True,
         pool_size=10,
@@ -198,10 +198,24 @@ def _postgresql(url: sa.URL) -> sa.Engine:
             "connect_timeout": CONNECT_SECONDS,
             # A host that is gone without a word is noticed in seconds, and not when TCP gives up after a quarter hour.
             "tcp_user_timeout": 1000 * _SILENT_SECONDS,
-            "keepalives_idle": _SILENT_SECONDS,
-            "keepalives_interval": _SILENT_SECONDS // 3,
+            "keepalives_idle": _PROBE_SECONDS,
+            "keepalives_interval": _PROBE_SECONDS,
         },
     )
+
+    @sa.event.listens_for(engine, "connect")
+    def _configure(connection: Any, _record: Any) -> None:
+        # And so does the server: what a host that is gone has locked in the middle of a transaction would stay locked
+        # for two hours otherwise. Not by libpq's `options`, which poolers refuse.
+        connection.autocommit = True
+        connection.execute(
+            f"SELECT set_config('tcp_keepalives_idle', '{_PROBE_SECONDS}', false),"
+            f" set_config('tcp_keepalives_interval', '{_PROBE_SECONDS}', false),"
+            f" set_config('tcp_user_timeout', '{1000 * _SILENT_SECONDS}', false)"
+        )
+        connection.autocommit = False
+
+    return engine
 
 
 def _sqlite(url: sa.URL) -> sa.Engine:
