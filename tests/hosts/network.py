@@ -1,0 +1,213 @@
+"""Hosts as network namespaces, each on a cable to one router: cables are cut, and deaf or dumb in one direction.
+
+Nothing of it is seen outside: links are made with both ends in namespaces, addresses are of the net that RFC 2544 keeps
+for tests, and no namespace has a way out. What a run leaves goes with its last line, or, if it is killed, with the
+first line of the next run.
+"""
+
+import ctypes
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from tests.servers import missing
+
+NET = "198.18.0.0/15"
+_NAMES = "farm-hosts-"
+_NAMESPACES = Path("/run/netns")
+_CLONE_NEWNET = 0x4000_0000
+_ROUTER = "198.18.0.254"
+
+
+class Network:
+    """A router, and hosts by name, each at an address of its own; needs root and iproute2.
+
+    Raises `OSError` and `CalledProcessError`, with what `ip` said in the latter's notes.
+    """
+
+    def __init__(self, hosts: Sequence[str]) -> None:
+        self._run = f"{_NAMES}{os.getpid()}"
+        self.addresses = {name: f"198.18.0.{place}" for place, name in enumerate(hosts, 1)}
+        self._undo = ExitStack()
+
+    def __enter__(self) -> Self:
+        self._ip = required()
+        sweep(self._ip)
+        try:
+            self._lay()
+        except BaseException:
+            self._undo.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._undo.close()
+
+    def namespace(self, host: str) -> str:
+        """The name of a host's namespace, on this machine."""
+        return f"{self._run}-{host}"
+
+    def prefix(self, host: str) -> tuple[str, ...]:
+        """What a command begins with to run on a host, under its hostname; it becomes the command, its id stays."""
+        named = ("unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', host)
+        return (self._ip, "netns", "exec", self.namespace(host), *named)
+
+    @contextmanager
+    def on(self, host: str) -> Iterator[None]:
+        """This thread, and all that it starts, on a host until the block ends."""
+        here = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            _enter(_NAMESPACES / self.namespace(host))
+            try:
+                yield
+            finally:
+                _set(here)
+        finally:
+            os.close(here)
+
+    def addressed(self, host: str) -> str:
+        """The router's end of a host's cable."""
+        return f"to-{host}"
+
+    # --- what is done to cables -----------------------------------------------------------------------------
+
+    @contextmanager
+    def cut(self, host: str) -> Iterator[None]:
+        """Pull a host's cable: nobody is told, neither there nor elsewhere."""
+        self._router("link", "set", "dev", self.addressed(host), "down")
+        try:
+            yield
+        finally:
+            self._router("link", "set", "dev", self.addressed(host), "up")
+            self._route(host)
+
+    @contextmanager
+    def deaf(self, host: str) -> Iterator[None]:
+        """Lose all that is sent to a host, silently; what it sends arrives."""
+        self._router("route", "replace", "blackhole", self.addresses[host])
+        try:
+            yield
+        finally:
+            self._route(host)
+
+    @contextmanager
+    def mute(self, host: str) -> Iterator[None]:
+        """Lose all that a host sends, silently; what is sent to it arrives."""
+        rule = ("from", self.addresses[host], "blackhole")
+        self._router("rule", "add", *rule)
+        try:
+            yield
+        finally:
+            self._router("rule", "del", *rule)
+
+    # --- how it is laid -------------------------------------------------------------------------------------
+
+    def _lay(self) -> None:
+        self._add("router")
+        self._write("router", "conf/all/rp_filter", "0")  # a host that nothing reaches may still send
+        self._write("router", "conf/default/rp_filter", "0")
+        self._write("router", "ip_forward", "1")
+        self._router("address", "add", f"{_ROUTER}/32", "dev", "lo")
+        self._router("route", "add", "blackhole", NET)  # silent about who is not there
+        for host, address in self.addresses.items():
+            self._add(host)
+            inside, outside = ("name", "eth0", "netns", self.namespace(host)), self.addressed(host)
+            self._call("link", "add", outside, "netns", self.namespace("router"), "type", "veth", "peer", *inside)
+            self._host(host, "address", "add", f"{address}/32", "dev", "eth0")
+            self._host(host, "link", "set", "dev", "eth0", "up")
+            self._host(host, "route", "add", _ROUTER, "dev", "eth0")
+            self._host(host, "route", "add", NET, "via", _ROUTER, "dev", "eth0", "src", address)
+            self._router("link", "set", "dev", outside, "up")
+            self._route(host)
+
+    def _add(self, host: str) -> None:
+        self._call("netns", "add", self.namespace(host))
+        self._undo.callback(_delete, self._ip, self.namespace(host))
+        self._host(host, "link", "set", "dev", "lo", "up")
+
+    def _route(self, host: str) -> None:
+        self._router("route", "replace", self.addresses[host], "dev", self.addressed(host))
+
+    def _write(self, host: str, name: str, value: str) -> None:
+        with self.on(host):  # what lies here is of the namespace of who looks
+            Path("/proc/sys/net/ipv4", name).write_text(value, encoding="ascii")
+
+    def _router(self, *arguments: str) -> None:
+        self._host("router", *arguments)
+
+    def _host(self, host: str, *arguments: str) -> None:
+        self._call("-n", self.namespace(host), *arguments)
+
+    def _call(self, *arguments: str) -> None:
+        call(self._ip, *arguments)
+
+
+def required() -> str:
+    """The program `ip`; skips the test where there is none, or namespaces can't be made."""
+    program = shutil.which("ip") or shutil.which("ip", path="/usr/sbin:/sbin")
+    if program is None:
+        missing("no network namespaces: install iproute2")
+    if os.geteuid() != 0:
+        missing("no network namespaces: only root may make them")
+    if shutil.which("unshare") is None or shutil.which("hostname") is None:
+        missing("hosts can't have names of their own: install util-linux and hostname")
+    probe = f"{_NAMES}{os.getpid()}-probe"
+    tried = subprocess.run([program, "netns", "add", probe], capture_output=True, text=True, check=False)
+    if tried.returncode:
+        missing(f"no network namespaces: {tried.stderr.strip()}")
+    _delete(program, probe)
+    return program
+
+
+def call(*command: str) -> str:
+    """Run a command, and return what it says; its error says what it said."""
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=30).stdout
+    except subprocess.CalledProcessError as error:
+        error.add_note(error.stderr)
+        raise
+
+
+def sweep(program: str) -> None:
+    """Delete what runs that were killed have left: namespaces that bear the id of a process that is gone."""
+    for path in _NAMESPACES.glob(f"{_NAMES}*") if _NAMESPACES.exists() else ():
+        pid = path.name.removeprefix(_NAMES).partition("-")[0]
+        if pid.isdigit() and not Path("/proc", pid).exists():
+            _delete(program, path.name)
+
+
+def _delete(program: str, namespace: str) -> None:
+    """End what runs in a namespace, and delete it; its end of a cable takes the other one with it."""
+    deadline = time.monotonic() + 10
+    while pids := call(program, "netns", "pids", namespace).split():
+        for pid in pids:
+            if int(pid) != os.getpid():
+                with suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.05)
+    call(program, "netns", "delete", namespace)
+
+
+def _enter(path: Path) -> None:
+    there = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        _set(there)
+    finally:
+        os.close(there)
+
+
+def _set(namespace: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)  # os.setns is of Python 3.12
+    if libc.setns(namespace, _CLONE_NEWNET):
+        raise OSError(ctypes.get_errno(), "setns")
