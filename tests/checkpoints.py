@@ -136,10 +136,10 @@ def build_sd3(folder: Path, t5: bool = True, **scheduler: Any) -> Path:
             vae=_vae(latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609, **_NO_QUANT_CONVS),
             text_encoder=CLIPTextModelWithProjection(_clip(tokenizer)),
             text_encoder_2=CLIPTextModelWithProjection(_clip(tokenizer_2, hidden_act="gelu")),
-            text_encoder_3=_t5(3 * _WIDTH) if t5 else None,
+            text_encoder_3=t5_encoder(3 * _WIDTH) if t5 else None,
             tokenizer=tokenizer,
             tokenizer_2=tokenizer_2,
-            tokenizer_3=_t5_tokenizer() if t5 else None,
+            tokenizer_3=t5_tokenizer() if t5 else None,
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         )
     return _save(pipe, folder, scheduler)
@@ -169,9 +169,9 @@ def build_flux(folder: Path, guidance_embeds: bool = True, **scheduler: Any) -> 
             transformer=transformer,
             vae=_vae(latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159, **_NO_QUANT_CONVS),
             text_encoder=CLIPTextModel(_clip(tokenizer)),
-            text_encoder_2=_t5(_WIDTH),
+            text_encoder_2=t5_encoder(_WIDTH),
             tokenizer=tokenizer,
-            tokenizer_2=_t5_tokenizer(),
+            tokenizer_2=t5_tokenizer(),
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
         )
     return _save(pipe, folder, scheduler)
@@ -222,11 +222,11 @@ def _tokenizer(**tokens: str) -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=77, **tokens)
 
 
-def _t5(width: int) -> T5EncoderModel:
+def t5_encoder(width: int) -> T5EncoderModel:
     """T5 v1.1's encoder."""
     return T5EncoderModel(
         T5Config(
-            vocab_size=len(_t5_tokenizer()),
+            vocab_size=len(t5_tokenizer()),
             d_model=width,
             d_kv=8,
             d_ff=64,
@@ -239,7 +239,7 @@ def _t5(width: int) -> T5EncoderModel:
     )
 
 
-def _t5_tokenizer() -> T5Tokenizer:
+def t5_tokenizer() -> T5Tokenizer:
     """T5's unigram tokenizer with the printable ASCII characters for pieces; what is not among them is unknown."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
     pieces += [(chr(code), -3.0) for code in range(ord("!"), ord("~") + 1)]
