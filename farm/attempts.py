@@ -113,6 +113,10 @@ class Attempts(Leases):
                 log.warning("too late job_id=%s attempt=%d", job_id, claims[job_id].attempt)
         return held | done
 
+    def tries_again(self, claim: Claim, error_class: ErrorClass) -> bool:
+        """Whether a claimed job is tried again when this attempt ends with such an error."""
+        return error_class.retryable and claim.tries + 1 < self._max_tries
+
     def fail(self, claim: Claim, error: str, error_class: ErrorClass = ErrorClass.TRANSIENT) -> bool:
         """Record a claimed job's error: back to the backlog, for a while, if it has tries left and another may help.
 
@@ -121,7 +125,7 @@ class Attempts(Leases):
         one. False if the claim no longer holds.
         """
         tries = claim.tries + 1  # nobody else counts them while the claim holds
-        again = error_class.retryable and tries < self._max_tries
+        again = self.tries_again(claim, error_class)
         left = leave_running(sa.literal((JobState.PENDING if again else JobState.FAILED).value), sa.literal(error))
         back = left["state"] == JobState.PENDING.value
         if error_class is ErrorClass.OUT_OF_MEMORY:

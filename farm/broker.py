@@ -103,6 +103,8 @@ class Broker:
 
     def __init__(self, settings: Settings) -> None:
         self._app = make_app(settings)
+        self.outages = 0
+        """How often Redis did not answer."""
         self._envelopes: Envelopes | None = None  # made when something is published: it takes a moment
         try:
             self._redis = redis.Redis.from_url(
@@ -163,6 +165,7 @@ class Broker:
         try:
             yield
         except (redis.RedisError, OperationalError, ConnectionError, TimeoutError) as error:
+            self.outages += 1
             raise BrokerUnavailable(f"Redis at {self._shown} does not answer: {error}") from error
 
 

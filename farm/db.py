@@ -66,6 +66,8 @@ class Database:
         if parsed.drivername in ("postgresql", "postgres"):
             parsed = parsed.set(drivername="postgresql+psycopg")
         self.url = parsed
+        self.outages = 0
+        """How often it did not answer."""
         try:
             self.engine = _sqlite(parsed) if parsed.get_backend_name() == "sqlite" else _postgresql(parsed)
         except (ImportError, sa.exc.NoSuchModuleError) as error:
@@ -157,10 +159,12 @@ class Database:
         try:
             yield
         except OperationalError as error:
+            self.outages += 1
             raise DatabaseUnavailable(f"the database {self.shown} does not answer: {_line(error)}") from error
         except DBAPIError as error:
             if not error.connection_invalidated:
                 raise
+            self.outages += 1
             raise DatabaseUnavailable(f"the connection to {self.shown} broke: {_line(error)}") from error
 
     @property

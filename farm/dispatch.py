@@ -3,9 +3,8 @@
 import logging
 import threading
 import time
-from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from farm.batch_rows import BatchRows
 from farm.broker import Broker
@@ -37,8 +36,6 @@ class Tally:
     """Jobs it has moved into Redis."""
     lost_leases: int = 0
     lost_messages: int = 0
-    errors: Counter[str] = field(default_factory=lambda: Counter(sql=0, redis=0, s3=0))
-    """How often which service did not answer."""
 
 
 class Dispatcher:
@@ -157,7 +154,6 @@ class Dispatcher:
                     log.info("back again, dispatching")
                 pause, away = BUSY_SECONDS if moved else IDLE_SECONDS, ""
             except ServiceUnavailable as error:
-                self.tally.errors[error.service] += 1
                 if type(error).__name__ != away:
                     log.error("%s; trying again every second", error)
                 pause, away = _OUTAGE_SECONDS, type(error).__name__
@@ -179,6 +175,5 @@ class Dispatcher:
                     more = self._retention.turn(stop)
                 pause = 0.0 if more else _SWEEP_SECONDS
             except ServiceUnavailable as error:
-                self.tally.errors[error.service] += 1
                 log.warning("can't sweep, trying again in %.0f s: %s", _SWEEP_OUTAGE_SECONDS, error)
                 pause = _SWEEP_OUTAGE_SECONDS

@@ -110,26 +110,18 @@ class ServiceUnavailable(FarmError):
     """Raised when a service the farm stands on does not answer."""
 
     error_class = ErrorClass.TRANSIENT
-    service: ClassVar[str] = "other"
-    """Which one, in a word."""
 
 
 class DatabaseUnavailable(ServiceUnavailable):
     """Raised when the SQL database does not answer."""
 
-    service = "sql"
-
 
 class BrokerUnavailable(ServiceUnavailable):
     """Raised when Redis does not answer."""
 
-    service = "redis"
-
 
 class StorageUnavailable(ServiceUnavailable):
     """Raised when the object store does not answer."""
-
-    service = "s3"
 
 
 class ModelError(FarmError):

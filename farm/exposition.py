@@ -5,7 +5,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from socketserver import ThreadingMixIn
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
@@ -18,6 +18,13 @@ from farm.settings import Settings
 METRICS = "/metrics"
 _REQUEST_SECONDS = 10
 _ANYWHERE = {"0.0.0.0", "::", ""}  # noqa: S104
+
+
+class Service(Protocol):
+    """What a process of the farm stands on."""
+
+    outages: int
+    """How often it did not answer."""
 
 
 class Exposition:

@@ -276,14 +276,14 @@ def _take(session: Session, claiming: sa.UpdateBase, wanted: Mapping[str, Any]) 
             priority=row.priority,
             checkpoint_key=row.checkpoint_key or None,
             tries=row.tries,
-            waited_seconds=_seconds_since(batches[row.batch_id]),
+            waited_seconds=_seconds_between(batches[row.batch_id].accepted_at, batches[row.batch_id].now),
         )
         for row in rows
     }
 
 
-def _seconds_since(batch: sa.Row[Any]) -> float:
-    return 0.0 if batch.accepted_at is None else max(0.0, (batch.now - batch.accepted_at).total_seconds())
+def _seconds_between(earlier: datetime | None, later: datetime) -> float:
+    return 0.0 if earlier is None else max(0.0, (later - earlier).total_seconds())
 
 
 def _told(claims: dict[str, Claim], worker: str) -> dict[str, Claim]:

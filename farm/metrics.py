@@ -9,7 +9,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,12 +22,11 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
-from farm import __version__
 from farm.db import Database
 from farm.demand import Demands, demands
 from farm.dispatch import Dispatcher
 from farm.errors import ServiceUnavailable
-from farm.exposition import Exposition, plain
+from farm.exposition import Exposition, Service, plain
 from farm.jobs import JobStore
 from farm.leadership import Leadership
 from farm.settings import Settings
@@ -113,16 +112,14 @@ def _by_model(found: Demands) -> Iterator[Metric]:
 class DispatcherCollector(Collector):
     """What one dispatcher has done since it began."""
 
-    def __init__(self, dispatcher: Dispatcher, leadership: Leadership) -> None:
+    def __init__(self, dispatcher: Dispatcher, leadership: Leadership, services: Mapping[str, Service]) -> None:
         self._dispatcher = dispatcher
         self._leadership = leadership
+        self._services = services
 
     def collect(self) -> Iterator[Metric]:
         """Called with every scrape."""
         tally = self._dispatcher.tally
-        build = GaugeMetricFamily("farm_dispatcher_info", "The dispatcher's version.", labels=["version"])
-        build.add_metric([__version__], 1)
-        yield build
         leads = self._leadership.leads
         yield GaugeMetricFamily("farm_dispatcher_leads", "Whether this dispatcher is the one that acts.", value=leads)
         for name, shown, value in (
@@ -136,8 +133,8 @@ class DispatcherCollector(Collector):
         errors = CounterMetricFamily(
             "farm_dispatcher_service_errors", "Times that a service did not answer the dispatcher.", labels=["service"]
         )
-        for service, count in tally.errors.items():
-            errors.add_metric([service], count)
+        for name, service in self._services.items():
+            errors.add_metric([name], service.outages)
         yield errors
 
 
@@ -166,7 +163,12 @@ def target(worker: str, url: str) -> dict[str, Any]:
 
 
 def serve(
-    db: Database, store: JobStore, dispatcher: Dispatcher, leadership: Leadership, settings: Settings
+    db: Database,
+    store: JobStore,
+    dispatcher: Dispatcher,
+    leadership: Leadership,
+    settings: Settings,
+    services: Mapping[str, Service],
 ) -> Exposition | None:
     """Begin to answer for a dispatcher, if a port is set. Raises `NotConfigured` if it is taken."""
     if settings.metrics_port is None:
@@ -175,7 +177,7 @@ def serve(
     with suppress(ValueError):  # there is none where there is no /proc
         ProcessCollector(registry=registry)
     registry.register(FarmCollector(db, settings))
-    registry.register(DispatcherCollector(dispatcher, leadership))
+    registry.register(DispatcherCollector(dispatcher, leadership, services))
     exposition = Exposition(settings, registry, {"/workers": WorkerTargets(store)})
     exposition.start()
     log.info("metrics at %s", exposition.url)

@@ -85,7 +85,7 @@ def dispatcher() -> None:
     storage = Storage(settings)
     store, leadership = JobStore(db, settings), Leadership(db, "dispatcher")
     dispatcher = Dispatcher(store, broker, storage, settings)
-    exposition = serve(db, store, dispatcher, leadership, settings)
+    exposition = serve(db, store, dispatcher, leadership, settings, {"sql": db, "redis": broker, "s3": storage})
     try:
         dispatcher.run(stop, leadership)
     finally:

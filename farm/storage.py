@@ -87,6 +87,8 @@ class Storage:
         self._public = settings.s3_public_endpoint_url or settings.s3_endpoint_url
         self._made: dict[str | None, S3Client] = {}
         self._making = threading.Lock()
+        self.outages = 0
+        """How often it did not answer."""
 
     @property
     def _s3(self) -> "S3Client":
@@ -290,8 +292,10 @@ class Storage:
             code: Any = error.response["Error"].get("Code")
             if code in ("NoSuchKey", "404"):
                 raise NotFound(f"{shown} has no {what}") from error
+            self.outages += 1
             raise StorageUnavailable(f"{shown}: {self._told(error)}") from error
         except (BotoCoreError, boto3.exceptions.Boto3Error, ValueError) as error:  # ValueError: no address at all
+            self.outages += 1
             raise StorageUnavailable(f"{shown}: {self._told(error)}") from error
 
     def _told(self, error: Exception) -> str:

@@ -2,9 +2,11 @@
 
 import ctypes
 import gc
+import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -65,6 +67,25 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL("libc.so.6")
         for parameter, value in ((_M_MMAP_THRESHOLD, 2**30), (_M_TRIM_THRESHOLD, 2**30), (_M_TOP_PAD, 2**28)):
             libc.mallopt(parameter, value)
+
+
+def memory(device: torch.device) -> tuple[int, int] | None:
+    """Bytes used and bytes there are of a device's memory, by whoever uses it; None if that can't be told.
+
+    On the CPU it is this process' part of the machine's memory, or of what its container may have.
+    """
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return total - free, total
+    try:
+        page = os.sysconf("SC_PAGE_SIZE")
+        total = page * os.sysconf("SC_PHYS_PAGES")
+        used = page * int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, ValueError):
+        return None
+    with suppress(OSError, ValueError):  # a number only where there is a limit
+        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return used, total
 
 
 def free_memory() -> None:

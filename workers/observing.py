@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 
 from PIL.PngImagePlugin import PngInfo
 
-from farm.errors import FarmError
+from farm.errors import ErrorClass, FarmError
 from farm.jobs import JobStore
 from farm.records import Claim, Pace
 from farm.settings import Settings
+from farm.states import Outcome
 from farm.storage import Storage, checkpoint_key, preview_key
 from workers import state
 from workers.engine import Engine
@@ -46,6 +47,10 @@ class Held:
     """When its state was last written down, or asked for."""
     keeping: bool = False
     """Whether it is on its way there: while the object store is away, no more states of it pile up."""
+    outcome: Outcome | None = None
+    """What became of this attempt, once that is recorded."""
+    error_class: ErrorClass | None = None
+    """What the error needs that ended it, if one did."""
     preview_vae: bool | None = None
     """How somebody wants to see it now; None while nobody does."""
 
