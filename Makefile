@@ -45,7 +45,7 @@ format: $(VENV)/.dev  ## let ruff format and fix
 	$(BIN)/ruff check --fix .
 
 clean:  ## remove .venv and what the demo made; not .farm, where your jobs and pictures are
-	rm -rf $(VENV) out .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) out .cache .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
