@@ -1,0 +1,42 @@
+-- The device seconds that a model's jobs will take which wait or render, for KEDA's PostgreSQL scaler:
+-- put the model's name for :model (in quotes), and the seconds that one worker is to have before it for
+-- targetQueryValue. Jobs that render count too, so that no worker is taken away before the last of them has ended; what
+-- is paused does not count. Prometheus has the same number: farm_queued_device_seconds + farm_running_device_seconds.
+WITH RECURSIVE waiting (batch_id) AS (  -- from batch to batch over the index of the backlog
+  SELECT (SELECT min(batch_id) FROM jobs WHERE state = 'pending' AND model = :model)
+  UNION ALL
+  SELECT (SELECT min(batch_id) FROM jobs WHERE state = 'pending' AND model = :model AND batch_id > waiting.batch_id)
+  FROM waiting WHERE waiting.batch_id IS NOT NULL
+), active AS (
+  SELECT batches.id, (
+    SELECT count(*) FROM jobs WHERE state = 'pending' AND model = :model AND batch_id = batches.id
+  ) AS jobs
+  FROM waiting JOIN batches ON batches.id = waiting.batch_id LEFT JOIN owners ON owners.name = batches.owner
+  WHERE accepted_at IS NOT NULL AND deleted_at IS NULL AND NOT batches.paused AND NOT coalesce(owners.paused, false)
+  UNION ALL
+  SELECT batch_id, count(*) FROM jobs JOIN batches ON batches.id = batch_id
+  WHERE state = 'queued' AND model = :model AND accepted_at IS NOT NULL AND deleted_at IS NULL GROUP BY batch_id
+  UNION ALL
+  SELECT batch_id, count(*) FROM jobs JOIN batches ON batches.id = batch_id
+  WHERE state = 'running' AND model = :model AND accepted_at IS NOT NULL AND deleted_at IS NULL GROUP BY batch_id
+), usual AS (  -- what a job of the model took lately, in any batch
+  SELECT avg(seconds) AS seconds FROM (
+    SELECT (
+      SELECT avg(seconds) FROM (
+        SELECT model, reused_from, coalesce(device_seconds, render_seconds) AS seconds FROM jobs
+        WHERE batch_id = batches.id AND finished_at IS NOT NULL ORDER BY finished_at DESC LIMIT 40
+      ) AS last WHERE model = :model AND reused_from IS NULL
+    ) AS seconds
+    FROM batches WHERE accepted_at IS NOT NULL AND deleted_at IS NULL ORDER BY created_at DESC LIMIT 50
+  ) AS newest
+)
+SELECT coalesce(sum(active.jobs * coalesce(
+  (
+    SELECT avg(seconds) FROM (
+      SELECT model, reused_from, coalesce(device_seconds, render_seconds) AS seconds FROM jobs
+      WHERE batch_id = active.id AND finished_at IS NOT NULL ORDER BY finished_at DESC LIMIT 16
+    ) AS last WHERE model = :model AND reused_from IS NULL
+  ),
+  usual.seconds, 1.0
+)), 0) AS device_seconds
+FROM active CROSS JOIN usual
