@@ -170,7 +170,7 @@ def seaweed(home: Home, access: Access, settings: Settings) -> Part:
     )
 
 
-def dispatcher(home: Home) -> Part:
+def dispatcher(home: Home, settings: Settings) -> Part:
     """What moves jobs from the backlog in SQL to Redis, and back again what was lost."""
 
     def answers(process: "Process") -> bool:
@@ -179,7 +179,7 @@ def dispatcher(home: Home) -> Part:
     return Part(
         name="dispatcher",
         shown="dispatcher",
-        address="backlog → Redis",
+        address="\n".join(("backlog → Redis", *_metrics(settings))),
         command=(*PYTHON, "farm", "dispatcher"),
         env=_farm_env(home),
         cwd=None,
@@ -193,6 +193,8 @@ def worker(home: Home, settings: Settings, number: int, of: int, store: JobStore
     here = f"{name}@{socket.gethostname()}"
     env = _farm_env(home)
     env.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // of)))
+    if settings.metrics_port:
+        env["FARM_METRICS_PORT"] = str(settings.metrics_port + number)
     gpus = _gpus() if of > 1 and settings.device is None else 0
     if gpus > 1:
         env["FARM_DEVICE"] = f"cuda:{(number - 1) % gpus}"
@@ -209,7 +211,7 @@ def worker(home: Home, settings: Settings, number: int, of: int, store: JobStore
     return Part(
         name=name,
         shown=name,
-        address=f"models {settings.models}",
+        address="\n".join((f"models {settings.models}", *_metrics(settings, number))),
         command=(*PYTHON, "workers", "--name", name),
         env=env,
         cwd=None,
@@ -268,6 +270,12 @@ def _farm_env(home: Home) -> dict[str, str]:
 def _weed() -> str | None:
     # The wheel puts it beside the interpreter, which need not be on PATH.
     return shutil.which("weed", path=sysconfig.get_path("scripts")) or shutil.which("weed")
+
+
+def _metrics(settings: Settings, number: int = 0) -> tuple[str, ...]:
+    if not settings.metrics_port:  # none, or any: then the dispatcher names the workers', and its log its own
+        return ()
+    return (f"metrics http://{settings.metrics_host}:{settings.metrics_port + number}/metrics",)
 
 
 def _cores() -> int:

@@ -203,7 +203,7 @@ class LocalFarm:
         self._start(
             self._servers, [parts.valkey(self.home, access, settings), parts.seaweed(self.home, access, settings)]
         )
-        users = [parts.dispatcher(self.home)] if self._dispatcher else []
+        users = [parts.dispatcher(self.home, settings)] if self._dispatcher else []
         store = JobStore(database, settings)
         users += [
             parts.worker(self.home, settings, number, self._workers, store) for number in range(1, self._workers + 1)

@@ -268,7 +268,7 @@ def test_a_part_that_does_not_come_up_is_shown_with_its_last_lines(
 ) -> None:
     healthy = parts.dispatcher
     broken = (sys.executable, "-c", "print('no \\033[31mway'); raise SystemExit(7)")
-    monkeypatch.setattr(parts, "dispatcher", lambda home: replace(healthy(home), command=broken))
+    monkeypatch.setattr(parts, "dispatcher", lambda *given: replace(healthy(*given), command=broken))
     farm = servers(tmp_path / "home", dispatcher=True)
     with pytest.raises(PartFailed, match=r"dispatcher died \(exit 7\)[^|]*\| no .\[31mway") as raised:
         farm.start()
@@ -282,7 +282,8 @@ def test_a_part_that_keeps_dying_is_restarted_ever_more_slowly(tmp_path: Path, m
     home = Home(tmp_path / "home")
     home.take()
     lines: list[str] = []
-    part = replace(parts.dispatcher(home), command=(sys.executable, "-c", "raise SystemExit(7)"))
+    settings = home.settings(home.access())
+    part = replace(parts.dispatcher(home, settings), command=(sys.executable, "-c", "raise SystemExit(7)"))
     kept = Kept(part, home, lines.append)
 
     def died(times: int) -> bool:
