@@ -9,8 +9,8 @@ from farm.errors import FarmError, NotConfigured
 from farm.log import configure
 from farm.settings import Settings
 
-TASKS_COLUMNS = "name,state,kwargs,worker,runtime,result,received,started,uuid"
-"""The batch, place and prompt of a render are in its kwargs; where its picture is, in its result."""
+TASKS_COLUMNS = "name,state,kwargs,result,worker,runtime,received,started,uuid"
+"""The batch, place and prompt of a render are in its kwargs; its bar, and later where its picture is, in its result."""
 
 
 def main() -> None:

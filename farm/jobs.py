@@ -11,6 +11,7 @@ import sqlalchemy as sa
 from farm.backlog import Backlog
 from farm.db import now_plus
 from farm.endings import Endings
+from farm.overview import Overview
 from farm.queries import STALE, in_state
 from farm.reuse import Reuse
 from farm.schema import JobRow
@@ -19,7 +20,7 @@ from farm.steering import Steering
 from farm.submissions import Submissions
 
 
-class JobStore(Submissions, Backlog, Steering, Endings, Reuse):
+class JobStore(Submissions, Backlog, Steering, Endings, Overview, Reuse):
     """Jobs in SQL: submitted, dispatched, claimed, renewed, ended."""
 
     # --- the producer ---------------------------------------------------------------------------------------

@@ -5,9 +5,11 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from celery import Celery, signals
@@ -29,7 +31,9 @@ from workers.gathering import Gathered
 from workers.observing import Held, Observer
 from workers.pins import Pins
 from workers.pipelines import Pipeline, load
+from workers.progress import ProgressBars
 from workers.reporting import Reporter
+from workers.request import Progress
 from workers.warming import warm
 
 log = logging.getLogger(__name__)
@@ -200,6 +204,17 @@ class Worker:
             if self._held.get(held.claim.job_id) is held:
                 del self._held[held.claim.job_id]
 
+    @contextmanager
+    def renders(self) -> Iterator[Mapping[tuple[str, int], Progress]]:
+        """How far each render here is, by job id and attempt; meanwhile none of these jobs is released."""
+        progress = self.engine.progress()
+        with self._lock:
+            yield {
+                (job_id, held.claim.attempt): progress[job_id]
+                for job_id, held in self._held.items()
+                if job_id in progress
+            }
+
     def succeed(self, held: Held, picture: Picture) -> bool:
         """Record a job's picture; False if the claim no longer holds."""
         return self._ends((held.claim, picture))
@@ -305,15 +320,21 @@ class Worker:
 
 def attach(app: Celery, worker: Worker) -> None:
     """Tie a worker's life to Celery's: known when it consumes, draining when it is told to stop, gone at the end."""
+    seconds = worker.settings.progress_seconds
+    bars = ProgressBars(worker.renders, seconds) if seconds is not None else None
 
-    def ready(**_: object) -> None:
+    def ready(sender: Any, **_: object) -> None:
         worker.live()
+        if bars is not None:
+            bars.start(sender.reporter)
 
     def shutting_down(**_: object) -> None:
         # Celery sends this inside its signal handler and then waits for running tasks: draining ends them.
         threading.Thread(target=worker.drain, name="drain", daemon=True).start()
 
     def shut_down(**_: object) -> None:
+        if bars is not None:
+            bars.stop()
         worker.stop()
 
     app.steps["consumer"].add(Reporter)

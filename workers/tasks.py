@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from celery import Celery
-from celery.exceptions import Ignore
+from celery.exceptions import Ignore, Retry
 
 from farm.broker import RENDER_TASK
 from farm.errors import (
@@ -46,7 +46,8 @@ def register(app: Celery, worker: Worker) -> None:
 def render_job(worker: Worker, job_id: str) -> str:
     """Render one job from claim to finish; returns what Flower shows as its result.
 
-    Raises `Ignore` when there is nothing to do, and the `FarmError` that failed the job, after it is recorded.
+    Raises `Ignore` when there is nothing to do, `Retry` for a job that goes on later under its next message, and the
+    `FarmError` that failed the job, after it is recorded.
     """
     try:
         held = _insist(lambda: _claim(worker, job_id), seconds=CLAIM_SECONDS)
@@ -92,7 +93,7 @@ def _render(worker: Worker, held: Held) -> str:
         why = "paused" if held.paused.is_set() else "its worker stops"
         # If SQL is away now, the lease runs out and does the same.
         _insist(lambda: store.hand_back(claim, why), seconds=worker.settings.drain_seconds / 4)
-        return f"handed back: {why}"
+        raise Retry(f"handed back: {why}", exc=RenderHandedBack(why)) from error
     except FarmError as error:
         reason, error_class = str(error), error.error_class
         log.warning("render failed job_id=%s attempt=%d: %s", claim.job_id, claim.attempt, error)
