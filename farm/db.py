@@ -100,6 +100,7 @@ class Database:
         """Bring the schema up to this version's; doing it twice, or from many processes at once, is harmless."""
         with self._reached(), self.engine.connect() as connection:
             if self.engine.dialect.name == "postgresql":
+                connection.detach()  # closed in the end, and the lock with it: a pool would keep both
                 connection.execute(sa.select(sa.func.pg_advisory_lock(_MIGRATION_LOCK)))
                 connection.commit()
             if self._newer(connection) is None:
