@@ -85,7 +85,7 @@ class Storage:
         self._endpoint = settings.s3_endpoint_url
         self._settings = settings
         self._public = settings.s3_public_endpoint_url or settings.s3_endpoint_url
-        self._made: dict[str | None, S3Client] = {}
+        self._made: dict[tuple[str | None, bool], S3Client] = {}
         self._making = threading.Lock()
         self.outages = 0
         """How often it did not answer."""
@@ -94,24 +94,24 @@ class Storage:
     def _s3(self) -> "S3Client":
         return self._client(self._endpoint)
 
-    def _client(self, endpoint: str | None) -> "S3Client":
+    def _client(self, endpoint: str | None, *, patient: bool = True) -> "S3Client":
         # Making a client reads boto3's data files for a third of a second: only who needs one pays.
         with self._making:
-            if endpoint not in self._made:
+            if (endpoint, patient) not in self._made:
                 secret = self._settings.s3_secret_access_key
                 session = boto3.session.Session(
                     aws_access_key_id=self._settings.s3_access_key_id,
                     aws_secret_access_key=secret.get_secret_value() if secret else None,
                     region_name=self._settings.s3_region,
                 )
-                self._made[endpoint] = session.client(
+                made = session.client(
                     "s3",
                     endpoint_url=endpoint,
                     config=Config(
                         signature_version="s3v4",
                         connect_timeout=3,
-                        read_timeout=20,
-                        retries={"mode": "standard", "total_max_attempts": 3},
+                        read_timeout=20 if patient else 4,
+                        retries={"mode": "standard", "total_max_attempts": 3 if patient else 2},
                         max_pool_connections=32,
                         # What is signed has its SHA-256 in the signature, which S3 checks: no second sum of it.
                         request_checksum_calculation="when_required",
@@ -121,8 +121,9 @@ class Storage:
                     ),
                 )
                 # What is put here is small: to ask first whether it may be sent is one more way there and back.
-                self._made[endpoint].meta.events.register_last("before-call.s3", _ask_nothing)
-            return self._made[endpoint]
+                made.meta.events.register_last("before-call.s3", _ask_nothing)
+                self._made[endpoint, patient] = made
+            return self._made[endpoint, patient]
 
     def ensure_bucket(self) -> None:
         """Make the bucket if it is not there."""
@@ -134,9 +135,9 @@ class Storage:
                     raise
 
     def ping(self) -> None:
-        """Raise `StorageUnavailable` unless the bucket is there and may be read."""
+        """Raise `StorageUnavailable` unless the bucket is there and may be read; within ten seconds."""
         with self._reached():
-            self._s3.list_objects_v2(Bucket=self.bucket, MaxKeys=1)
+            self._client(self._endpoint, patient=False).list_objects_v2(Bucket=self.bucket, MaxKeys=1)
 
     def put(self, key: str, data: bytes, content_type: str = "application/octet-stream") -> None:
         """Write an object, over any of that key."""

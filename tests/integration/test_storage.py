@@ -1,5 +1,7 @@
 """The object store over a real S3 server: what is deleted in bulk, and what is fetched only when it is new."""
 
+import socket
+import time
 from collections.abc import Iterator, Mapping
 
 import pytest
@@ -52,3 +54,15 @@ def test_keys_of_one_attempt_stand_together_and_apart_from_other_attempts() -> N
         "b/00007-a-cat-png.a2.trajectory.png",
         "b/00007-a-cat-png.a2.trajectory.webp",
     )
+
+
+def test_whether_an_object_store_answers_is_known_soon_where_it_hangs(storage: Storage) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # connects, and never answers
+        there = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        hangs = Storage(storage._settings.model_copy(update={"s3_endpoint_url": there}))
+        began = time.monotonic()
+        with pytest.raises(StorageUnavailable) as raised:
+            hangs.ping()
+        assert time.monotonic() - began < 10
+        assert len(str(raised.value).splitlines()) == 1
+        hangs.close()
