@@ -11,22 +11,25 @@ from typing import Any, Self, TypeGuard
 from farm.broker import Broker
 from farm.db import Database
 from farm.dispatch import Dispatcher
-from farm.errors import BrokerUnavailable, Problem
+from farm.errors import BrokerUnavailable, InvalidInput, NotFound, Problem
 from farm.estimates import DryRun, dry_run, speeds
 from farm.handles import Batch, Job, Owner
 from farm.held import held_kinds, sampler_problem
 from farm.jobs import JobStore
-from farm.records import BatchStatus, WorkerInfo
+from farm.overview import Load
+from farm.records import BatchStatus, JobInfo, WorkerInfo
 from farm.settings import Settings
 from farm.sources import Expansion, Given, Grid, Problems, specs
 from farm.spec import RenderSpec, shown
 from farm.storage import Storage
 from farm.submissions import seed_from
+from farm.tempo import Tempo
 
 log = logging.getLogger(__name__)
 
 MAX_NAME_CHARS = 200
 """How long the name, the owner and the key of a batch may be."""
+_NAMED = f"should be 1 to {MAX_NAME_CHARS} characters of valid Unicode, without NUL"
 
 
 def _is_name(given: object) -> TypeGuard[str]:
@@ -156,7 +159,7 @@ class Farm:
             problems.add(Problem("", "priority", f"should be 0 to 100, not {shown(priority)}"))
         for field, given in (("name", name), ("owner", owner), ("key", key)):
             if given is not None and not (_is_name(given) and (given or field != "key")):
-                problems.add(Problem("", field, "should be 1 to 200 characters of valid Unicode, without NUL"))
+                problems.add(Problem("", field, _NAMED))
         name = (name.strip() if _is_name(name) else "") or "batch"
         if _is_name(key) and wildcard_seed is None:
             wildcard_seed = seed_from(key, 0)
@@ -170,23 +173,48 @@ class Farm:
 
     def batch(self, name_or_id: str) -> Batch:
         """A batch by its id, or the newest of that name; raises `NotFound`."""
+        if not _is_name(name_or_id):  # no database keeps it, and some refuse the question
+            raise NotFound(f"there is no batch {shown(name_or_id)}; `farm status` lists them")
         return Batch(self._store, self._storage, self.settings, self._store.batch(name_or_id))
 
     def batches(self, limit: int = 20) -> list[BatchStatus]:
         """How far the newest batches are, newest first."""
         return self._store.batches(limit)
 
+    def moving(self, limit: int = 20) -> list[BatchStatus]:
+        """How far the batches are that have jobs on their way, in Redis or in a worker."""
+        return [*self._store.statuses(self._store.moving(limit)).values()]
+
+    def tempo(self, batch: BatchStatus) -> Tempo:
+        """How fast a batch goes, and how long it still takes."""
+        return self._store.tempo(batch)
+
+    def failed(self, batch_id: str, limit: int = 10) -> list[JobInfo]:
+        """The jobs of a batch that failed last, newest first."""
+        return self._store.failed(batch_id, limit)
+
     def job(self, job_id: str) -> Job:
         """A job by its id; raises `NotFound`."""
+        if not _is_name(job_id):
+            raise NotFound(f"there is no job {shown(job_id)}")
         return Job(self._store, self._storage, self.settings, self._store.job(job_id))
 
     def owner(self, name: str) -> Owner:
-        """Whoever submits under that name, whether or not there is anything of theirs yet."""
+        """Whoever submits under that name, whether or not there is anything of theirs yet.
+
+        Raises `InvalidInput` if nobody can.
+        """
+        if not _is_name(name):
+            raise InvalidInput([Problem("", "owner", _NAMED)])
         return Owner(self._store, name)
 
     def workers(self) -> list[WorkerInfo]:
         """The workers, what they render on, and the models they hold."""
         return self._store.workers()
+
+    def loads(self) -> dict[str, Load]:
+        """What each worker does now, by name; one that does nothing is not among them."""
+        return self._store.loads()
 
     def unheld(self, batch_id: str | None = None) -> list[str]:
         """The models that jobs, or a batch's jobs, wait for and no living worker holds; they start when one does."""

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from farm.client import Farm
-from farm.errors import InvalidInput
+from farm.errors import InvalidInput, NotFound
 from farm.settings import Settings
 
 
@@ -25,6 +25,19 @@ def test_what_can_not_be_kept_is_invalid_input_that_names_its_field(settings: Se
         assert [problem.field for problem in raised.value.problems] == [field]
         assert len(str(raised.value)) < 200
         assert farm.batches() == []
+
+
+@pytest.mark.parametrize("given", ["\0", "a\0b", "a\udcffb", "x" * 300, None], ids=repr)
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_what_can_not_be_a_name_is_nobodys(settings: Settings, given: Any) -> None:
+    with Farm(settings) as farm:
+        with pytest.raises(NotFound, match="there is no batch"):
+            farm.batch(given)
+        with pytest.raises(NotFound, match="there is no job"):
+            farm.job(given)
+        with pytest.raises(InvalidInput) as raised:
+            farm.owner(given)
+        assert [problem.field for problem in raised.value.problems] == ["owner"]
 
 
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
