@@ -19,7 +19,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from farm import __version__, fetching, managing, operating
+from farm import __version__, fetching, managing, operating, stocking
 from farm.client import Farm
 from farm.console import Json, batch_json, complain, err, find, job_json, open_farm, out, say_json
 from farm.errors import FarmError, InvalidInput, JobNotSucceeded, ServiceUnavailable
@@ -43,6 +43,7 @@ app = typer.Typer(
 app.add_typer(managing.app)
 app.add_typer(fetching.app)
 app.add_typer(operating.app)
+app.add_typer(stocking.app)
 
 _WATCH_SECONDS = 0.5
 _FIRST_JOBS = 1000

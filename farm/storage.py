@@ -7,7 +7,6 @@ import unicodedata
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -248,30 +247,6 @@ class Storage:
         with self._reached(prefix):
             for page in self._s3.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=prefix):
                 yield from (found["Key"] for found in page.get("Contents", ()))
-
-    def fetch_folder(self, bucket: str, prefix: str, folder: Path) -> int:
-        """Copy every object under a prefix of any bucket into a folder; returns how many there were.
-
-        A file that has its size already is kept. Raises `NotFound` if there is nothing under the prefix.
-        """
-        prefix = prefix.rstrip("/") + "/"
-        count = 0
-        with self._reached(f"s3://{bucket}/{prefix}"):
-            for page in self._s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
-                for found in page.get("Contents", ()):
-                    target = (folder / found["Key"].removeprefix(prefix)).resolve()
-                    if found["Key"].endswith("/") or not target.is_relative_to(folder.resolve()):
-                        continue
-                    count += 1
-                    if target.exists() and target.stat().st_size == found["Size"]:
-                        continue
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    partial = target.with_name(target.name + ".part")
-                    self._s3.download_file(bucket, found["Key"], str(partial))
-                    partial.replace(target)
-        if not count:
-            raise NotFound(f"there is nothing under s3://{bucket}/{prefix}")
-        return count
 
     @contextmanager
     def reaching(self, what: str) -> Iterator["S3Client"]:

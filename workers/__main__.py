@@ -9,7 +9,7 @@ import sys
 from celery import signals
 
 from farm.broker import make_app, queue_name
-from farm.errors import FarmError, ServiceUnavailable
+from farm.errors import FarmError
 from farm.log import configure
 from farm.settings import Settings
 from workers import tasks
@@ -38,7 +38,7 @@ def main() -> None:
         sys.exit(130)
     except FarmError as error:
         print(f"farm worker: {error}", file=sys.stderr)
-        sys.exit(3 if isinstance(error, ServiceUnavailable) else 2)
+        sys.exit(3 if error.retryable else 2)
 
     app = make_app(settings)
     app.conf.worker_pool = "workers.pool:TaskPool"

@@ -1,15 +1,26 @@
 """From a model's source to a checked local folder; safetensors only, and no code from a checkpoint ever runs."""
 
 import hashlib
-import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
 from farm.errors import ModelError, ModelUnavailable
+from farm.model_files import (
+    CONFIGS,
+    INDEX,
+    LIBRARIES,
+    MANIFEST,
+    WEIGHTS,
+    check_shards,
+    no_weights,
+    parse_manifest,
+    read_json,
+    version,
+)
 
 
 @dataclass(frozen=True)
@@ -25,23 +36,12 @@ class Family:
 
 
 _WITHOUT_WEIGHTS = ("scheduler", "tokenizer", "tokenizer_2", "tokenizer_3")
-_LIBRARIES = ("diffusers", "transformers")
 # What a part of any family may be. The libraries' `Auto…` and `…Pipeline` classes would run code that lies beside the
 # weights for whoever says yes when they ask.
 _CLASS = re.compile(
     r"(?!Auto(?!encoder)|\w*Pipeline)(\w+(Scheduler|Tokenizer|TokenizerFast|Model|WithProjection)|Autoencoder\w+)"
 )
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-# Exact names leave out the variants beside them (fp16, non_ema): gigabytes nobody would load.
-_WEIGHTS = (
-    "model.safetensors",
-    "model-*-of-*.safetensors",
-    "diffusion_pytorch_model.safetensors",
-    "diffusion_pytorch_model-*-of-*.safetensors",
-)
-_INDEXES = ("model.safetensors.index.json", "diffusion_pytorch_model.safetensors.index.json")
-"""What the libraries read the names of shards from."""
-_CONFIGS = ("*.json", "*.txt", "*.model")
 _PASSING = (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS)
 """What the hub answers that will answer otherwise later, though it says that the asker is at fault."""
 
@@ -76,7 +76,7 @@ def open_checkpoint(source: str, families: Mapping[str, Family]) -> Checkpoint:
         if not _HUB_ID.fullmatch(source):
             raise ModelError(f"no folder {source!r}, and it is no hub id (org/name) either")
         path = _download(source, families)
-    index = _read_json(path / "model_index.json")
+    index = read_json(path / INDEX)
     name = index.get("_class_name")
     family = families.get(name) if isinstance(name, str) else None
     if name is None or family is None or not family.parts:
@@ -85,12 +85,12 @@ def open_checkpoint(source: str, families: Mapping[str, Family]) -> Checkpoint:
     left_out = [part for part in family.optional if index.get(part) in (None, [None, None])]
     there = [part for part in family.parts if part not in left_out]
     weights = [file for part in there for file in _check_part(path, part, index.get(part))]
-    configs = [file for part in there for kind in _CONFIGS for file in (path / part).glob(kind)]
+    configs = [file for part in there for kind in CONFIGS for file in (path / part).glob(kind)]
     return Checkpoint(
         source,
         path,
         name,
-        sha256=_hash(path, [path / "model_index.json", *configs, *weights]),
+        sha256=_hash(path, [path / INDEX, *configs, *weights]),
         parts=tuple(there),
         nbytes=sum(file.stat().st_size for file in weights),
     )
@@ -106,10 +106,10 @@ def _download(source: str, families: Mapping[str, Family]) -> Path:
             kind = ModelError if _hub_refuses(error) else ModelUnavailable
             raise kind(f"can't download {source!r} from the hub: {error}") from error
 
-    index = _read_json(fetch(["model_index.json"]) / "model_index.json")
+    index = read_json(fetch([INDEX]) / INDEX)
     family = families.get(str(index.get("_class_name")), Family(""))
-    files = (*_CONFIGS, *_WEIGHTS)
-    return fetch(["model_index.json", *(f"{part}/{file}" for part in family.parts for file in files)])
+    files = (*CONFIGS, *WEIGHTS)
+    return fetch([INDEX, *(f"{part}/{file}" for part in family.parts for file in files)])
 
 
 def _hub_refuses(error: Exception) -> bool:
@@ -129,7 +129,7 @@ def _check_part(path: Path, part: str, entry: Any) -> list[Path]:
     folder = path / part
     if not isinstance(entry, list) or len(entry) != 2 or None in entry:
         raise ModelError(f"{path}/model_index.json names no {part}")
-    if entry[0] not in _LIBRARIES:
+    if entry[0] not in LIBRARIES:
         raise ModelError(f"{folder}: needs code of its own ({entry[0]}), which the farm never runs")
     if not _CLASS.fullmatch(str(entry[1])):
         raise ModelError(f"{folder}: can't load a {entry[1]!r} as {part}")
@@ -137,54 +137,31 @@ def _check_part(path: Path, part: str, entry: Any) -> list[Path]:
         raise ModelError(f"{folder}: the checkpoint's {part} is missing")
     if part in _WITHOUT_WEIGHTS:
         return []
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     if "auto_map" in config:
         raise ModelError(f"{folder}: needs code of its own (auto_map in its config.json), which the farm never runs")
     if "transformers_weights" in config or (folder / "adapter_config.json").exists():
         raise ModelError(f"{folder}: takes its weights from elsewhere (an adapter); merge it into the model first")
-    weights = sorted(file for name in _WEIGHTS for file in folder.glob(name))
+    weights = sorted(file for name in WEIGHTS for file in folder.glob(name))
     if not weights:
-        others = sorted(
-            file.name for file in folder.iterdir() if file.suffix in (".bin", ".ckpt", ".pt", ".safetensors")
-        )
-        found = f"only {', '.join(others)}" if others else "no weights at all"
-        raise ModelError(f"{folder}: needs {_WEIGHTS[0]} or {_WEIGHTS[2]}, but there is {found}")
-    _check_shards(folder, [file.name for file in weights])
+        raise ModelError(no_weights(folder))
+    check_shards(folder, [file.name for file in weights])
     return weights
 
 
-def _check_shards(folder: Path, there: Sequence[str]) -> None:
-    """Raise `ModelError` if an index names a shard that is none of the weights.
-
-    The libraries load whatever stands in it: pickled files too, and transformers even outside the folder.
-    """
-    for name in _INDEXES:
-        if not (folder / name).exists():
-            continue
-        shards = _read_json(folder / name).get("weight_map")
-        if not isinstance(shards, dict):
-            raise ModelError(f"{folder / name} has no weight_map")
-        strange = next((shard for shard in shards.values() if shard not in there), None)
-        if strange is not None:
-            raise ModelError(f"{folder / name} names {strange!r}, which is no safetensors file of this part")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ModelError(f"{path.parent} has no {path.name}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"can't read {path}: {error}") from error
-    if not isinstance(values, dict):
-        raise ModelError(f"{path} holds no JSON object")
-    return values
-
-
 def _hash(path: Path, files: list[Path]) -> str:
-    digest = hashlib.sha256()
+    hashes = {}
     for file in sorted(set(files)):
         with file.open("rb") as stream:
-            content = hashlib.file_digest(stream, "sha256").hexdigest()
-        digest.update(f"{file.relative_to(path).as_posix()} {content}\n".encode())
-    return digest.hexdigest()
+            hashes[file.relative_to(path).as_posix()] = hashlib.file_digest(stream, "sha256").hexdigest()
+    if (path / MANIFEST).exists():
+        _compare(path, hashes)
+    return version(hashes)
+
+
+def _compare(path: Path, hashes: Mapping[str, str]) -> None:
+    """Raise `ModelError` for a file that is not as the manifest beside it says: it was damaged, or changed."""
+    expected = parse_manifest((path / MANIFEST).read_bytes(), str(path / MANIFEST)).hashes
+    other = next((file for file, found in hashes.items() if expected.get(file) != found), None)
+    if other is not None:
+        raise ModelError(f"{path / other} is not what {MANIFEST} says it is: its SHA-256 differs")

@@ -16,8 +16,9 @@ from celery import Celery, signals
 
 from farm import __version__
 from farm.db import Database
-from farm.errors import FarmError, ModelError, ModelUnavailable, ServiceUnavailable
+from farm.errors import ModelError, ServiceUnavailable
 from farm.jobs import JobStore
+from farm.model_store import parse_reference
 from farm.records import Claim, Pace, Picture, WorkerInfo
 from farm.settings import Settings
 from farm.sizes import MOST, row_pixels
@@ -28,10 +29,12 @@ from workers.device import choose_device, choose_dtype, keep_freed_memory, use_t
 from workers.engine import Engine
 from workers.forward_sizes import ForwardSizes
 from workers.gathering import Gathered
+from workers.model_cache import ModelCache
 from workers.observing import Held, Observer
 from workers.pins import Pins
 from workers.pipelines import Pipeline, load
 from workers.progress import ProgressBars
+from workers.remote_models import FARM, is_remote
 from workers.reporting import Reporter
 from workers.request import Progress
 from workers.warming import warm
@@ -40,10 +43,11 @@ log = logging.getLogger(__name__)
 
 
 def model_sources(models: str) -> dict[str, str]:
-    """Name and source of each model of a list like `tiny,sd15=/models/sd15,org/name,s3://bucket/prefix`.
+    """Name and source of each model of a list like `tiny,sd15=/models/sd15,org/name,farm:sdxl,s3://bucket/prefix`.
 
-    A source is a hub id, a folder, an `s3://` prefix, or `tiny`; a hub id names itself, a folder and a prefix are
-    named by their last part. Raises `ModelError`.
+    A source is a hub id, a folder, `farm:name` or `farm:name@version` of what was pushed, an `s3://` prefix, or `tiny`;
+    a hub id names itself and a pushed model too, a folder and a prefix are named by their last part. Raises
+    `ModelError`.
     """
     found: dict[str, str] = {}
     for entry in filter(None, (part.strip() for part in models.split(","))):
@@ -52,6 +56,7 @@ def model_sources(models: str) -> dict[str, str]:
             source = entry
             is_place = "://" in entry or Path(entry).expanduser().is_dir()
             name = entry.partition(":")[0] if entry.startswith("null:") else entry
+            name = parse_reference(entry.removeprefix(FARM))[0] if entry.startswith(FARM) else name
             name = name.rstrip("/").rpartition("/")[2] if is_place and entry != "tiny" else name
         if not name or not source:
             raise ModelError(f"{entry!r} is not name=source")
@@ -63,27 +68,9 @@ def model_sources(models: str) -> dict[str, str]:
     return found
 
 
-def fetched(source: str, storage: Storage, cache: Path) -> str:
-    """A source that the engine can load: what lies in S3 is copied into the cache first."""
-    if source == "tiny":
-        return str(tiny.WEIGHTS)
-    if not source.startswith("s3://"):
-        return source
-    bucket, _, prefix = source.removeprefix("s3://").partition("/")
-    folder = cache / bucket / prefix.strip("/")
-    log.info("fetching %s into %s", source, folder)
-    try:
-        count = storage.fetch_folder(bucket, prefix, folder)
-    except FarmError as error:
-        kind = ModelUnavailable if error.retryable else ModelError
-        raise kind(f"can't fetch {source}: {error}") from error
-    log.info("fetched %s, %d files", source, count)
-    return str(folder)
-
-
 def weights_bytes(source: str) -> int:
     """What a model's weights take on disk, if they lie here; 0 if nobody knows yet."""
-    folder = Path(tiny.WEIGHTS if source == "tiny" else source).expanduser()
+    folder = Path(source).expanduser()
     return sum(file.stat().st_size for file in folder.glob("*/*.safetensors"))
 
 
@@ -117,17 +104,27 @@ class Worker:
         dtype = choose_dtype(self.settings.dtype, device)
         settings = self.settings
 
+        cache = ModelCache(settings.model_cache, self.storage, settings.model_cache_size, self.draining)
+
         def open_model(name: str, source: str) -> Pipeline:
-            return load(
-                fetched(source, self.storage, settings.model_cache),
-                device,
-                dtype,
-                lambda part: log.info("loading model=%s %s", name, part),
-                compile=settings.compile and device.type == "cuda",
-                embeddings=settings.embeddings,
+            return cache.load(
+                source,
+                lambda folder: load(
+                    folder,
+                    device,
+                    dtype,
+                    lambda part: log.info("loading model=%s %s", name, part),
+                    compile=settings.compile and device.type == "cuda",
+                    embeddings=settings.embeddings,
+                ),
             )
 
-        self.pins = Pins(model_sources(settings.models), open_model, settings.memory_budget, size=weights_bytes)
+        def size(source: str) -> int:
+            return cache.weights_bytes(source) if is_remote(source) else weights_bytes(source)
+
+        named = model_sources(settings.models)
+        sources = {name: str(tiny.WEIGHTS) if source == "tiny" else source for name, source in named.items()}
+        self.pins = Pins(sources, open_model, settings.memory_budget, size=size)
         self.pins.load_all()
         self.engine = Engine(
             self.pins,

@@ -74,7 +74,8 @@ class Pins:
     def load_all(self) -> None:
         """Load every model that fits beside those before it; the others are left until somebody uses them.
 
-        Call it before the first `use`. Raises `ModelError`, naming each with its reason, if none can be loaded.
+        Call it before the first `use`. If none can be loaded it raises `ModelError`, naming each with its reason, or
+        `ModelUnavailable` where waiting may help one.
         """
         for name in self._sources:
             with suppress(ModelError):
@@ -82,7 +83,9 @@ class Pins:
                     log.info("no room for model=%s beside %s: left until it is used", name, ",".join(self.held))
                     free_memory()
         if not self._held:
-            raise ModelError("\n".join(f"model {name!r}: {why}" for name, why in self.failures.items()))
+            kinds = [kind for _, kind, _ in self._failures.values()]
+            kind = ModelUnavailable if ModelUnavailable in kinds else ModelError
+            raise kind("\n".join(f"model {name!r}: {why}" for name, why in self.failures.items()))
 
     @property
     def held(self) -> tuple[str, ...]:

@@ -1,6 +1,13 @@
-"""A worker's models: what they are called, and that one in S3 is fetched, checked and rendered."""
+"""A worker's models: what they are called, and that one which was pushed is fetched, checked and rendered."""
 
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -8,10 +15,9 @@ from farm.client import Farm
 from farm.errors import ModelError
 from farm.settings import Settings
 from farm.states import JobState
-from farm.storage import Storage
 from tests.checkpoints import build_checkpoint
-from tests.integration.conftest import Crew
-from workers.lifecycle import fetched, model_sources
+from tests.integration.conftest import Crew, environment
+from workers.lifecycle import model_sources
 
 
 @pytest.fixture
@@ -20,17 +26,43 @@ def database_url(sqlite_url: str) -> str:
     return sqlite_url
 
 
+class Hub(ThreadingHTTPServer):
+    """Nobody must ask it."""
+
+    asked: ClassVar[list[str]] = []
+
+
+class _Asked(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        Hub.asked.append(self.path)
+        self.send_error(500)
+
+    do_HEAD = do_GET  # noqa: N815
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with Hub(("127.0.0.1", 0), _Asked) as hub:
+        thread = threading.Thread(target=hub.serve_forever)
+        thread.start()
+        yield hub
+        hub.shutdown()
+        thread.join()
+
+
 def test_models_are_named_or_name_themselves(tmp_path: Path) -> None:
     folder = tmp_path / "mine"
     folder.mkdir()
-    listed = f"tiny, sd15=/models/sd15,org/name,s3://bucket/models/theirs/,{folder},null:?width=128"
+    listed = f"tiny, sd=/models/sd15,org/name,s3://bucket/models/theirs/,{folder},null:?width=128,farm:sd15,x=farm:sd15@abcdef"
     assert model_sources(listed) == {
         "tiny": "tiny",
-        "sd15": "/models/sd15",
+        "sd": "/models/sd15",
         "org/name": "org/name",
         "theirs": "s3://bucket/models/theirs/",
         "mine": str(folder),
         "null": "null:?width=128",
+        "sd15": "farm:sd15",
+        "x": "farm:sd15@abcdef",
     }
 
 
@@ -40,29 +72,47 @@ def test_a_list_of_models_that_makes_no_sense_is_refused(listed: str, said: str)
         model_sources(listed)
 
 
-def test_a_model_in_s3_is_fetched_once_and_rendered(farm: Farm, crew: Crew, settings: Settings, tmp_path: Path) -> None:
+def test_a_model_that_was_pushed_is_pinned_fetched_and_rendered_without_any_hub(
+    farm: Farm, crew: Crew, settings: Settings, tmp_path: Path, hub: Hub
+) -> None:
     checkpoint = build_checkpoint(tmp_path / "checkpoint")
-    storage = Storage(settings)
-    for path in checkpoint.rglob("*"):
-        if path.is_file():
-            storage.put(f"models/small/{path.relative_to(checkpoint).as_posix()}", path.read_bytes())
-    source = f"s3://{settings.s3_bucket}/models/small"
-    worker = crew.worker("w1", source, FARM_MODEL_CACHE=tmp_path / "cache")
-    batch = farm.submit(["a cat"], model="small", num_inference_steps=2, scheduler="euler_a")
-    assert batch.wait(60).counts[JobState.SUCCEEDED] == 1
-    (job,) = batch
-    (held,) = farm.workers()[0].models
-    assert job.picture is not None
-    assert job.picture.model_sha256 == held["sha256"]
-    assert job._repr_png_() == job.png()  # what a notebook shows
-    assert "fetched" in worker.log.read_text()
+    command = [sys.executable, "-m", "farm", "models"]
+    env = environment(crew.settings)
+    pushed = subprocess.run([*command, "push", str(checkpoint), "small"], env=env, capture_output=True, text=True)
+    assert pushed.returncode == 0, pushed.stderr
+    assert "workers pin it with --models small=farm:small" in pushed.stdout
+    (listed,) = json.loads(subprocess.check_output([*command, "list", "--json"], env=env))
+    assert (listed["name"], listed["family"]) == ("small", "StableDiffusionPipeline")
 
-    kept = Path(fetched(source, storage, tmp_path / "cache"))
-    (kept / "model_index.json").unlink()
-    assert Path(fetched(source, storage, tmp_path / "cache") + "/model_index.json").exists()
-    with pytest.raises(ModelError, match="nothing under"):
-        fetched(f"s3://{settings.s3_bucket}/models/gone", storage, tmp_path / "cache")
-    storage.close()
+    version = listed["version"]
+    models = f"farm:small,theirs=s3://{settings.s3_bucket}/models/small,mine=farm:small@{version}"
+    air_gapped = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": tmp_path / "hub"}
+    worker = crew.worker("w1", models, FARM_MODEL_CACHE=tmp_path / "cache", FARM_MODEL_CACHE_SIZE="1GB", **air_gapped)
+    each = [{"prompt": "a cat", "model": model} for model in ("small", "theirs", "mine")]
+    batch = farm.submit(each, num_inference_steps=2, scheduler="euler_a", seed=1, reuse=False)
+    assert batch.wait(60).counts[JobState.SUCCEEDED] == 3
+    held = {model["name"]: model["sha256"] for model in farm.workers()[0].models}
+    assert held == dict.fromkeys(("small", "theirs", "mine"), version)
+    for job in batch:
+        assert job.picture is not None
+        assert job.picture.model_sha256 == version
+        assert job._repr_png_() == job.png()  # what a notebook shows
+    assert worker.log.read_text().count("fetched ") == 1
+    assert hub.asked == []
+
+    asked = subprocess.run([*command, "delete", "small", "--yes"], env=env, capture_output=True, text=True)
+    assert asked.stdout == "small deleted\n"
+    gone = crew.start_worker("w2", "farm:small", FARM_MODEL_CACHE=tmp_path / "cache")
+    assert gone.popen.wait(60) == 2
+    assert "no model 'small' was pushed to this farm: farm models push DIR small" in gone.log.read_text()
+
+
+def test_a_worker_whose_object_store_is_away_ends_as_one_that_may_be_started_again(crew: Crew, tmp_path: Path) -> None:
+    process = crew.start_worker(
+        "w1", "farm:small", FARM_MODEL_CACHE=tmp_path / "cache", FARM_S3_ENDPOINT_URL="http://127.0.0.1:1"
+    )
+    assert process.popen.wait(60) == 3
+    assert "can't fetch farm:small" in process.log.read_text()
 
 
 def test_a_worker_whose_model_can_not_be_loaded_says_so_and_ends(crew: Crew, tmp_path: Path) -> None:

@@ -13,11 +13,12 @@ from botocore import UNSIGNED
 from botocore.config import Config
 from botocore.stub import ANY, Stubber
 
-from farm.errors import ModelError, NotFound
+from farm.errors import ModelError
 from farm.settings import Settings
 from farm.storage import Storage
 from workers import tiny
 from workers.checkpoints import Family, open_checkpoint
+from workers.model_cache import ModelCache
 
 FAMILY = Family("StableDiffusionPipeline", ("scheduler", "text_encoder", "tokenizer", "unet", "vae"))
 PLAIN = {"text_encoder": "model.safetensors", "unet": "diffusion_pytorch_model.safetensors"}
@@ -140,10 +141,11 @@ def test_no_key_of_a_model_is_written_outside_its_folder(
 ) -> None:
     storage, stub = stubbed
     contents = {"Contents": [{"Key": key, "Size": 4}], "IsTruncated": False}
+    stub.add_client_error("get_object", "NoSuchKey", expected_params={"Bucket": "b", "Key": "m/farm-model.json"})
     stub.add_response("list_objects_v2", contents, {"Bucket": "b", "Prefix": "m/"})
-    stub.add_client_error("head_object", expected_params={"Bucket": "b", "Key": ANY})  # not reached
-    with pytest.raises(NotFound, match="nothing under"):
-        storage.fetch_folder("b", "m", tmp_path / "cache" / "model")
+    stub.add_client_error("get_object", expected_params={"Bucket": "b", "Key": ANY})  # not reached
+    with pytest.raises(ModelError, match="nothing under"):
+        ModelCache(tmp_path / "cache", storage).load("s3://b/m", str)
     assert not list(tmp_path.rglob("evil*"))
     assert not Path("/etc/evil.txt").exists()
 
