@@ -125,11 +125,11 @@ def test_json_that_nests_too_deep_is_an_error_and_no_crash(folder: Path) -> None
 
 
 @pytest.fixture
-def stubbed() -> Iterator[tuple[Storage, Stubber]]:
+def stubbed(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Storage, Stubber]]:
     """A storage whose service says what a real one would tidy up."""
     storage = Storage(Settings(database_url="", broker_url="", s3_bucket="b"))
     client = boto3.client("s3", region_name="us-east-1", config=Config(signature_version=UNSIGNED))
-    storage._made[None] = client
+    monkeypatch.setattr(Storage, "_client", lambda *_, **__: client)
     with Stubber(client) as stub:
         yield storage, stub
     storage.close()
