@@ -1,5 +1,7 @@
 """The sessions that read and write the SQL tables, and the database's clock, on SQLite and PostgreSQL alike."""
 
+import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -19,6 +21,8 @@ from sqlalchemy.sql.expression import FunctionElement
 from farm import __version__
 from farm.errors import DatabaseUnavailable, NotConfigured, SchemaMismatch
 from farm.schema import ReleaseRow, UTCDateTime
+
+log = logging.getLogger(__name__)
 
 CONNECT_SECONDS = 5
 _SILENT_SECONDS, _PROBE_SECONDS = 15, 5
@@ -105,10 +109,32 @@ class Database:
                 connection.commit()
             if self._newer(connection) is None:
                 connection.rollback()
-                config = _alembic()
-                config.attributes["connection"] = connection.execution_options(writes=True)
+                self._upgrade(connection)
+
+    def _upgrade(self, connection: sa.Connection) -> None:
+        """Take one step after the other, each when its tables are free.
+
+        PostgreSQL lets nobody at a table for which a step waits. Behind whoever reads long, such as a backup, it must
+        not wait for longer than leases can.
+        """
+        config = _alembic()
+        config.attributes["connection"] = connection.execution_options(writes=True)
+        if self.engine.dialect.name == "postgresql":
+            connection.exec_driver_sql(f"SET lock_timeout = '{_STEP_SECONDS}s'")
+            connection.commit()
+        deadline = time.monotonic() + _MIGRATION_SECONDS
+        while True:
+            try:
                 command.upgrade(config, "head")
                 connection.commit()
+            except OperationalError as error:
+                if getattr(error.orig, "sqlstate", None) != _LOCK_NOT_AVAILABLE or time.monotonic() > deadline:
+                    raise
+                connection.rollback()
+                log.warning("somebody reads or writes for long, and the schema waits: %s", _line(error))
+                time.sleep(_STEP_SECONDS)
+            else:
+                return
 
     def check_schema(self) -> None:
         """Raise `SchemaMismatch` unless programs of this version work with the schema.
@@ -180,6 +206,10 @@ def _line(error: DBAPIError) -> str:
 
 
 _MIGRATION_LOCK = 0x6661726D
+_MIGRATION_SECONDS = 600.0
+_STEP_SECONDS = 2
+_LOCK_NOT_AVAILABLE = "55P03"
+"""https://www.postgresql.org/docs/current/errcodes-appendix.html"""
 
 
 def _alembic() -> Config:

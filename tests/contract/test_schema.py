@@ -1,5 +1,6 @@
 """The migrated schema is the declared one, and the questions asked most are answered from indexes."""
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 
@@ -169,6 +170,26 @@ def test_an_older_schema_asks_for_a_migration_first(database: Database) -> None:
     go_back(database, "0004")
     with pytest.raises(SchemaMismatch, match=r"is 0004, and farm .* needs .*: run `farm migrate`"):
         database.check_schema()
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_a_migration_that_waits_for_a_long_reader_keeps_nobody_else_waiting(database: Database) -> None:
+    go_back(database, "0004")
+    count = sa.text("SELECT count(*) FROM workers")  # a column of which the next step adds
+    with ThreadPoolExecutor(1) as pool:
+        with database.read() as backup:
+            backup.execute(count)
+            migrated = pool.submit(database.migrate)
+            deadline, slowest = time.monotonic() + 5, 0.0
+            while time.monotonic() < deadline:
+                began = time.monotonic()
+                with database.read() as session:
+                    session.execute(count)
+                slowest = max(slowest, time.monotonic() - began)
+            assert not migrated.done()
+            assert 0.5 < slowest < 4, "it tries, and gives way"
+        migrated.result(30)
+    database.check_schema()
 
 
 def test_a_migration_waits_for_whoever_writes(database: Database) -> None:
