@@ -17,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from tests.hosts.slow import Slow, end
 from tests.servers import missing
 
 NET = "198.18.0.0/15"
@@ -109,6 +110,24 @@ class Network:
         finally:
             self._router("rule", "del", *rule)
 
+    @contextmanager
+    def slow(self, host: str, seconds: float, loss: float) -> Iterator[Slow]:
+        """Have all that a host sends, and all that is sent to it, arrive so late, and a share of it not at all."""
+        with ExitStack() as undo:
+            ends = []
+            for where, name in ((host, "slow"), ("router", f"slow-{host}")):
+                with self.on(where):
+                    ends.append(end(name))
+                undo.callback(os.close, ends[-1])
+                self._host(where, "link", "set", "dev", name, "up")
+            cable = Slow(ends[0], ends[1], seconds, loss)
+            undo.callback(cable.close)
+            undo.callback(self._route, host)
+            self._router("route", "replace", self.addresses[host], "dev", f"slow-{host}")
+            undo.callback(self._out, host)
+            self._host(host, "route", "replace", NET, "dev", "slow", "src", self.addresses[host])
+            yield cable
+
     # --- how it is laid -------------------------------------------------------------------------------------
 
     def _lay(self) -> None:
@@ -125,7 +144,7 @@ class Network:
             self._host(host, "address", "add", f"{address}/32", "dev", "eth0")
             self._host(host, "link", "set", "dev", "eth0", "up")
             self._host(host, "route", "add", _ROUTER, "dev", "eth0")
-            self._host(host, "route", "add", NET, "via", _ROUTER, "dev", "eth0", "src", address)
+            self._out(host)
             self._router("link", "set", "dev", outside, "up")
             self._route(host)
 
@@ -133,6 +152,10 @@ class Network:
         self._call("netns", "add", self.namespace(host))
         self._undo.callback(_delete, self._ip, self.namespace(host))
         self._host(host, "link", "set", "dev", "lo", "up")
+
+    def _out(self, host: str) -> None:
+        way = ("via", _ROUTER, "dev", "eth0", "src", self.addresses[host])
+        self._host(host, "route", "replace", NET, *way)
 
     def _route(self, host: str) -> None:
         self._router("route", "replace", self.addresses[host], "dev", self.addressed(host))
