@@ -9,8 +9,9 @@ with Farm() as farm:
 """
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
+
+from farm.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from farm.client import Farm
@@ -28,11 +29,6 @@ if TYPE_CHECKING:
     from farm.settings import Settings
     from farm.spec import RenderSpec
     from farm.states import JobState
-
-try:
-    __version__ = version("diffusion-farm")
-except PackageNotFoundError:  # a source tree that is not installed
-    __version__ = "0"
 
 _HOMES = {
     "AttemptInfo": "records",

@@ -18,9 +18,9 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import Session
 from sqlalchemy.sql.expression import FunctionElement
 
-from farm import __version__
 from farm.errors import DatabaseUnavailable, NotConfigured, SchemaMismatch
 from farm.schema import ReleaseRow, UTCDateTime
+from farm.version import __version__
 
 log = logging.getLogger(__name__)
 

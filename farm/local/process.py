@@ -1,28 +1,23 @@
-"""One part as a process: started on a tether, logged, found again when its farm was killed, and ended."""
+"""One part as a process: logged, and found again when its farm was killed."""
 
 import contextlib
 import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
 
 from farm.local.home import Home, write_private
 from farm.local.parts import Part
+from farm.local.tethered import Tethered
 
 LOG_BYTES = 16 * 2**20
-_TETHER = Path(__file__).with_name("tether.py")
 
 
-class Process:
-    """The process of a part, from its start to its end; the next start makes a new one.
-
-    Make it in a thread that lives as long as the part shall: on Linux the process is killed when that thread ends.
-    """
+class Process(Tethered):
+    """The process of a part, from its start to its end; the next start makes a new one."""
 
     def __init__(self, part: Part, home: Home) -> None:
         self._part = part
@@ -34,41 +29,12 @@ class Process:
             path.unlink(missing_ok=True)
         with os.fdopen(os.open(self._log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "ab") as log:
             self._log_start = log.tell()
-            self._popen = subprocess.Popen(
-                [sys.executable, "-I", "-S", str(_TETHER), str(os.getpid()), *part.command],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=dict(part.env),
-                cwd=part.cwd,
-                umask=0o077,
-                # A session of its own: Ctrl-C at the terminal is for the farm, which stops its parts in order.
-                start_new_session=True,
-            )
-        self.pid = self._popen.pid
+            super().__init__(part.command, env=part.env, output=log, cwd=part.cwd)
         _remember(self._pid_file, self.pid)
-
-    def ended(self) -> int | None:
-        """The exit status (negative: the signal), or None while it lives."""
-        if self._popen.returncode is not None:
-            return self._popen.returncode
-        # It is left a zombie until `clear`: so long its id, which is its group's too, is nobody else's.
-        end = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        if end is None:
-            return None
-        return end.si_status if end.si_code == os.CLD_EXITED else -end.si_status
-
-    def ask_to_stop(self) -> None:
-        """Send SIGTERM."""
-        if self.ended() is None:
-            os.kill(self.pid, signal.SIGTERM)
 
     def clear(self) -> None:
         """Kill what is left of its process group, and take away its traces."""
-        if self._popen.returncode is None:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.pid, signal.SIGKILL)
-            self._popen.wait()
+        super().clear()
         self._pid_file.unlink(missing_ok=True)
         for path in self._part.litter:
             path.unlink(missing_ok=True)

@@ -1,19 +1,23 @@
 """How Alembic runs the farm's migrations: over the connection that `Database.migrate` hands it."""
 
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import sqlalchemy as sa
 from alembic import context
 from alembic.runtime.migration import MigrationContext, MigrationInfo
+from alembic.script import Script
 
-from farm import __version__
 from farm.schema import Base, ReleaseRow
+from farm.version import __version__
 
 
-def note_release(ctx: MigrationContext, step: MigrationInfo, **_: Any) -> None:
+def note_release(
+    ctx: MigrationContext, step: MigrationInfo, heads: Collection[Any], run_args: Mapping[str, Any]
+) -> None:
     """Write down, in the migration's own transaction, which version brought it and which programs it serves."""
     script, connection = step.up_revision, ctx.connection
-    serves_from = getattr(script.module, "serves_from", None) if script is not None else None
+    serves_from = getattr(script.module, "serves_from", None) if isinstance(script, Script) else None
     if script is None or connection is None or serves_from is None or not step.is_upgrade:
         return  # the first four came before this was written down
     connection.execute(

@@ -1,0 +1,61 @@
+"""A process that can't outlive whoever started it, nor leave children of its own behind."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO
+
+_TETHER = Path(__file__).with_name("tether.py")
+
+
+class Tethered:
+    """A command under way, in a session of its own: Ctrl-C at the terminal is for its starter, which stops it in order.
+
+    Make it in a thread that lives as long as the process shall: on Linux it is killed when that thread ends.
+    """
+
+    def __init__(
+        self, command: Sequence[str], *, env: Mapping[str, str], output: IO[bytes] | int, cwd: Path | None = None
+    ) -> None:
+        self._popen = subprocess.Popen(
+            [sys.executable, "-I", "-S", str(_TETHER), str(os.getpid()), *command],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=dict(env),
+            cwd=cwd,
+            umask=0o077,
+            start_new_session=True,
+        )
+        self.pid = self._popen.pid
+
+    @property
+    def output(self) -> IO[bytes] | None:
+        """What it writes, where that goes to a pipe."""
+        return self._popen.stdout
+
+    def ended(self) -> int | None:
+        """The exit status (negative: the signal), or None while it lives."""
+        if self._popen.returncode is not None:
+            return self._popen.returncode
+        # It is left a zombie until `clear`: so long its id, which is its group's too, is nobody else's.
+        end = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        if end is None:
+            return None
+        return end.si_status if end.si_code == os.CLD_EXITED else -end.si_status
+
+    def ask_to_stop(self) -> None:
+        """Send SIGTERM."""
+        if self.ended() is None:
+            os.kill(self.pid, signal.SIGTERM)
+
+    def clear(self) -> None:
+        """Kill what is left of its process group."""
+        if self._popen.returncode is None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.pid, signal.SIGKILL)
+            self._popen.wait()

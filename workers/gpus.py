@@ -1,0 +1,104 @@
+"""Which GPUs this machine has, and which of them are meant: as the driver says, since torch would take memory there."""
+
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from farm.errors import NotConfigured
+
+_GPU = re.compile(r"GPU (\d+): .*\(UUID: (GPU-[\w-]+)\)")
+_MIG = re.compile(r"\s+MIG .*\sDevice\s+(\d+): \(UUID: (MIG-[\w/-]+)\)")
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU, or one MIG instance of one."""
+
+    name: str
+    """`gpu0`, or `gpu0-mig1`: the same after every restart."""
+    id: str
+    """What `CUDA_VISIBLE_DEVICES` takes for it."""
+
+
+def listed(text: str) -> list[Gpu]:
+    """The GPUs that `nvidia-smi -L` lists; one that is cut into MIG instances can be used by those alone.
+
+    By UUID: CUDA numbers the fastest first, nvidia-smi by their place on the bus.
+    """
+    found: list[Gpu] = []
+    whole: Gpu | None = None
+    for line in text.splitlines():
+        if gpu := _GPU.match(line):
+            whole = Gpu(f"gpu{gpu[1]}", gpu[2])
+            found.append(whole)
+        elif whole is not None and (mig := _MIG.match(line)):
+            if found[-1] is whole:
+                found.pop()
+            found.append(Gpu(f"{whole.name}-mig{mig[1]}", mig[2]))
+    return found
+
+
+def here(environ: Mapping[str, str]) -> list[Gpu]:
+    """The GPUs that a process with this environment may use; raises `NotConfigured` if there are none."""
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        found = _ask_driver()
+        if not found:
+            raise NotConfigured(
+                "no NVIDIA GPU is here that nvidia-smi lists: install the driver, in a container give it the GPUs, or "
+                "name them in CUDA_VISIBLE_DEVICES; --workers N renders on the CPU"
+            )
+        return found
+    ids = [entry.strip() for entry in visible.split(",")]
+    ids = ids[: next((place for place, entry in enumerate(ids) if entry in ("", "-1")), len(ids))]  # as CUDA does
+    if not ids:
+        raise NotConfigured("CUDA_VISIBLE_DEVICES hides every GPU: unset it, or render on the CPU with --workers N")
+    names = {gpu.id: gpu.name for gpu in _ask_driver()} if not all(map(str.isdigit, ids)) else {}
+    return [Gpu(_name(entry, names), entry) for entry in ids]
+
+
+def chosen(wanted: str, gpus: Sequence[Gpu]) -> list[Gpu]:
+    """Those of the GPUs that `all`, a number of them, or a list of their places such as `0,2` means.
+
+    A place alone is written `2,`. Raises `NotConfigured`.
+    """
+    if wanted == "all":
+        return list(gpus)
+    try:
+        if "," not in wanted:
+            places = list(range(int(wanted)))
+        else:
+            places = [int(place) for place in wanted.split(",") if place.strip()]
+    except ValueError:
+        raise NotConfigured(f"--gpus {wanted!r}: all, a number of them, or a list such as 0,2") from None
+    if any(not 0 <= place < len(gpus) for place in places):
+        raise NotConfigured(f"--gpus {wanted}: there are {len(gpus)} here: {', '.join(gpu.name for gpu in gpus)}")
+    if not places:
+        raise NotConfigured(f"--gpus {wanted}: at least one")
+    if len(set(places)) < len(places):
+        raise NotConfigured(f"--gpus {wanted}: each once")
+    return [gpus[place] for place in places]
+
+
+def _ask_driver() -> list[Gpu]:
+    if shutil.which("nvidia-smi") is None:
+        return []
+    try:
+        said = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NotConfigured(f"nvidia-smi does not say which GPUs are here: {error}") from error
+    if said.returncode:
+        why = " ".join((said.stdout + said.stderr).split())
+        raise NotConfigured(f"nvidia-smi does not say which GPUs are here: {why}")
+    return listed(said.stdout)
+
+
+def _name(entry: str, names: Mapping[str, str]) -> str:
+    if entry.isdigit():
+        return f"gpu{entry}"
+    for uuid, name in names.items():  # CUDA takes the beginning of one too
+        if uuid.startswith(entry):
+            return name
+    return re.sub(r"[^\w-]", "-", entry.lower())[:24]
