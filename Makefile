@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 OUT    ?= out/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test chaos hosts-test bench-engine bench-queue lint format clean
+.PHONY: help setup demo up test chaos hosts-test compose-test bench-engine bench-queue lint format clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,6 +26,10 @@ chaos: $(VENV)/.dev  ## strike at a farm of real processes for long: CHAOS_JOBS,
 
 hosts-test: $(VENV)/.dev  ## a farm on many hosts, each a network namespace; needs root and iproute2
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/hosts -m hosts $(ARGS)
+
+compose-test: $(VENV)/.dev  ## docker-compose.yml, built and run with a Docker engine of its own; needs root and Debian
+	infra/compose-test-packages
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/compose -m compose -s -v $(ARGS)
 
 bench-engine: $(VENV)/.dev  ## the engine beside diffusers' own pipeline, on this machine (eight to eleven minutes on two cores)
 	$(BIN)/python -m benchmarks.engine $(ARGS)

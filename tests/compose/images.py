@@ -42,13 +42,13 @@ def collect_wheels() -> None:
 def import_bases(engine: Engine) -> None:
     """Make Debian's smallest system, and the same with the services in it, and give the engine both as images.
 
-    They are kept in the user's cache for the next run.
+    They are kept for the next run.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffusion-farm" / "compose-test"
+    cache = ROOT / ".cache" / "compose-test"
     cache.mkdir(parents=True, exist_ok=True)
     base, services = cache / f"{SUITE}-base.tar", cache / f"{SUITE}-services.tar"
     if not (base.exists() and services.exists()):
-        say(f"making Debian {SUITE} in a folder (kept in {cache}) ...")
+        say(f"making Debian {SUITE} in a folder (kept in {cache.relative_to(ROOT)}) ...")
         _make(base, services)
     for tar, image in ((base, BASE), (services, SERVICES)):
         engine.docker("import", tar, image)
