@@ -88,21 +88,20 @@ def _add_waiting(session: Session, models: Mapping[str, Demand]) -> None:
     whole = _counted(session, list(of_models))
     for model, line in lines.items():
         demand = models[model]
-        usual = None
+        new = any(row.seconds is None for row in line)
+        usual = (_usual_seconds(session, model) if new else None) or UNKNOWN_SECONDS
         for row in line:
             count = whole[row.id] if of_models[row.id] == 1 else _count(session, model, row.id)
             demand.jobs[JobState.PENDING] += count
             if row.held_up:
                 demand.held_up += count
                 continue
-            if row.seconds is None and usual is None:
-                usual = _usual_seconds(session, model)
-            demand.queued_seconds += count * (usual or UNKNOWN_SECONDS if row.seconds is None else row.seconds)
+            demand.queued_seconds += count * (usual if row.seconds is None else row.seconds)
             demand.waits_since = min(filter(None, (demand.waits_since, row.accepted_at)))
 
 
 def _add_in_flight(session: Session, models: Mapping[str, Demand]) -> None:
-    usual: dict[str, float | None] = {}
+    usual: dict[str, float] = {}
     for state in (JobState.QUEUED, JobState.RUNNING):
         found = (
             sa.select(JobRow.model, JobRow.batch_id, sa.func.count().label("jobs"))
@@ -120,8 +119,8 @@ def _add_in_flight(session: Session, models: Mapping[str, Demand]) -> None:
             demand.jobs[state] += row.jobs
             if seconds is None:
                 if row.model not in usual:
-                    usual[row.model] = _usual_seconds(session, row.model)
-                seconds = usual[row.model] or UNKNOWN_SECONDS
+                    usual[row.model] = _usual_seconds(session, row.model) or UNKNOWN_SECONDS
+                seconds = usual[row.model]
             if state is JobState.RUNNING:
                 demand.running_seconds += row.jobs * seconds
             else:

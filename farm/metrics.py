@@ -125,7 +125,7 @@ class DispatcherCollector(Collector):
         for name, shown, value in (
             ("dispatch_passes", "Passes over the backlog.", tally.passes),
             ("dispatch_pass_seconds", "Seconds that passes took.", tally.pass_seconds),
-            ("dispatched_jobs", "Jobs moved from the backlog into Redis.", tally.dispatched),
+            ("dispatched_jobs", "Jobs it moved into Redis; clients move their first.", tally.dispatched),
             ("lost_leases", "Jobs taken from workers that gave no sign of life.", tally.lost_leases),
             ("lost_messages", "Jobs brought back whose message was gone from Redis.", tally.lost_messages),
         ):

@@ -1,5 +1,5 @@
 -- The device seconds that a model's jobs will take which wait or render, for KEDA's PostgreSQL scaler:
--- put the model's name for :model (in quotes), and the seconds that one worker is to have before it for
+-- put the model's name in quotes for the parameter, and the seconds that one worker is to have before it for
 -- targetQueryValue. Jobs that render count too, so that no worker is taken away before the last of them has ended; what
 -- is paused does not count. Prometheus has the same number: farm_queued_device_seconds + farm_running_device_seconds.
 WITH RECURSIVE waiting (batch_id) AS (  -- from batch to batch over the index of the backlog
