@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from farm.errors import ModelError, ModelUnavailable
+from farm.errors import ModelError, ModelUnavailable, StorageUnavailable
 from farm.model_files import MANIFEST
 from farm.model_store import ModelStore
 from farm.settings import Settings
@@ -385,27 +385,27 @@ def test_a_store_that_is_cut_off_and_comes_back_costs_no_more_than_the_pieces_on
 
 
 def test_a_store_that_is_away_makes_no_wrong_model_and_what_came_is_kept(
-    tmp_path: Path, storage: Storage, settings: Settings, folder: Path, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+    cache: ModelCache, storage: Storage, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     version = large(storage, folder)
     monkeypatch.setattr(model_fetching, "_PAUSES", (0.05,))
     monkeypatch.setattr(model_fetching, "_PIECE_BYTES", 2**18)
-    away = Storage(settings.model_copy(update={"s3_endpoint_url": f"http://127.0.0.1:{proxy.port}"}))
-    cache = ModelCache(tmp_path / "cache", away)
-    part = tmp_path / "cache" / f"{version}.part"
     real = model_fetching.read
+    part = cache._part(version)
+
+    def here() -> int:
+        return sum(path.stat().st_size for path in part.rglob("*.safetensors"))
 
     def read(*args: object) -> bytes:
-        if sum(path.stat().st_size for path in part.rglob("*.safetensors")) > 2**20:
-            proxy.close()
+        if here() > 2**20:
+            raise StorageUnavailable("it is away")
         return real(*args)
 
     monkeypatch.setattr(model_fetching, "read", read)
-    with pytest.raises(ModelUnavailable, match="can't fetch farm:large"):
+    with pytest.raises(ModelUnavailable, match="can't fetch farm:large: it is away"):
         cache.load("farm:large", Loaded)
-    assert sum(path.stat().st_size for path in part.rglob("*.safetensors")) > 2**20
+    assert here() > 2**20
     assert versions(cache) == {part.name}
-    away.close()
 
 
 def test_a_worker_that_is_told_to_stop_waits_for_no_fetch(tmp_path: Path, storage: Storage, folder: Path) -> None:
