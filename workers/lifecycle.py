@@ -23,12 +23,14 @@ from farm.records import Claim, Pace, Picture, WorkerInfo
 from farm.settings import Settings
 from farm.sizes import MOST, row_pixels
 from farm.spec import RenderSpec
+from farm.states import Outcome
 from farm.storage import Storage
 from workers import tiny
 from workers.device import choose_device, choose_dtype, keep_freed_memory, use_threads
 from workers.engine import Engine
 from workers.forward_sizes import ForwardSizes
 from workers.gathering import Gathered
+from workers.metrics import WorkerMetrics
 from workers.model_cache import ModelCache
 from workers.observing import Held, Observer
 from workers.pins import Pins
@@ -84,6 +86,7 @@ class Worker:
         self.store = JobStore(self.db, settings)
         self.storage = Storage(settings)
         self.draining = threading.Event()
+        self.metrics = WorkerMetrics(settings)
         self._stopped = threading.Event()
         self._held: dict[str, Held] = {}
         self._lock = threading.Lock()
@@ -95,6 +98,7 @@ class Worker:
     def build(self) -> None:
         """Load and warm the models. Raises `ModelError` if none can be had, or one can't render."""
         self.db.check_schema()
+        self.metrics.listen()  # before anything takes long: its port may be taken
         # All of them are for the loop: with a second pool of OpenMP threads, as each thread that uses torch makes one,
         # the threads of both would sleep between operators, and a small model take three times as long.
         threads = torch.get_num_threads()
@@ -107,7 +111,7 @@ class Worker:
         cache = ModelCache(settings.model_cache, self.storage, settings.model_cache_size, self.draining)
 
         def open_model(name: str, source: str) -> Pipeline:
-            return cache.load(
+            pipeline = cache.load(
                 source,
                 lambda folder: load(
                     folder,
@@ -118,6 +122,7 @@ class Worker:
                     embeddings=settings.embeddings,
                 ),
             )
+            return self.metrics.counted(name, pipeline)
 
         def size(source: str) -> int:
             return cache.weights_bytes(source) if is_remote(source) else weights_bytes(source)
@@ -147,7 +152,9 @@ class Worker:
             slots=self.engine.slots,
             version=__version__,
             models=tuple(self._describe(name) for name in self.pins.names),
+            metrics_url=self.metrics.url,
         )
+        self.metrics.start(self.info, device, self.engine, self.pins, {"sql": self.db, "s3": self.storage})
 
     def _describe(self, name: str) -> Mapping[str, object]:
         if name not in self.pins.held:
@@ -163,7 +170,7 @@ class Worker:
 
     def live(self) -> None:
         """Make the worker known and begin to renew leases."""
-        self.store.introduce(self.info)
+        self.metrics.lost(self.store.introduce(self.info))
         self._heart.start()
         self._guard.start()
 
@@ -193,10 +200,12 @@ class Worker:
             self._beat([held])  # the database hung, and the lease may be much younger than the question
         with self._lock:
             self._held[job_id] = held
+        self.metrics.claimed(claim)
         return held
 
     def release(self, held: Held) -> None:
-        """Renew this job's lease no more."""
+        """Renew this job's lease no more: what became of it is recorded, or it is lost."""
+        self.metrics.ended(held)
         with self._lock:
             if self._held.get(held.claim.job_id) is held:
                 del self._held[held.claim.job_id]
@@ -214,7 +223,11 @@ class Worker:
 
     def succeed(self, held: Held, picture: Picture) -> bool:
         """Record a job's picture; False if the claim no longer holds."""
-        return self._ends((held.claim, picture))
+        recorded = self._ends((held.claim, picture))
+        held.outcome = Outcome.SUCCEEDED if recorded else Outcome.LOST
+        if recorded:
+            self.metrics.rendered(held.claim, picture)
+        return recorded
 
     def _claim_all(self, job_ids: Sequence[str]) -> list[Claim | None]:
         claims = self.store.claim_many(set(job_ids), self.name)
@@ -310,6 +323,7 @@ class Worker:
             self.store.leave(self.name)
         except ServiceUnavailable as error:
             log.warning("could not say goodbye: %s", error)
+        self.metrics.stop()
         self.storage.close()
         self.db.close()
         log.info("stopped")

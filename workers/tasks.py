@@ -19,6 +19,7 @@ from farm.errors import (
     ServiceUnavailable,
 )
 from farm.records import Claim, Picture
+from farm.states import Outcome
 from farm.storage import image_key, trajectory_keys
 from workers import film, png, state
 from workers.lifecycle import Worker
@@ -81,9 +82,10 @@ def _render(worker: Worker, held: Held) -> str:
     except RenderCancelled:
         if held.cancelled.is_set():
             _forget(worker, held)
-            _insist(lambda: store.stopped(claim))
+            held.outcome = Outcome.CANCELLED if _insist(lambda: store.stopped(claim)) else Outcome.LOST
             return "cancelled"
         _leave(worker, held)
+        held.outcome = Outcome.LOST
         return "lease lost: rendered elsewhere"
     except RenderHandedBack as error:
         snapshot = error.snapshot if isinstance(error, HandedBack) else None
@@ -92,7 +94,8 @@ def _render(worker: Worker, held: Held) -> str:
         worker.observer.end(held)
         why = "paused" if held.paused.is_set() else "its worker stops"
         # If SQL is away now, the lease runs out and does the same.
-        _insist(lambda: store.hand_back(claim, why), seconds=worker.settings.drain_seconds / 4)
+        back = _insist(lambda: store.hand_back(claim, why), seconds=worker.settings.drain_seconds / 4)
+        held.outcome = Outcome.HANDED_BACK if back else Outcome.LOST
         raise Retry(f"handed back: {why}", exc=RenderHandedBack(why)) from error
     except FarmError as error:
         reason, error_class = str(error), error.error_class
@@ -100,14 +103,22 @@ def _render(worker: Worker, held: Held) -> str:
         _forget(worker, held)
         if error_class is ErrorClass.OUT_OF_MEMORY:
             _insist(lambda: worker.no_room(claim.spec))
-        _insist(lambda: store.fail(claim, reason, error_class))
+        _fail(worker, held, reason, error_class)
         raise
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         log.exception("render broke job_id=%s attempt=%d", claim.job_id, claim.attempt)
         _forget(worker, held)
-        _insist(lambda: store.fail(claim, reason, ErrorClass.TRANSIENT))
+        _fail(worker, held, reason, ErrorClass.TRANSIENT)
         raise
+
+
+def _fail(worker: Worker, held: Held, reason: str, error_class: ErrorClass) -> None:
+    store, claim = worker.store, held.claim
+    recorded = _insist(lambda: store.fail(claim, reason, error_class))
+    again = store.tries_again(claim, error_class)
+    held.outcome = (Outcome.RETRIED if again else Outcome.FAILED) if recorded else Outcome.LOST
+    held.error_class = error_class
 
 
 def _resumed(worker: Worker, claim: Claim) -> Snapshot | None:
