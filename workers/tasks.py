@@ -14,6 +14,7 @@ from farm.errors import (
     DatabaseUnavailable,
     ErrorClass,
     FarmError,
+    ModelUnavailable,
     RenderCancelled,
     RenderHandedBack,
     ServiceUnavailable,
@@ -92,12 +93,10 @@ def _render(worker: Worker, held: Held) -> str:
         if snapshot is not None and not claim.spec.trajectory:
             worker.observer.checkpoint(held, snapshot)
         worker.observer.end(held)
-        why = "paused" if held.paused.is_set() else "its worker stops"
-        # If SQL is away now, the lease runs out and does the same.
-        back = _insist(lambda: store.hand_back(claim, why), seconds=worker.settings.drain_seconds / 4)
-        held.outcome = Outcome.HANDED_BACK if back else Outcome.LOST
-        raise Retry(f"handed back: {why}", exc=RenderHandedBack(why)) from error
+        raise _handed_back(worker, held) from error
     except FarmError as error:
+        if isinstance(error, ModelUnavailable) and worker.draining.is_set():
+            raise _handed_back(worker, held) from error  # its model was still on its way here
         reason, error_class = str(error), error.error_class
         log.warning("render failed job_id=%s attempt=%d: %s", claim.job_id, claim.attempt, error)
         _forget(worker, held)
@@ -111,6 +110,15 @@ def _render(worker: Worker, held: Held) -> str:
         _forget(worker, held)
         _fail(worker, held, reason, ErrorClass.TRANSIENT)
         raise
+
+
+def _handed_back(worker: Worker, held: Held) -> Retry:
+    """Give a job back to the backlog, at no cost to it; what its task ends with."""
+    why = "paused" if held.paused.is_set() else "its worker stops"
+    # If SQL is away now, the lease runs out and does the same.
+    back = _insist(lambda: worker.store.hand_back(held.claim, why), seconds=worker.settings.drain_seconds / 4)
+    held.outcome = Outcome.HANDED_BACK if back else Outcome.LOST
+    return Retry(f"handed back: {why}", exc=RenderHandedBack(why))
 
 
 def _fail(worker: Worker, held: Held, reason: str, error_class: ErrorClass) -> None:

@@ -4,12 +4,13 @@ import threading
 from types import SimpleNamespace
 
 import pytest
-from celery.exceptions import Ignore
+from celery.exceptions import Ignore, Retry
 from PIL import Image
 
-from farm.errors import DatabaseUnavailable
+from farm.errors import DatabaseUnavailable, ModelUnavailable
 from farm.records import Claim
 from farm.spec import RenderSpec
+from farm.states import Outcome
 from workers import tasks
 from workers.observing import Held
 from workers.request import Rendered
@@ -71,3 +72,24 @@ def test_nothing_more_of_a_job_is_written_once_its_picture_is_recorded() -> None
     )
     tasks._deliver(worker, Held(claim), rendered)
     assert done == ["put", "end", "succeed", "forget"]
+
+
+def test_a_job_whose_model_was_still_on_its_way_when_its_worker_stopped_is_handed_back() -> None:
+    claim = Claim("b-1", 1, RenderSpec(prompt="x", seed=1), "b", "b", 1, 1, 50, None)
+    handed: list[tuple[Claim, str]] = []
+
+    def submit(_: object) -> None:
+        worker.draining.set()
+        raise ModelUnavailable("this worker stops, and fetches no more")
+
+    worker = SimpleNamespace(
+        draining=threading.Event(),
+        engine=SimpleNamespace(submit=submit),
+        settings=SimpleNamespace(drain_seconds=1.0),
+        store=SimpleNamespace(hand_back=lambda *given: handed.append(given) or True),
+    )
+    held = Held(claim)
+    with pytest.raises(Retry, match="its worker stops"):
+        tasks._render(worker, held)
+    assert handed == [(claim, "its worker stops")]
+    assert held.outcome is Outcome.HANDED_BACK
