@@ -126,7 +126,7 @@ class ModelStore:
         if len(found) != 1:
             what = "several versions that begin" if found else "no version that begins"
             raise NotFound(f"model {name!r} has {what} with {asked}; the current one is {current.version[:12]}")
-        manifest = read_manifest(self._storage, self._storage.bucket, f"{PREFIX}{name}/{found[0]}/{MANIFEST}")
+        manifest, _ = self._manifest(name, f"{PREFIX}{name}/{found[0]}/{MANIFEST}")
         if manifest.version != found[0]:
             raise ModelError(f"what lies at {PREFIX}{name}/{found[0]}/ is another version, {manifest.version}")
         return manifest
@@ -166,11 +166,16 @@ class ModelStore:
 
     def _current(self, name: str) -> tuple[Manifest | None, str | None]:
         """The manifest of a model's current version and its ETag."""
-        key = f"{PREFIX}{name}/{MANIFEST}"
         try:
-            return _read(self._storage, self._storage.bucket, key)
+            return self._manifest(name, f"{PREFIX}{name}/{MANIFEST}")
         except NotFound:
             return None, None
+
+    def _manifest(self, name: str, key: str) -> tuple[Manifest, str]:
+        manifest, etag = _read(self._storage, self._storage.bucket, key)
+        if manifest.name != name:
+            raise ModelError(f"{key} is the manifest of another model, {manifest.name!r}")
+        return manifest, etag
 
     def _versions(self, name: str) -> list[str]:
         """The versions that lie there whole."""

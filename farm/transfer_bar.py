@@ -30,7 +30,7 @@ def transfer_bar(what: str, total: int, *, shown: bool = True) -> Iterator[Calla
 
 @contextmanager
 def transfer_lines(what: str, total: int, log: logging.Logger) -> Iterator[Callable[[int], None]]:
-    """A line in the log with each tenth of it, and every ten seconds."""
+    """A line in the log with each tenth of it, at most one a second, and every ten seconds."""
     lock = threading.Lock()
     began = told_at = time.monotonic()
     done = told = 0
@@ -46,7 +46,8 @@ def transfer_lines(what: str, total: int, log: logging.Logger) -> Iterator[Calla
         with lock:
             done += count
             now = time.monotonic()
-            if (done - told) * _LINE_PARTS >= total or now - told_at >= _LINE_SECONDS:
+            waited = now - told_at
+            if waited >= _LINE_SECONDS or (waited >= 1 and (done - told) * _LINE_PARTS >= total):
                 line(now)
 
     yield advance

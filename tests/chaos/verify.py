@@ -16,6 +16,7 @@ from PIL import Image
 
 from farm.db import Database
 from farm.errors import NotFound
+from farm.model_store import PREFIX
 from farm.schema import AttemptRow, BatchRow, JobCountRow, JobRow
 from farm.spec import RenderSpec
 from farm.states import TRANSITIONS, JobState, Outcome
@@ -237,11 +238,11 @@ def _wrong_picture(evidence: Evidence, job: JobRow) -> str | None:
 
 
 def nothing_else_lies_in_the_bucket(evidence: Evidence) -> Iterator[Breach]:
-    """No picture of an attempt that lost, no checkpoint, no preview."""
+    """No picture of an attempt that lost, no checkpoint, no preview; pushed models are nobody's business."""
     owned = {job.image_key for job in evidence.jobs.values() if job.state == JobState.SUCCEEDED}
     owned |= {manifest_key(batch.id) for batch in evidence.accepted}
     owners = {f"{job.batch_id}/{job.index:05d}": job.id for job in evidence.jobs.values()}
-    for key in sorted(evidence.keys - owned):
+    for key in sorted(key for key in evidence.keys - owned if not key.startswith(PREFIX)):
         yield Breach(f"{key} lies in the bucket, and is nobody's", owners.get(re.split(r"(?<=/\d{5})", key)[0]))
 
 

@@ -89,7 +89,7 @@ def test_a_model_that_was_pushed_is_pinned_fetched_and_rendered_without_any_hub(
     air_gapped = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": tmp_path / "hub"}
     worker = crew.worker("w1", models, FARM_MODEL_CACHE=tmp_path / "cache", FARM_MODEL_CACHE_SIZE="1GB", **air_gapped)
     each = [{"prompt": "a cat", "model": model} for model in ("small", "theirs", "mine")]
-    batch = farm.submit(each, num_inference_steps=2, scheduler="euler_a", seed=1, reuse=False)
+    batch = farm.submit(each, num_inference_steps=2, scheduler="euler_a", seed=1, reuse=False, name="models")
     assert batch.wait(60).counts[JobState.SUCCEEDED] == 3
     held = {model["name"]: model["sha256"] for model in farm.workers()[0].models}
     assert held == dict.fromkeys(("small", "theirs", "mine"), version)
@@ -99,6 +99,9 @@ def test_a_model_that_was_pushed_is_pinned_fetched_and_rendered_without_any_hub(
         assert job._repr_png_() == job.png()  # what a notebook shows
     assert worker.log.read_text().count("fetched ") == 1
     assert hub.asked == []
+
+    assert batch.delete()
+    assert json.loads(subprocess.check_output([*command, "list", "--json"], env=env)) == [listed]
 
     asked = subprocess.run([*command, "delete", "small", "--yes"], env=env, capture_output=True, text=True)
     assert asked.stdout == "small deleted\n"
