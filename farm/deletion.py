@@ -4,6 +4,7 @@ import time
 from itertools import islice
 
 from farm.jobs import JobStore
+from farm.large_objects import abort
 from farm.storage import Storage
 
 _OBJECTS, _PIECES = 10_000, 20
@@ -24,6 +25,7 @@ class Deletion:
         Raises `StorageUnavailable`.
         """
         # With the slash: no batch's objects begin like those of another one.
+        abort(self._storage, f"{batch_id}/")
         keys = list(islice(self._storage.keys(f"{batch_id}/"), _OBJECTS))
         self._storage.delete_many(keys)
         if len(keys) == _OBJECTS:

@@ -7,6 +7,7 @@ from typing import Any
 
 from farm.errors import NotFound
 from farm.jobs import JobStore
+from farm.large_objects import abort
 from farm.storage import Storage, manifest_key
 
 log = logging.getLogger(__name__)
@@ -28,7 +29,9 @@ class Manifests:
         ended_at = self._store.last_ended_at(batch_id)
         if ended_at is None:
             return False
-        self._storage.put_stream(manifest_key(batch_id), self.lines(batch_id), "application/jsonl")
+        key = manifest_key(batch_id)
+        abort(self._storage, key)  # a dispatcher that died halfway through a long one left parts that no listing shows
+        self._storage.put_stream(key, self.lines(batch_id), "application/jsonl")
         return self._store.note_end(batch_id, ended_at)
 
     def lines(self, batch_id: str) -> Iterator[bytes]:

@@ -287,3 +287,26 @@ def test_a_batch_that_is_rendered_is_deleted_when_its_workers_have_let_go(
     assert after.wait(30).counts[JobState.SUCCEEDED] == 1
     wait_until(lambda: manifest_key(after.id) in set(storage.keys()), "its manifest is written", 30)
     storage.close()
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_parts_of_a_manifest_whose_writer_died_go_when_it_is_written_anew_and_with_the_batch(stand: Stand) -> None:
+    def unfinished() -> int:
+        return len(stand.storage._s3.list_multipart_uploads(Bucket=stand.storage.bucket).get("Uploads", ()))
+
+    def die_of_it(batch: Batch) -> None:
+        place = {"Bucket": stand.storage.bucket, "Key": manifest_key(batch.id)}
+        begun = stand.storage._s3.create_multipart_upload(**place)
+        stand.storage._s3.upload_part(**place, UploadId=begun["UploadId"], PartNumber=1, Body=b"{}\n" * 2**21)
+
+    batch, other = stand.batch(), stand.batch(name="land")
+    die_of_it(batch)
+    die_of_it(other)
+    assert unfinished() == 2
+    stand.retention.turn()
+    assert unfinished() == 0
+    assert len(stand.manifest(batch)) == batch.total
+    die_of_it(batch)
+    die_of_it(other)
+    assert batch.delete()
+    assert unfinished() == 1
