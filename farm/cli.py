@@ -6,20 +6,16 @@ with nothing submitted; 3 a service does not answer.
 
 import logging
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Group
-from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from farm import __version__, fetching, managing, operating, stocking
+from farm import __version__, fetching, managing, operating, stocking, watching
 from farm.client import Farm
 from farm.console import Json, batch_json, complain, err, find, job_json, open_farm, out, say_json
 from farm.errors import FarmError, InvalidInput, JobNotSucceeded, ServiceUnavailable
@@ -31,7 +27,8 @@ from farm.records import JobInfo
 from farm.sources import MoreProblems, is_axis, is_file, rows
 from farm.spec import RenderSpec
 from farm.states import JobState
-from farm.tables import batch_table, job_table, printable, worker_table
+from farm.tables import batch_table, job_table, printable
+from farm.watching import interrupted, say_wrong
 
 app = typer.Typer(
     name="farm",
@@ -43,11 +40,10 @@ app = typer.Typer(
 app.add_typer(managing.app)
 app.add_typer(fetching.app)
 app.add_typer(operating.app)
+app.add_typer(watching.app)
 app.add_typer(stocking.app)
 
-_WATCH_SECONDS = 0.5
 _FIRST_JOBS = 1000
-_WRONG = 20
 
 
 def main() -> None:
@@ -219,22 +215,7 @@ def status(
         else:
             out.print(batch_table([found.status()]))
             _warn_unheld(farm, found.id)
-            _say_wrong(found)
-
-
-@app.command()
-def watch(
-    which: Annotated[str | None, typer.Argument(metavar="[BATCH]", help="One batch, to its end.")] = None,
-) -> None:
-    """Watch batches and workers, live, until Ctrl-C; or one batch until it ends."""
-    with open_farm() as farm:
-        if which is not None:
-            _see_through(farm.batch(which), None, as_json=False)
-            return
-        with Live(console=out, auto_refresh=False, transient=False) as live:
-            while True:
-                live.update(Group(batch_table(farm.batches(12)), worker_table(farm.workers())), refresh=True)
-                time.sleep(_WATCH_SECONDS)
+            say_wrong(found)
 
 
 @app.command()
@@ -307,7 +288,7 @@ def _warn_unheld(farm: Farm, batch_id: str | None = None) -> None:
 
 def _see_through(batch: Batch, folder: Path | None, *, as_json: bool) -> None:
     """Wait for a batch behind a bar, fetch its pictures, say how it ended; exits with 1 unless all succeeded."""
-    with _interrupted(batch):
+    with interrupted(batch):
         ended = batch.wait(progress=not as_json)
     count, files = 0, list[str]()
     if folder is not None:
@@ -317,25 +298,8 @@ def _see_through(batch: Batch, folder: Path | None, *, as_json: bool) -> None:
         say_json({**batch_json(ended), "files": files})
     else:
         out.print(batch_table([ended]))
-        _say_wrong(batch)
+        say_wrong(batch)
         if folder is not None:
             out.print(Text(f"{count} pictures and contact_sheet.png in {folder}"), soft_wrap=True)
     if ended.counts[JobState.SUCCEEDED] < ended.total:
         raise typer.Exit(1)
-
-
-def _say_wrong(batch: Batch) -> None:
-    """The first of its jobs that have an error: found without a look at the others."""
-    if wrong := [job.info for job in batch.wrong(_WRONG + 1)]:
-        out.print(job_table(wrong[:_WRONG]))
-        if len(wrong) > _WRONG:
-            out.print(Text(f"… and more: farm jobs {batch.id} --wrong --limit 1000"), soft_wrap=True)
-
-
-@contextmanager
-def _interrupted(batch: Batch) -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt:
-        complain(f"{batch.id} goes on; `farm watch {batch.id}` waits again, `farm cancel {batch.id}` ends it")
-        raise

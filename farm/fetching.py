@@ -1,4 +1,4 @@
-"""The commands that bring things here: `get` pictures, and list `jobs`."""
+"""The commands that bring things here: `get` pictures, `report` on a batch, and list `jobs`."""
 
 import json
 from itertools import islice
@@ -54,6 +54,28 @@ def get(
             say_json({"files": files})
         else:
             out.print(Text(f"{count} files in {folder}"), soft_wrap=True)
+
+
+@app.command()
+def report(
+    which: Annotated[str, typer.Argument(metavar="BATCH", help="Its name or id.")],
+    path: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="The HTML file; by default BATCH.html.")
+    ] = None,
+    full: Annotated[bool, typer.Option("--full", help="The PNG files themselves, not small pictures.")] = False,
+    limit: Annotated[int, typer.Option(min=1, max=100_000, help="So many pictures at most.")] = 1000,
+    after: Annotated[int, typer.Option(min=0, help="From the job after this place on.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Write a batch as one HTML page to send to somebody: pictures, specs, times, failures."""
+    with open_farm() as farm:
+        batch = farm.batch(which)
+        path = path or Path(f"{batch.id}.html")
+        count = batch.report(path, full=full, limit=limit, after=after, progress=not as_json)
+    if as_json:
+        say_json({"file": str(path), "pictures": count})
+    else:
+        out.print(Text(f"{count} pictures in {path}"), soft_wrap=True)
 
 
 @app.command()

@@ -19,6 +19,7 @@ from farm.jobs import JobStore
 from farm.manifests import Manifests
 from farm.previews import Preview, watch
 from farm.records import AttemptInfo, BatchStatus, JobInfo, Picture
+from farm.report import report
 from farm.settings import Settings
 from farm.sheet import contact_sheet
 from farm.spec import RenderSpec
@@ -81,11 +82,12 @@ class Batch:
 
         Raises `TimeoutError` after `timeout` seconds; the batch goes on.
         """
-        with bars.bar(self.name, self.total, shown=progress) as shown:
+        with bars.bar(self.name, self.total, shown=progress, told=True) as shown:
             for _ in self._polls(timeout):
                 status = self.status()
                 steps = self._partly_done() if progress and status.counts[JobState.RUNNING] else 0.0
-                shown.update(status.ended + steps, bars.note(status.counts))
+                speed = self._store.tempo(status) if progress else None
+                shown.update(status.ended + steps, bars.note(status.counts), speed)
                 if status.done:
                     return status
         raise AssertionError("unreachable: the polls never end")
@@ -169,6 +171,29 @@ class Batch:
         jobs = list(islice(self.jobs(), _SHEET_PICTURES))
         images = pictures.fetched(lambda job: job.image() if job.picture else None, jobs)
         return contact_sheet(list(zip(images, (job.spec.prompt for job in jobs), strict=True)), columns)
+
+    def report(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        full: bool = False,
+        limit: int = 1000,
+        after: int = 0,
+        progress: bool = False,
+    ) -> int:
+        """Write it as one HTML file that can be sent to somebody; returns how many pictures are in it.
+
+        Pictures, specs, times, failures, as they are now; at most `limit` pictures, those of the jobs after the index
+        `after`. They are small WebP images, or with `full` the PNG files themselves. The file is put in place whole.
+
+        Raises `StorageUnavailable`.
+        """
+        found = islice(self._infos(after, [JobState.SUCCEEDED]), limit)
+        wrong = islice(self._infos(states=[JobState.FAILED, JobState.CANCELLED]), limit)
+        written = report(
+            self._storage, self.status(), self._store.totals(self.id), found, wrong, Path(path), full=full, after=after
+        )
+        return sum(1 for _ in self._shown(written, progress=progress))
 
     def cancel(self) -> int:
         """Cancel what has not ended; returns how many jobs that were. A running one stops within a beat."""

@@ -30,6 +30,17 @@ class Load:
     """The mean over these."""
 
 
+@dataclass(frozen=True)
+class Totals:
+    """What is said of a whole batch, beside how far it is."""
+
+    began_at: datetime | None
+    """When the first of the attempts began that its jobs had last."""
+    device_seconds: float | None
+    models: Sequence[tuple[str, str]]
+    """Name and SHA-256 of each model that made pictures of it."""
+
+
 class Overview(JobQueries):
     """Batches on their way, how fast they go, and who works on them."""
 
@@ -160,3 +171,13 @@ class Overview(JobQueries):
         )
         with self._db.read() as session:
             return [job_info(row) for row in session.scalars(query)]
+
+    def totals(self, batch_id: str) -> Totals:
+        """What all jobs of a batch come to: reads each of them once."""
+        jobs = JobRow.batch_id == batch_id
+        made_by = sa.select(JobRow.model, JobRow.model_sha256).where(jobs, JobRow.model_sha256.is_not(None)).distinct()
+        sums = sa.select(sa.func.min(JobRow.started_at), sa.func.sum(JobRow.device_seconds)).where(jobs)
+        with self._db.read() as session:
+            began_at, device_seconds = session.execute(sums).one()
+            models = sorted((model, str(sha256)) for model, sha256 in session.execute(made_by))
+        return Totals(began_at, device_seconds, models)

@@ -16,10 +16,12 @@ from rich.progress import (
 )
 
 from farm.states import JobState
+from farm.tempo import Tempo
 
 
-def columns(console: Console) -> Progress:
-    """A display of bars: what, how far, how many, since when, how much longer."""
+def columns(console: Console, *, told: bool = False) -> Progress:
+    """A display of bars: what, how far, how many, since when, how much longer; `told` if the farm says that one."""
+    remaining = TextColumn("{task.fields[tempo]}", style="cyan") if told else TimeRemainingColumn(compact=True)
     return Progress(
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False),
@@ -27,7 +29,7 @@ def columns(console: Console) -> Progress:
         MofNCompleteColumn(),
         TextColumn("{task.fields[note]}", style="dim", markup=False),
         TimeElapsedColumn(),
-        TimeRemainingColumn(compact=True),
+        remaining,
         console=console,
     )
 
@@ -39,19 +41,19 @@ class Bar:
         self._display = display
         self._task = task
 
-    def update(self, completed: float, note: str = "") -> None:
-        """Show this many done, with a word beside it."""
-        self._display.update(self._task, completed=completed, note=note)
+    def update(self, completed: float, note: str = "", tempo: Tempo | None = None) -> None:
+        """Show this many done, with a word beside it, and how fast it goes."""
+        self._display.update(self._task, completed=completed, note=note, tempo=str(tempo or ""))
 
 
 @contextmanager
-def bar(description: str, total: int, *, shown: bool = True) -> Iterator[Bar]:
-    """A bar while the block runs; an invisible one if not `shown`."""
+def bar(description: str, total: int, *, shown: bool = True, told: bool = False) -> Iterator[Bar]:
+    """A bar while the block runs; an invisible one if not `shown`. `told` if every update says how fast it goes."""
     console = Console(stderr=True, quiet=not shown)
-    with columns(console) as display:
+    with columns(console, told=told) as display:
         # A batch is called what its submitter likes.
         plain = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in description)
-        yield Bar(display, display.add_task(plain, total=total, note=""))
+        yield Bar(display, display.add_task(plain, total=total, note="", tempo=""))
 
 
 def note(counts: Mapping[JobState, int]) -> str:

@@ -155,6 +155,10 @@ class AttemptInfo:
         return None if self.started_at is None else (self.ended_at - self.started_at).total_seconds()
 
 
+HELD, MEMORY = "held", "memory"
+"""In a worker's description of a model: whether it is loaded now; bytes used, and in all, of the worker's device."""
+
+
 @dataclass(frozen=True)
 class WorkerInfo:
     """One worker as it introduced itself."""
@@ -170,6 +174,17 @@ class WorkerInfo:
     """Whether it has given a sign of life within one lease time."""
     metrics_url: str | None = None
     """Where Prometheus finds its metrics, if anywhere."""
+
+    @property
+    def held(self) -> tuple[str, ...]:
+        """The models that are loaded there, as it said last."""
+        return tuple(model["name"] for model in self.models if model.get(HELD, "sha256" in model))
+
+    @property
+    def memory(self) -> tuple[int, int] | None:
+        """Bytes used, and bytes in all, of its device's memory, as it said last; None if it has not."""
+        said = next((model[MEMORY] for model in self.models if MEMORY in model), None)
+        return None if said is None else (int(said[0]), int(said[1]))
 
 
 def job_info(row: JobRow) -> JobInfo:

@@ -1,4 +1,4 @@
-"""Batches, jobs and workers as a terminal shows them."""
+"""Batches and jobs as a terminal shows them."""
 
 from collections.abc import Iterable
 from datetime import datetime
@@ -7,8 +7,9 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from farm.records import BatchStatus, JobInfo, WorkerInfo
+from farm.records import BatchStatus, JobInfo
 from farm.states import JobState
+from farm.tempo import blocks
 
 _STYLES = {
     JobState.PENDING: "dim",
@@ -57,22 +58,8 @@ def _when(moment: datetime) -> Text:
 
 
 def _bar(fraction: float, width: int = 16) -> Text:
-    full = round(fraction * width)
-    return Text("█" * full, style="green").append("░" * (width - full), style="dim")
-
-
-def worker_table(workers: Iterable[WorkerInfo]) -> RenderableType:
-    """A line a worker: what it renders on, and which models it holds."""
-    table = Table("worker", "device", "slots", "models", "", box=None, header_style="bold")
-    for one in workers:
-        table.add_row(
-            Text(printable(one.name)),
-            Text(printable(f"{one.device} {one.dtype}")),
-            str(one.slots),
-            Text(printable(", ".join(model["name"] for model in one.models))),
-            Text("alive", style="green") if one.alive else Text("no sign of life", style="red"),
-        )
-    return table
+    full, empty = blocks(fraction, width)
+    return Text(full, style="green").append(empty, style="dim")
 
 
 def _seconds(value: float | None) -> str:

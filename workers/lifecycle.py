@@ -26,7 +26,7 @@ from farm.spec import RenderSpec
 from farm.states import Outcome
 from farm.storage import Storage
 from workers import tiny
-from workers.device import choose_device, choose_dtype, keep_freed_memory, use_threads
+from workers.device import choose_device, choose_dtype, keep_freed_memory, memory, use_threads
 from workers.engine import Engine
 from workers.forward_sizes import ForwardSizes
 from workers.gathering import Gathered
@@ -39,6 +39,7 @@ from workers.progress import ProgressBars
 from workers.remote_models import FARM, is_remote
 from workers.reporting import Reporter
 from workers.request import Progress
+from workers.standing import RESTATE_SECONDS, standing
 from workers.warming import warm
 
 log = logging.getLogger(__name__)
@@ -104,7 +105,7 @@ class Worker:
         threads = torch.get_num_threads()
         use_threads(1)
         keep_freed_memory()
-        device = choose_device(self.settings.device)
+        self.device = device = choose_device(self.settings.device)
         dtype = choose_dtype(self.settings.dtype, device)
         settings = self.settings
 
@@ -238,11 +239,18 @@ class Worker:
         return [claim.job_id in recorded for claim, _ in ended]
 
     def _beat_on(self) -> None:
-        while not self._stopped.wait(self.settings.beat_seconds):
+        restated = -RESTATE_SECONDS
+        began, pause = time.monotonic(), self.settings.beat_seconds
+        # From one beginning to the next: over a slow network a beat takes long itself.
+        while not self._stopped.wait(max(began + pause - time.monotonic(), pause / 4)):
+            began = time.monotonic()
             with self._lock:
                 mine = list(self._held.values())
             try:
                 self._beat(mine)
+                if time.monotonic() - restated > RESTATE_SECONDS:
+                    self._restate()
+                    restated = time.monotonic()
             except ServiceUnavailable as error:
                 log.error("can't renew leases: %s", error)
             except Exception:
@@ -256,6 +264,16 @@ class Worker:
                 # hangs every worker it meets is set aside for that.
                 log.critical("a forward hangs for %.0f s: this worker ends", self.engine.busy_seconds)
                 os._exit(os.EX_SOFTWARE)
+
+    def _restate(self) -> None:
+        """Make known which models are held now, and the device's memory, if there is news."""
+        held, memory_now = self.pins.held, memory(self.device)
+        with self._lock:
+            models = standing(self.info.models, held, memory_now)
+            news = models != self.info.models
+            self.info = replace(self.info, models=models)
+        if news:
+            self.store.describe(self.info)
 
     def _guard_leases(self) -> None:
         """Stop every render whose lease is about to run out: whoever holds the clock may give its job away then.
