@@ -5,10 +5,10 @@ BIN    := $(VENV)/bin
 OUT    ?= out/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test chaos hosts-test compose-test bench-engine bench-queue lint format clean
+.PHONY: help setup demo up test chaos hosts-test compose-test bench-engine bench-queue bench-watching lint format clean
 
 help:  ## list these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.farm  ## make .venv with the farm, its worker and the embedded servers
 
@@ -37,6 +37,9 @@ bench-engine: $(VENV)/.dev  ## the engine beside diffusers' own pipeline, on thi
 bench-queue: $(VENV)/.dev  ## the farm as a queue beside Celery, rq, dramatiq and huey, on this machine
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
 	$(BIN)/python -m benchmarks.queue $(ARGS)
+
+bench-watching: $(VENV)/.dev  ## the farm watched by everything that can, beside the same with nobody looking
+	$(BIN)/python -m benchmarks.watching $(ARGS)
 
 lint: $(VENV)/.dev  ## ruff, mypy, import-linter
 	$(BIN)/ruff check .
