@@ -36,6 +36,8 @@ T = TypeVar("T")
 _VERSION = re.compile(r"([0-9a-f]{64})(\.part)?")
 _LOOK_SECONDS = 0.1
 _TELL_SECONDS = 10.0
+_FORGOTTEN_SECONDS = 24 * 3600.0
+"""After how long nobody will go on with a fetch that broke off."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _GB = 1e9
 
@@ -197,6 +199,8 @@ class ModelCache:
             part.mkdir(exist_ok=True)
             here = _bytes_in(part)
             others = [kept for kept in self._kept() if kept.version != remote.version]
+            old = time.time() - _FORGOTTEN_SECONDS
+            others = [kept for kept in others if kept.whole or kept.used_at > old or not self._evict(kept)]
             others.sort(key=lambda kept: (kept.whole, kept.used_at))
             while True:
                 excess = 0 if self._most is None else sum(kept.bytes for kept in others) + remote.bytes - self._most

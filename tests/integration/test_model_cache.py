@@ -225,6 +225,19 @@ def test_the_longest_unused_leaves_for_the_next_and_what_is_in_use_stays(
     assert versions(cache) == {pushed["b"], pushed["c"]}
 
 
+def test_what_a_fetch_left_that_nobody_went_on_with_is_swept(cache: ModelCache, storage: Storage, folder: Path) -> None:
+    version = ModelStore(storage).push(folder, "small", "ann").manifest.version
+    left = {}
+    for digit, hours in (("a", 25), ("b", 1)):
+        left[digit] = cache._part(digit * 64)
+        left[digit].mkdir(parents=True)
+        (left[digit] / "model_index.json").write_text("{}")
+        cache._lock(f"{digit * 64}.used").close()
+        os.utime(cache._locks / f"{digit * 64}.used", (time.time() - hours * 3600,) * 2)
+    cache.load("farm:small", Loaded)
+    assert versions(cache) == {version, left["b"].name}
+
+
 def test_a_model_larger_than_the_cache_or_the_disk_is_refused_before_it_is_fetched(
     tmp_path: Path, storage: Storage, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
