@@ -61,9 +61,12 @@ def render_job(worker: Worker, job_id: str) -> str:
         log.info("nothing to claim job_id=%s", job_id)
         raise Ignore
     try:
-        return _render(worker, held)
+        result = _render(worker, held)
     finally:
         worker.release(held)
+    if result is None:
+        raise Ignore  # whoever has the job now tells Flower how it ends
+    return result
 
 
 def _claim(worker: Worker, job_id: str) -> Held | None:
@@ -73,7 +76,7 @@ def _claim(worker: Worker, job_id: str) -> Held | None:
     return worker.claim(job_id)
 
 
-def _render(worker: Worker, held: Held) -> str:
+def _render(worker: Worker, held: Held) -> str | None:
     claim, store = held.claim, worker.store
     try:
         request = RenderRequest(claim.job_id, claim.spec, claim.priority, resume=_resumed(worker, claim))
@@ -87,7 +90,8 @@ def _render(worker: Worker, held: Held) -> str:
             return "cancelled"
         _leave(worker, held)
         held.outcome = Outcome.LOST
-        return "lease lost: rendered elsewhere"
+        log.info("lease lost, rendered elsewhere job_id=%s attempt=%d", claim.job_id, claim.attempt)
+        return None
     except RenderHandedBack as error:
         snapshot = error.snapshot if isinstance(error, HandedBack) else None
         if snapshot is not None and not claim.spec.trajectory:
@@ -143,7 +147,7 @@ def _resumed(worker: Worker, claim: Claim) -> Snapshot | None:
     return snapshot
 
 
-def _deliver(worker: Worker, held: Held, rendered: Rendered) -> str:
+def _deliver(worker: Worker, held: Held, rendered: Rendered) -> str | None:
     claim, storage = held.claim, worker.storage
     data = png.encode(
         claim.spec,
@@ -183,7 +187,7 @@ def _deliver(worker: Worker, held: Held, rendered: Rendered) -> str:
         # Somebody else renders this job now, under another attempt and so other keys.
         _leave(worker, held)
         _insist(lambda: storage.delete_many([name for name, _, _ in objects]))
-        return "too late: rendered elsewhere"
+        return None
     _forget(worker, held)
     return f"s3://{storage.bucket}/{key}"
 

@@ -7,7 +7,7 @@ import pytest
 from celery.exceptions import Ignore, Retry
 from PIL import Image
 
-from farm.errors import DatabaseUnavailable, ModelUnavailable
+from farm.errors import DatabaseUnavailable, ModelUnavailable, RenderCancelled
 from farm.records import Claim
 from farm.spec import RenderSpec
 from farm.states import Outcome
@@ -93,3 +93,23 @@ def test_a_job_whose_model_was_still_on_its_way_when_its_worker_stopped_is_hande
         tasks._render(worker, held)
     assert handed == [(claim, "its worker stops")]
     assert held.outcome is Outcome.HANDED_BACK
+
+
+def test_of_a_job_that_another_attempt_has_now_flower_hears_from_that_one_only() -> None:
+    def submit(_: object) -> None:
+        raise RenderCancelled("its lease is lost")
+
+    held = Held(Claim("b-1", 1, RenderSpec(prompt="x", seed=1), "b", "b", 1, 1, 50, None))
+    held.lost.set()
+    released: list[Held] = []
+    worker = SimpleNamespace(
+        draining=threading.Event(),
+        claim=lambda _: held,
+        release=released.append,
+        engine=SimpleNamespace(submit=submit),
+        observer=SimpleNamespace(end=lambda _: None),
+        store=SimpleNamespace(),
+    )
+    with pytest.raises(Ignore):  # which Celery tells nobody of
+        tasks.render_job(worker, "b-1")
+    assert (released, held.outcome) == ([held], Outcome.LOST)
