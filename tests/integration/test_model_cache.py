@@ -147,33 +147,28 @@ def test_a_manifest_of_another_model_does_not_pass_for_the_version_that_was_aske
         cache.load(f"farm:small@{old}", Loaded)
 
 
-@pytest.mark.parametrize("damage", ["a byte", "the end", "a file", "the manifest", "everything"])
 def test_what_was_damaged_in_the_cache_is_fetched_anew(
-    cache: ModelCache, storage: Storage, folder: Path, damage: str, caplog: pytest.LogCaptureFixture
+    cache: ModelCache, storage: Storage, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
     version = ModelStore(storage).push(folder, "small", "ann").manifest.version
-    first = cache.load("farm:small", Loaded)
+    first = cache.load("farm:small", Loaded)  # whoever has it loaded is no hindrance
     weights = first.folder / "unet" / "diffusion_pytorch_model.safetensors"
     data = weights.read_bytes()
-    match damage:
-        case "a byte":
-            weights.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-        case "the end":
-            weights.write_bytes(data[:-1])
-        case "a file":
-            weights.unlink()
-        case "the manifest":
-            (first.folder / MANIFEST).write_text("{}")
-        case _:
-            shutil.rmtree(first.folder)
-    caplog.clear()
-    # Whoever has it loaded is no hindrance.
-    assert cache.load("farm:small", Loaded).sha256 == version
-    assert weights.read_bytes() == data
-    whole = damage in ("the manifest", "everything")
-    assert f"fetched farm:small, {10 if whole else 1} files" in caplog.text
-    assert versions(cache) == {version}
+    damages = {
+        "a byte": (lambda: weights.write_bytes(data[:-1] + bytes([data[-1] ^ 1])), 1),
+        "the end": (lambda: weights.write_bytes(data[:-1]), 1),
+        "a file": (weights.unlink, 1),
+        "the manifest": (lambda: (first.folder / MANIFEST).write_text("{}"), 10),
+        "everything": (lambda: shutil.rmtree(first.folder), 10),
+    }
+    for what, (damage, files) in damages.items():
+        damage()
+        caplog.clear()
+        assert cache.load("farm:small", Loaded).sha256 == version, what
+        assert weights.read_bytes() == data, what
+        assert f"fetched farm:small, {files} files" in caplog.text, what
+        assert versions(cache) == {version}, what
 
 
 def test_a_model_that_can_not_be_loaded_though_it_is_whole_is_fetched_once(
