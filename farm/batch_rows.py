@@ -168,7 +168,8 @@ class BatchRows:
         models = self._models.get(status.id)
         if models is None:
             models = self._models[status.id] = ", ".join(self._store.models_of(status.id))
-        return printable(f"{status.name[:80]}: {status.total} jobs of {status.owner[:40]} (model {models[:200]})")
+        jobs = f"{status.total} job{'s' * (status.total != 1)}"
+        return printable(f"{status.name[:80]}: {jobs} of {status.owner[:40]} (model {models[:200]})")
 
 
 def note(status: BatchStatus) -> str:

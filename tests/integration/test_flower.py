@@ -1,6 +1,7 @@
 """Flower as people see it: bars that move, a row a batch, what is found by which words; over REST and on its page."""
 
 import base64
+import io
 import json
 import os
 import shutil
@@ -16,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from farm.client import Farm
 from farm.handles import Batch
 from farm.settings import Settings
 from farm.storage import Storage
 from farm.tempo import steps_line
+from farm.watching import Looker, shown
 from tests.integration.conftest import Crew, environment, wait_until
 from tests.servers import missing
 
@@ -239,6 +242,23 @@ def test_the_page_shows_the_bars(farm: Farm, flower: Flower, tmp_path: Path) -> 
     assert dom.count("/150") >= 3
     assert "█" in dom
     assert "0/3 0%" in dom
+
+
+def test_a_watcher_sees_what_the_workers_hold_and_do(farm: Farm) -> None:
+    batch = farm.submit(["a kite"] * 2, name="at work", model="slowly", num_inference_steps=100)
+    wait_until(lambda: any(load.seconds_per_step for load in farm.loads().values()), "its steps are measured")
+    ((name, load),) = farm.loads().items()
+    (worker,) = [one for one in farm.workers() if one.name == name]
+    assert (load.renders, worker.held) == (2, ("slowly", "swiftly"))
+    assert load.seconds_per_step == pytest.approx(0.1, rel=1.0)
+    assert worker.memory is not None
+    assert 0 < worker.memory[0] < worker.memory[1]
+    (status,) = [each for each in farm.moving() if each.id == batch.id]
+    assert farm.tempo(status).eta_seconds is not None
+    file = io.StringIO()
+    Console(file=file, width=160).print(shown(Looker(farm).look(), 160))
+    assert all(words in file.getvalue() for words in (batch.id, "2 running", "2/4", "slowly, swiftly"))
+    batch.cancel()
 
 
 def test_what_it_has_seen_is_still_there_after_a_restart(flower: Flower, watched: Batch) -> None:
