@@ -1,6 +1,7 @@
 """A worker's models: what they are called, and that one which was pushed is fetched, checked and rendered."""
 
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -85,6 +86,8 @@ def test_a_model_that_was_pushed_is_pinned_fetched_and_rendered_without_any_hub(
     assert (listed["name"], listed["family"]) == ("small", "StableDiffusionPipeline")
 
     version = listed["version"]
+    shown = subprocess.check_output([*command, "list"], env={**env, "COLUMNS": "200"}, text=True)
+    assert re.search(rf"small +{version[:12]} +StableDiffusionPipeline +[\d.]+ [kM]B +\d{{4}}-", shown), shown
     models = f"farm:small,theirs=s3://{settings.s3_bucket}/models/small,mine=farm:small@{version}"
     air_gapped = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": tmp_path / "hub"}
     worker = crew.worker("w1", models, FARM_MODEL_CACHE=tmp_path / "cache", FARM_MODEL_CACHE_SIZE="1GB", **air_gapped)
