@@ -22,6 +22,7 @@ from farm.records import BatchStatus, JobInfo, WorkerInfo
 from farm.states import JobState
 from farm.tables import batch_table, job_table, printable, state_style
 from farm.tempo import Tempo, blocks, duration, rate
+from farm.version import __version__
 
 app = typer.Typer()
 
@@ -238,8 +239,9 @@ def _workers(workers: Iterable[WorkerInfo], loads: Mapping[str, Load], width: in
     for one in workers:
         load = loads.get(one.name, Load(0, None))
         held = _words(", ".join(one.held)) if one.alive else _words("no sign of life", "red")
+        other = "" if one.version == __version__ else f" ({one.version})"  # as in the midst of an upgrade
         table.add_row(
-            _words(one.name, "" if one.alive else "red"),
+            _words(f"{one.name}{other}", "" if one.alive else "red"),
             *_only(not narrow, Text(printable(f"{one.device} {one.dtype}" if wide else one.device))),
             *_only(not tiny, Text(_memory(one.memory))),
             Text(f"{min(load.renders, one.slots)}/{one.slots}"),
