@@ -1,0 +1,1 @@
+../../../keda/device_seconds.sql
