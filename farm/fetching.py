@@ -75,7 +75,7 @@ def report(
     if as_json:
         say_json({"file": str(path), "pictures": count})
     else:
-        out.print(Text(f"{count} pictures in {path}"), soft_wrap=True)
+        out.print(Text(f"{count} picture{'s' * (count != 1)} in {path}"), soft_wrap=True)
 
 
 @app.command()

@@ -65,6 +65,11 @@ def test_the_commands_find_the_farm_and_say_what_there_is(user: UserFarm) -> Non
     assert json.loads(user.farm("status", job["job"], "--json").stdout)["picture"]["width"] == 64
     assert user.farm("get", job["job"], "--out", "one").returncode == 0
     assert len(list((user.folder / "one").glob("*.png"))) == 1
+    assert "1 picture in sea.html" in user.farm("report", "sea", "--out", "sea.html").stdout
+    assert "a red circle on a white background" in (user.folder / "sea.html").read_text()
+    watched = user.farm("watch", "--once").stdout
+    assert "sea-" in watched
+    assert "worker-1@" in watched
     assert json.loads(user.farm("models", "--json").stdout)["tiny"]["workers"]
     assert "nothing to cancel" in user.farm("cancel", "sea").stdout
     healthy = user.farm("doctor")
