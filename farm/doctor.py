@@ -86,7 +86,7 @@ def exit_code(findings: Iterable[Finding]) -> int:
 
 def _settings(settings: Settings, *, embedded: bool) -> Finding:
     if not embedded:
-        return Finding("settings", "ok", "from the environment")
+        return Finding("settings", "ok", f"from {os.environ.get('FARM_ENV_FILE', 'the environment')}")
     path = (settings.home / EMBEDDED_FILE).absolute()
     pid = running(settings.home)
     if pid is None:

@@ -6,13 +6,11 @@ import sys
 import threading
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.table import Table
-from rich.text import Text
 
-from farm.console import Json, complain, home, open_farm, out, say_json
+from farm.console import Json, complain, home, out, say_json
 from farm.errors import NotConfigured
 from farm.log import configure
 from farm.settings import Settings
@@ -56,7 +54,7 @@ def env(
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def worker(context: typer.Context) -> None:
-    """Render on this machine: one worker, its models pinned (--help shows its options)."""
+    """Render on this machine: one worker, or with `--gpus all` one on each GPU (--help shows its options)."""
     if find_spec("torch") is None or find_spec("diffusers") is None:
         raise NotConfigured("a worker needs torch and diffusers: pip install 'diffusion-farm[worker]'")
     # The farm's own packages never import what renders; and the worker gets a process without the command line's.

@@ -10,13 +10,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 
 from farm.client import Farm
+from farm.db import Database
 from farm.errors import AlreadyRunning
+from farm.schema import ReleaseRow
 from farm.settings import Settings
 from farm.states import JobState
 from tests.integration.conftest import Crew, environment, wait_until
-from workers.supervising import _only_one
+from workers.supervising import REFUSED, _only_one
 
 HOST = socket.gethostname()
 
@@ -207,6 +210,28 @@ def test_two_workers_of_one_name_on_one_machine_are_refused() -> None:
             pass
     with _only_one("gpu0", settings):
         pass
+
+
+def test_a_schema_that_does_not_fit_is_refused_in_one_line(sqlite_url: str, tmp_path: Path) -> None:
+    file = tmp_path / "farm.env"
+    file.write_text(f"FARM_DATABASE_URL={sqlite_url}\nFARM_BROKER_URL=redis://:x@127.0.0.1:1/0\nFARM_S3_BUCKET=b\n")
+    file.chmod(0o600)
+    database = Database(sqlite_url)
+    with database.write() as session:
+        session.execute(sa.text("UPDATE alembic_version SET version_num = '9999'"))
+        session.add(ReleaseRow(revision="9999", version="9.9", serves_from="9998"))
+    database.close()
+    said = subprocess.run(
+        [sys.executable, "-m", "farm", "worker", "--env", file, "--workers", "2"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert said.returncode == REFUSED
+    (line,) = said.stderr.splitlines()
+    assert line.startswith("farm worker: the database's schema is 9999, of farm 9.9")
+    assert line.endswith("pip install 'diffusion-farm==9.9' here")
 
 
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
