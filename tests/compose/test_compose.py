@@ -58,7 +58,7 @@ def project(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 def submitted(project: Project, name: str, count: int, steps: int) -> str:
     """Hand in that many pictures from outside; returns the batch's id."""
     what = ["a red circle on a white background", "--seeds", f"0..{count - 1}", "--steps", str(steps), "--no-reuse"]
-    batch: str = project.farm("submit", *what, "--name", name)["id"]
+    batch: str = project.farm("submit", *what, "--name", name)["batch"]
     return batch
 
 
@@ -176,8 +176,8 @@ def test_a_batch_ends_though_a_workers_container_is_killed_in_the_middle(project
 def test_scaled_to_three_the_workers_share_a_batch(project: Project) -> None:
     project.compose("up", "--detach", "--no-recreate", "--scale", "worker=3", "worker")
     project.wait("three workers are there", lambda: len(project.workers()) == 3)
-    batch = submitted(project, "shared", count=48, steps=60)
-    project.wait("all have ended", lambda: counts(project, batch) == {"succeeded": 48}, seconds=300)
+    batch = submitted(project, "shared", count=32, steps=40)
+    project.wait("all have ended", lambda: counts(project, batch) == {"succeeded": 32}, seconds=300)
     assert {worker for worker, _ in attempts(project, batch)} == set(project.workers())
 
 
@@ -239,6 +239,7 @@ def test_prometheus_scrapes_the_dispatcher_and_every_worker(project: Project) ->
 
 def test_taken_down_it_leaves_nothing_but_its_images(project: Project) -> None:
     project.compose("--profile", "prometheus", "--profile", "client", "down", "--volumes", "--timeout", "30")
+    say("down")
     assert project.containers() == []
     assert project.engine.docker("volume", "ls", "--quiet").split() == []
     assert project.outside(sys.executable, "-m", "farm", "status", check=False).returncode == 3
