@@ -14,7 +14,7 @@ import pytest
 import sqlalchemy as sa
 
 from farm.schema import AttemptRow, JobRow
-from farm.states import JobState
+from farm.states import JobState, Outcome
 from tests.chaos.farm import ROOT, ChaosFarm, OneMachine, Standing
 from tests.chaos.orders import Order, Scale, order
 from tests.chaos.test_chaos import told
@@ -72,7 +72,7 @@ class HostsFarm(ChaosFarm):
             JobRow.worker == self.worker_name(one), JobRow.state == JobState.RUNNING
         )
         with self.db.read() as session:
-            return dict(session.execute(held).tuples().all())
+            return {row.id: row.attempt for row in session.execute(held)}
 
     def attempts(self, of: set[str]) -> list[AttemptRow]:
         """How the attempts of these jobs have ended, so far."""
@@ -111,9 +111,11 @@ class HostsFarm(ChaosFarm):
         self.journal.write("has", name, batch=json.loads(said)["batch"], jobs=len(wanted.specs))
         return wanted
 
-    def taken(self, one: Standing) -> int:
-        """How many attempts a worker has ended, so far."""
+    def ended_by(self, one: Standing, outcome: Outcome | None = None) -> int:
+        """How many attempts of a worker have ended, so far; or ended so."""
         mine = sa.select(sa.func.count()).where(AttemptRow.worker == self.worker_name(one))
+        if outcome is not None:
+            mine = mine.where(AttemptRow.outcome == outcome)
         with self.db.read() as session:
             return session.scalars(mine).one()
 
