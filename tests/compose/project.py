@@ -32,6 +32,7 @@ class Project:
             "FARM_S3_PUBLIC_ENDPOINT_URL": f"http://127.0.0.1:{PORTS['S3_PORT']}",
             "FARM_LEASE_SECONDS": "5",
             "FARM_SLOTS": "4",
+            "OMP_NUM_THREADS": "1",
             "BASE_IMAGE": BASE,
             "PIP_NO_INDEX": "1",
             **{f"{name.upper()}_IMAGE": image for name, image in STAND_INS.items()},

@@ -17,6 +17,7 @@ def assignments(text: str) -> dict[str, str]:
 def test_every_variable_of_the_compose_file_is_in_the_example_with_its_default() -> None:
     required = set(re.findall(r"\$\{([A-Z0-9_]+):\?", COMPOSE))
     defaults = dict(re.findall(r"\$\{([A-Z0-9_]+):-([^}]*)\}", COMPOSE))
+    defaults |= dict.fromkeys(re.findall(r"^ +([A-Z0-9_]+):(?: *#.*)?$", COMPOSE, re.MULTILINE), "")  # handed through
     example = assignments(EXAMPLE)
     assert {name for name, value in example.items() if f"\n{name}=" in EXAMPLE} == required
     assert {name: value for name, value in example.items() if name not in required} == defaults
