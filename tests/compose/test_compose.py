@@ -158,7 +158,7 @@ def test_an_address_that_a_container_gives_away_leads_to_the_picture_from_outsid
 def test_a_batch_ends_though_a_workers_container_is_killed_in_the_middle(project: Project) -> None:
     project.compose("up", "--detach", "--no-recreate", "--scale", "worker=2", "worker")
     project.wait("two workers are there", lambda: len(project.workers()) == 2)
-    batch = submitted(project, "killed", count=40, steps=100)
+    batch = submitted(project, "killed", count=24, steps=60)
     victim = project.running("worker")[0]
     name = f"cpu@{victim['Config']['Hostname']}"
 
@@ -169,7 +169,7 @@ def test_a_batch_ends_though_a_workers_container_is_killed_in_the_middle(project
     project.wait("the worker renders", renders)
     project.engine.docker("kill", victim["Id"])
     say("killed it")
-    project.wait("all have ended", lambda: counts(project, batch).get("succeeded") == 40, seconds=300)
+    project.wait("all have ended", lambda: counts(project, batch) == {"succeeded": 24}, seconds=300)
     assert (name, "lost") in attempts(project, batch)
 
 
@@ -195,7 +195,7 @@ def test_a_worker_that_dies_comes_back_under_its_name(project: Project) -> None:
 
 
 def test_a_worker_that_is_stopped_hands_its_jobs_back(project: Project) -> None:
-    batch = submitted(project, "stopped", count=24, steps=300)
+    batch = submitted(project, "stopped", count=12, steps=200)
     victim = project.running("worker")[0]
     name = f"cpu@{victim['Config']['Hostname']}"
 
@@ -210,7 +210,7 @@ def test_a_worker_that_is_stopped_hands_its_jobs_back(project: Project) -> None:
     (stopped,) = [found for found in project.containers("worker") if found["Id"] == victim["Id"]]
     assert stopped["State"]["ExitCode"] == 0
     assert name not in project.workers()
-    project.wait("all have ended", lambda: counts(project, batch) == {"succeeded": 24}, seconds=300)
+    project.wait("all have ended", lambda: counts(project, batch) == {"succeeded": 12}, seconds=300)
     assert "lost" not in {outcome for _, outcome in attempts(project, batch)}
 
 
