@@ -94,13 +94,14 @@ class Engine:
             except subprocess.TimeoutExpired:
                 self._dockerd.kill()
                 self._dockerd.wait()
+            say("the Docker engine has ended")
         for line in reversed(Path("/proc/self/mounts").read_text().splitlines()):
             where = line.split()[1]
             if where.startswith(f"{self.folder}/"):
                 subprocess.run(["umount", "--lazy", where], check=False)
         subprocess.run(["ip", "netns", "delete", self.name], env=self.env, check=False)
         shutil.rmtree(self.folder, ignore_errors=True)
-        say("the Docker engine is gone")
+        say("and left nothing")
 
     def outside(self, *command: str | Path) -> list[str]:
         """A command, as it stands in the engine's network but in no container."""
