@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,11 @@ VALUES: dict[str, Any] = {
     "s3": {"bucket": "pictures", "endpointUrl": "http://s3:8333"},
     "settings": {"FARM_LEASE_SECONDS": "20"},
     "pools": {
-        "sd15": {"models": {"sd15": "farm:sd15", "it's": "farm:odd"}, "scaling": {"max": 8}, "drainSeconds": 100},
+        "sd15": {
+            "models": {"sd15": "farm:sd15", "org/odd-1.5": "farm:odd"},
+            "scaling": {"max": 8},
+            "drainSeconds": 100,
+        },
         "cpu": {"models": {"tiny": "tiny"}, "gpus": 0, "replicas": 2, "scaling": {"enabled": False}},
     },
 }
@@ -207,7 +212,7 @@ def test_a_worker_has_a_gpu_and_time_to_drain(render: Render) -> None:
     assert container["resources"]["limits"]["nvidia.com/gpu"] == 1
     assert container["resources"]["requests"]["nvidia.com/gpu"] == 1
     env = environment(worker)
-    assert env["FARM_MODELS"] == "it's=farm:odd,sd15=farm:sd15"
+    assert env["FARM_MODELS"] == "org/odd-1.5=farm:odd,sd15=farm:sd15"
     assert env["FARM_DEVICE"] == "cuda"
     assert env["FARM_LEASE_SECONDS"] == "20"
     pause = container["lifecycle"]["preStop"]["sleep"]["seconds"]
@@ -281,6 +286,7 @@ def test_secrets_stand_in_secrets_alone_and_have_no_defaults(render: Render) -> 
         ({"pools": {"a": {}}}, "models"),
         ({"pools": {"a": {"models": {"a": "b"}, "gpu": 1}}}, "gpu"),
         ({"pools": {"A b": {"models": {"a": "b"}}}}, "A b"),
+        ({"pools": {"a": {"models": {"a b": "b"}}}}, "a b"),
         ({"settings": {"LEASE": "1"}}, "LEASE"),
         ({"scaling": {"trigger": "prometheus"}}, "serverAddress"),
     ],
@@ -304,8 +310,6 @@ def test_a_pool_scales_from_zero_by_the_device_seconds_that_wait(render: Render,
     assert reference == {"parameter": "connection", "name": "farm", "key": "KEDA_POSTGRESQL_URL"}
     assert secret["stringData"]["KEDA_POSTGRESQL_URL"] == "postgresql://farm:db-secret@db:5432/farm"
 
-    database = Database(postgres_url)
-    store = JobStore(database, Settings(database_url="", broker_url="", s3_bucket=""))
     plain = sa.make_url(postgres_url).set(drivername="postgresql").render_as_string(hide_password=False)
 
     def asked(query: str) -> object:
@@ -315,14 +319,15 @@ def test_a_pool_scales_from_zero_by_the_device_seconds_that_wait(render: Render,
         return float(number)
 
     assert asked(sd15) == 0  # and so nobody is started
-    store.submit("some", "me", 50, [RenderSpec(prompt=str(n), model="sd15") for n in range(700)])
-    store.submit("odd", "me", 50, [RenderSpec(prompt="a", model="it's")])
+    with closing(Database(postgres_url)) as database:
+        store = JobStore(database, Settings(database_url="", broker_url="", s3_bucket=""))
+        store.submit("some", "me", 50, [RenderSpec(prompt=str(n), model="sd15") for n in range(700)])
+        store.submit("odd", "me", 50, [RenderSpec(prompt="a", model="org/odd-1.5")])
     assert asked(sd15) == 700
     assert asked(odd) == 1
     (trigger,) = {trigger["metadata"]["targetQueryValue"] for trigger in scaled["triggers"]}
     assert asked(sd15) > float(trigger)  # two workers' worth
     assert {trigger["metricType"] for trigger in scaled["triggers"]} == {"AverageValue"}
-    database.close()
 
 
 def test_prometheus_may_be_asked_instead(render: Render) -> None:
@@ -331,5 +336,5 @@ def test_prometheus_may_be_asked_instead(render: Render) -> None:
     assert sd15["metadata"]["query"] == (
         'max(farm_queued_device_seconds{model="sd15"}) + max(farm_running_device_seconds{model="sd15"})'
     )
-    assert "it's" in odd["metadata"]["query"]
+    assert "org/odd-1.5" in odd["metadata"]["query"]
     assert not [each for each in things if each["kind"] == "TriggerAuthentication"]
