@@ -2,15 +2,23 @@
 -- put the model's name in quotes for the parameter, and the seconds that one worker is to have before it for
 -- targetQueryValue. Jobs that render count too, so that no worker is taken away before the last of them has ended; what
 -- is paused does not count. Prometheus has the same number: farm_queued_device_seconds + farm_running_device_seconds.
-WITH RECURSIVE waiting (batch_id) AS (  -- from batch to batch over the index of the backlog
+WITH RECURSIVE models (model) AS (  -- from one to the next over the index of the backlog, and so are batches
+  SELECT (SELECT min(model) FROM jobs WHERE state = 'pending')
+  UNION ALL
+  SELECT (SELECT min(model) FROM jobs WHERE state = 'pending' AND model > models.model)
+  FROM models WHERE models.model IS NOT NULL
+), waiting (batch_id) AS (
   SELECT (SELECT min(batch_id) FROM jobs WHERE state = 'pending' AND model = :model)
   UNION ALL
   SELECT (SELECT min(batch_id) FROM jobs WHERE state = 'pending' AND model = :model AND batch_id > waiting.batch_id)
   FROM waiting WHERE waiting.batch_id IS NOT NULL
 ), active AS (
-  SELECT batches.id, (
-    SELECT count(*) FROM jobs WHERE state = 'pending' AND model = :model AND batch_id = batches.id
-  ) AS jobs
+  SELECT batches.id, CASE  -- jobs are counted by batch already, but not by model
+    WHEN EXISTS (SELECT 1 FROM models WHERE model <> :model AND EXISTS (
+      SELECT 1 FROM jobs WHERE state = 'pending' AND jobs.model = models.model AND batch_id = batches.id
+    )) THEN (SELECT count(*) FROM jobs WHERE state = 'pending' AND model = :model AND batch_id = batches.id)
+    ELSE (SELECT sum(n) FROM job_counts WHERE batch_id = batches.id AND state = 'pending')
+  END AS jobs
   FROM waiting JOIN batches ON batches.id = waiting.batch_id LEFT JOIN owners ON owners.name = batches.owner
   WHERE accepted_at IS NOT NULL AND deleted_at IS NULL AND NOT batches.paused AND NOT coalesce(owners.paused, false)
   UNION ALL

@@ -57,6 +57,7 @@ def test_jobs_are_counted_by_state_and_model_where_a_batch_has_several_too(datab
     jobs = {model: demand.jobs for model, demand in found.models.items()}
     assert jobs["tiny"] == {JobState.PENDING: 6, JobState.QUEUED: 2}
     assert jobs["other"] == {JobState.PENDING: 1, JobState.QUEUED: 1, JobState.RUNNING: 1}
+    assert (by_sql(database, "tiny"), by_sql(database, "other")) == (8, 3)  # a second each
 
 
 def test_what_waits_costs_what_its_batch_took_or_else_its_model_or_else_a_second(
