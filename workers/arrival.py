@@ -73,7 +73,7 @@ class CheckedTransport(kombu_redis.Transport):
                 What was taken goes back to Redis a visibility timeout later, or is found missing by the dispatcher.
                 """
                 if getattr(self.channel.connection, "client", None) is None:
-                    self._delivered.clear()
+                    self._delivered.clear()  # type: ignore[union-attr]  # None in its stubs, never in fact
                 else:
                     super().restore_unacked(client)
 

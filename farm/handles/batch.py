@@ -1,4 +1,4 @@
-"""Handles on what was handed in: `Batch`, `Job`, `Owner`, to watch, to steer, and to fetch what comes of them."""
+"""A batch as whoever handed it in holds it."""
 
 import html
 import logging
@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 from PIL import Image
 
@@ -15,14 +15,13 @@ from farm import progress as bars
 from farm.archive import archive
 from farm.deletion import Deletion
 from farm.errors import StorageUnavailable
+from farm.handles.job import Job
 from farm.jobs import JobStore
 from farm.manifests import Manifests
-from farm.previews import Preview, watch
-from farm.records import AttemptInfo, BatchStatus, JobInfo, Picture
+from farm.records import BatchStatus, JobInfo
 from farm.report import report
 from farm.settings import Settings
 from farm.sheet import contact_sheet
-from farm.spec import RenderSpec
 from farm.states import JobState
 from farm.storage import Storage
 from farm.waiting import polls
@@ -49,14 +48,14 @@ class Batch:
         """How far it is, now."""
         return self._store.batch(self.id)
 
-    def jobs(self, *, after: int = 0, states: Sequence[JobState] = ()) -> Iterator["Job"]:
+    def jobs(self, *, after: int = 0, states: Sequence[JobState] = ()) -> Iterator[Job]:
         """Its jobs as they are now, in their order: all, or those from the one after that index, or in those states.
 
         Read a thousand at a time, however many there are.
         """
         return map(self._job, self._infos(after, states))
 
-    def __iter__(self) -> Iterator["Job"]:
+    def __iter__(self) -> Iterator[Job]:
         return self.jobs()
 
     def _infos(self, after: int = 0, states: Sequence[JobState] = ()) -> Iterator[JobInfo]:
@@ -67,11 +66,11 @@ class Batch:
     def _pictured(self) -> Iterator[JobInfo]:
         return (info for info in self._infos(states=[JobState.SUCCEEDED]) if info.picture is not None)
 
-    def wrong(self, limit: int = 20) -> list["Job"]:
+    def wrong(self, limit: int = 20) -> list[Job]:
         """Its first jobs with an error: those that failed, and those whose last try did."""
         return [self._job(info) for info in self._store.wrong(self.id, limit)]
 
-    def _job(self, info: JobInfo) -> "Job":
+    def _job(self, info: JobInfo) -> Job:
         return Job(self._store, self._storage, self._settings, info)
 
     def __len__(self) -> int:
@@ -99,7 +98,7 @@ class Batch:
         running = self._store.running(self.id)
         return sum(min(1.0, info.steps_done / info.spec.num_inference_steps) for info in running)
 
-    def as_completed(self, timeout: float | None = None) -> Iterator["Job"]:
+    def as_completed(self, timeout: float | None = None) -> Iterator[Job]:
         """Its jobs as they end, each once: succeeded, failed and cancelled ones.
 
         Raises `TimeoutError` after `timeout` seconds; the batch goes on.
@@ -235,180 +234,3 @@ class Batch:
         status = self.status()
         cells = "".join(f"<td>{count} {state}</td>" for state, count in status.counts.items() if count)
         return f"<table><tr><th>{html.escape(self.name)}</th><td>{status.ended}/{self.total}</td>{cells}</tr></table>"
-
-
-class Job:
-    """One spec to be rendered into one image; in a notebook it shows its picture."""
-
-    def __init__(self, store: JobStore, storage: Storage, settings: Settings, info: JobInfo) -> None:
-        self._store = store
-        self._storage = storage
-        self._settings = settings
-        self._info = info
-
-    @property
-    def id(self) -> str:
-        """Its id, which Celery and Flower call the task's too."""
-        return self._info.id
-
-    @property
-    def index(self) -> int:
-        """Its place in its batch, from 1."""
-        return self._info.index
-
-    @property
-    def spec(self) -> RenderSpec:
-        """What is to be rendered."""
-        return self._info.spec
-
-    @property
-    def state(self) -> JobState:
-        """Where it was when last looked at; `refresh` looks again."""
-        return self._info.state
-
-    @property
-    def error(self) -> str | None:
-        """Why it failed, or why its last try did."""
-        return self._info.error
-
-    @property
-    def eta_seconds(self) -> float | None:
-        """How long its remaining steps take, as of when last looked at; None if unknown, or if it does not run."""
-        return self._info.eta_seconds
-
-    @property
-    def info(self) -> JobInfo:
-        """All that SQL said of it when last looked at."""
-        return self._info
-
-    @property
-    def picture(self) -> Picture | None:
-        """Key, SHA-256, size and model of its picture; None unless it succeeded."""
-        return self._info.picture
-
-    def refresh(self) -> Self:
-        """Look at it again; returns itself."""
-        self._info = self._store.job(self.id)
-        return self
-
-    def wait(self, timeout: float | None = None) -> Self:
-        """Wait until it has ended; returns itself. Raises `TimeoutError` after `timeout` seconds."""
-        for _ in polls(timeout, f"{self.id} has not ended in time; it goes on"):
-            if self.refresh().state.terminal:
-                break
-        return self
-
-    def png(self) -> bytes:
-        """Its picture's bytes, checked against the SHA-256 in SQL.
-
-        Raises `JobNotSucceeded`, or `StorageUnavailable` if what is stored is not what was rendered.
-        """
-        return pictures.png(self._storage, self._looked_at())
-
-    def image(self) -> Image.Image:
-        """Its picture, waiting for it if need be; raises `JobNotSucceeded`."""
-        return pictures.decoded(self.wait().png())
-
-    def trajectory(self) -> list[Image.Image]:
-        """How it looked after each of its steps, first to last, as RGB images, waiting for it if need be.
-
-        Raises `NotFound` if its spec did not ask for that, and `JobNotSucceeded`.
-        """
-        return pictures.frames(self._film(1), self.spec.num_inference_steps)
-
-    def film_strip(self) -> Image.Image:
-        """Its steps on one page, waiting for it if need be; raises as `trajectory` does."""
-        return pictures.decoded(self._film(0))
-
-    def _film(self, which: int) -> bytes:
-        if self.spec.trajectory:
-            self.wait()
-        return self._storage.get(pictures.film_keys(self._info)[which])
-
-    def previews(self, *, vae: bool = False, timeout: float | None = None) -> Iterator[Preview]:
-        """How it looks on its way: each new preview until it ends, rough from the latents or decoded by the VAE.
-
-        Its worker makes them while somebody watches. Raises `TimeoutError` after `timeout` seconds; the job goes on.
-        """
-        return watch(
-            self._store,
-            self._storage,
-            self.id,
-            vae=vae,
-            timeout=timeout,
-            recent_steps=self._settings.preview_steps,
-        )
-
-    def preview(self, *, vae: bool = False, timeout: float | None = 60) -> Preview:
-        """How it looks now, or its picture if it ends meanwhile.
-
-        Raises `TimeoutError` after `timeout` seconds, and `JobNotSucceeded` if it ended without a picture.
-        """
-        shown = next(self.previews(vae=vae, timeout=timeout), None)
-        steps = self.spec.num_inference_steps
-        return shown or Preview(self.image(), steps, steps)
-
-    def url(self, seconds: int = 3600) -> str:
-        """A presigned address of its picture that anybody can open for that long; raises `JobNotSucceeded`."""
-        return self._storage.url(pictures.succeeded(self._looked_at()).key, seconds)
-
-    def download(self, folder: str | os.PathLike[str]) -> Path:
-        """Fetch its picture, and its film if it has one, into a folder; returns the picture's path."""
-        return pictures.download(self._storage, self._looked_at(), Path(folder))
-
-    def cancel(self) -> bool:
-        """Cancel it; False if it had ended. If it is running, it stops within a beat."""
-        return bool(self._store.cancel(job_id=self.id))
-
-    def pause(self) -> bool:
-        """Do not render it until `resume`; False if it had ended. If it is running, it stops within a beat."""
-        return bool(self._store.pause(job_id=self.id))
-
-    def resume(self) -> bool:
-        """Go on with it, from the step it was at; False if it had ended."""
-        return bool(self._store.resume(job_id=self.id))
-
-    def retry(self) -> bool:
-        """Give it all its tries anew; False unless it had failed."""
-        return bool(self._store.retry(job_id=self.id))
-
-    def attempts(self) -> list[AttemptInfo]:
-        """What became of each attempt that has ended: its worker, its times, its outcome and the reason."""
-        return self._store.attempts(self.id)
-
-    def _looked_at(self) -> JobInfo:
-        """What SQL says of it, again unless it had ended."""
-        return self._info if self.state.terminal else self.refresh().info
-
-    def __repr__(self) -> str:
-        return f"<Job {self.id} {self.state}: {self.spec.prompt!r:.60}>"
-
-    def _repr_png_(self) -> bytes | None:
-        return self.png() if self.picture is not None else None
-
-
-class Owner:
-    """Whoever submits under a name: all batches of theirs, those to come included."""
-
-    def __init__(self, store: JobStore, name: str) -> None:
-        self._store = store
-        self.name = name
-
-    def cancel(self) -> int:
-        """Cancel what has not ended of theirs; returns how many jobs that were."""
-        return self._store.cancel(owner=self.name)
-
-    def pause(self) -> int:
-        """Render nothing of theirs until `resume`; returns how many jobs that holds up now."""
-        return self._store.pause(owner=self.name)
-
-    def resume(self) -> int:
-        """Go on with what is theirs; returns how many jobs have not ended."""
-        return self._store.resume(owner=self.name)
-
-    def retry(self) -> int:
-        """Give all their failed jobs all their tries anew; returns how many jobs that were."""
-        return self._store.retry(owner=self.name)
-
-    def __repr__(self) -> str:
-        return f"<Owner {self.name!r}>"
