@@ -122,7 +122,7 @@ def _source(storage: Storage, job: JobInfo, *, full: bool) -> str:
         image = pictures.decoded(data).convert("RGB")
         image.thumbnail((_THUMBNAIL, _THUMBNAIL), Image.Resampling.LANCZOS)
         out = io.BytesIO()
-        image.save(out, "WEBP", quality=_QUALITY)
+        image.save(out, "WEBP", quality=_QUALITY, lossless=max(image.size) < _THUMBNAIL // 2)
         data, kind = out.getvalue(), "webp"
     return f"data:image/{kind};base64,{b64encode(data).decode()}"
 

@@ -246,7 +246,12 @@ def test_the_page_shows_the_bars(farm: Farm, flower: Flower, tmp_path: Path) -> 
 
 def test_a_watcher_sees_what_the_workers_hold_and_do(farm: Farm) -> None:
     batch = farm.submit(["a kite"] * 2, name="at work", model="slowly", num_inference_steps=100)
-    wait_until(lambda: any(load.seconds_per_step for load in farm.loads().values()), "its steps are measured")
+
+    def measured() -> bool:
+        now = farm.loads().values()  # what the test before has cancelled may still be on its way out
+        return [load.renders for load in now] == [2] and all(load.seconds_per_step for load in now)
+
+    wait_until(measured, "its steps are measured")
     ((name, load),) = farm.loads().items()
     (worker,) = [one for one in farm.workers() if one.name == name]
     assert (load.renders, worker.held) == (2, ("slowly", "swiftly"))
