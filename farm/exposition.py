@@ -47,6 +47,7 @@ class Exposition:
                 "to 0 for any, or to none"
             ) from error
         self._server.set_app(_pages(pages))
+        self._thread = threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True)
         self.port: int = self._server.server_port
         seen_as = _own_address(settings.broker_url) if host in _ANYWHERE else host
         self.url = f"http://{f'[{seen_as}]' if ':' in seen_as else seen_as}:{self.port}{METRICS}"
@@ -54,11 +55,12 @@ class Exposition:
 
     def start(self) -> None:
         """Answer from now on, in threads of its own."""
-        threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True).start()
+        self._thread.start()
 
     def close(self) -> None:
-        """Answer no more, once it has started."""
-        self._server.shutdown()
+        """Answer no more, and let go of the port."""
+        if self._thread.is_alive():  # else it would wait for ever for a loop that never was
+            self._server.shutdown()
         self._server.server_close()
 
 

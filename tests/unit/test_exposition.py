@@ -6,6 +6,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +16,8 @@ from prometheus_client import CollectorRegistry, Gauge
 from farm.db import Database
 from farm.errors import DatabaseUnavailable, NotConfigured
 from farm.exposition import Exposition
+from farm.local import parts
+from farm.local.home import Home
 from farm.metrics import FarmCollector, WorkerTargets, target
 from farm.records import WorkerInfo
 from farm.settings import Settings
@@ -64,6 +67,23 @@ def test_metrics_are_at_one_path_and_nothing_is_at_others() -> None:
 def test_a_port_that_is_taken_is_not_shared() -> None:
     with served(CollectorRegistry()) as exposition, pytest.raises(NotConfigured, match="FARM_METRICS_PORT"):
         Exposition(settings(metrics_port=exposition.port), CollectorRegistry())
+
+
+def test_who_never_answered_lets_go_of_its_port() -> None:
+    silent = Exposition(settings(), CollectorRegistry())
+    silent.close()
+    with served(CollectorRegistry(), metrics_port=silent.port):
+        pass
+
+
+def test_each_part_of_the_embedded_farm_has_a_port_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FARM_METRICS_PORT", "9400")
+    home = Home(tmp_path)
+    given = home.settings(home.access())
+    made = [parts.dispatcher(home, given), *(parts.worker(home, given, n, 2, None) for n in (1, 2))]  # type: ignore[arg-type]
+    assert [part.env["FARM_METRICS_PORT"] for part in made] == ["9400", "9401", "9402"]
+    for number, part in enumerate(made):
+        assert part.address.endswith(f"metrics http://127.0.0.1:{9400 + number}/metrics")
 
 
 def test_an_address_that_is_none_is_said() -> None:
@@ -124,7 +144,7 @@ def told(collector: FarmCollector) -> dict[str, float]:
     return {sample.name: sample.value for family in collector.collect() for sample in family.samples}
 
 
-def test_a_scrape_has_an_answer_while_sql_is_away(tmp_path: Any) -> None:
+def test_a_scrape_has_an_answer_while_sql_is_away(tmp_path: Path) -> None:
     away = Database(f"sqlite:///{tmp_path}/not/there/farm.db")
     assert told(FarmCollector(away, settings())) == {"farm_sql_up": 0}
     away.close()
