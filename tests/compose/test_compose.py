@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -76,6 +77,31 @@ def attempts(project: Project, batch: str) -> list[tuple[str, str]]:
     )
     said = project.outside(sys.executable, "-c", script, batch).stdout
     return [(worker, outcome) for worker, outcome in json.loads(said)]
+
+
+def rendering(project: Project, batch: str) -> dict[str, Any]:
+    """The container of a worker that renders a job of the batch now, once there is one."""
+
+    def found() -> dict[str, Any] | None:
+        names = {job["worker"] for job in project.farm("jobs", batch)["jobs"] if job["state"] == "running"}
+        return next((one for one in project.running("worker") if worker_name(one) in names), None)
+
+    container: dict[str, Any] = project.wait("a worker renders", found)
+    return container
+
+
+def worker_name(container: dict[str, Any]) -> str:
+    """What the farm calls the worker in a container."""
+    return f"cpu@{container['Config']['Hostname']}"
+
+
+def began(project: Project, worker: str) -> str:
+    """Since when a worker is there; empty if it is not."""
+    script = (
+        "import sys; from farm import Farm; "
+        "print(*(one.started_at for one in Farm().workers() if one.alive and one.name == sys.argv[1]))"
+    )
+    return project.outside(sys.executable, "-c", script, worker).stdout.strip()
 
 
 def test_the_migrations_ran_once_and_everything_else_becomes_healthy(project: Project) -> None:
@@ -159,14 +185,8 @@ def test_a_batch_ends_though_a_workers_container_is_killed_in_the_middle(project
     project.compose("up", "--detach", "--no-recreate", "--scale", "worker=2", "worker")
     project.wait("two workers are there", lambda: len(project.workers()) == 2)
     batch = submitted(project, "killed", count=24, steps=60)
-    victim = project.running("worker")[0]
-    name = f"cpu@{victim['Config']['Hostname']}"
-
-    def renders() -> bool:
-        jobs = project.farm("jobs", batch)["jobs"]
-        return any(job["state"] == "running" and job["worker"] == name for job in jobs)
-
-    project.wait("the worker renders", renders)
+    victim = rendering(project, batch)
+    name = worker_name(victim)
     project.engine.docker("kill", victim["Id"])
     say("killed it")
     project.wait("all have ended", lambda: counts(project, batch) == {"succeeded": 24}, seconds=300)
@@ -183,30 +203,22 @@ def test_scaled_to_three_the_workers_share_a_batch(project: Project) -> None:
 
 def test_a_worker_that_dies_comes_back_under_its_name(project: Project) -> None:
     victim = project.running("worker")[0]
+    before = began(project, worker_name(victim))
     os.kill(victim["State"]["Pid"], 9)
-
-    def back() -> bool:
-        (found,) = [found for found in project.containers("worker") if found["Id"] == victim["Id"]]
-        return found["RestartCount"] > 0 and found["State"]["Running"]
-
-    project.wait("it runs again", back)
-    project.wait("three workers are there", lambda: len(project.workers()) == 3)
-    assert f"cpu@{victim['Config']['Hostname']}" in project.workers()
+    say("killed its process")
+    project.wait("it is there anew", lambda: began(project, worker_name(victim)) not in ("", before))
+    (again,) = [found for found in project.containers("worker") if found["Id"] == victim["Id"]]
+    assert again["RestartCount"] == 1
+    assert len(project.workers()) == 3
 
 
 def test_a_worker_that_is_stopped_hands_its_jobs_back(project: Project) -> None:
     batch = submitted(project, "stopped", count=12, steps=200)
-    victim = project.running("worker")[0]
-    name = f"cpu@{victim['Config']['Hostname']}"
-
-    def renders() -> bool:
-        jobs = project.farm("jobs", batch)["jobs"]
-        return any(job["state"] == "running" and job["worker"] == name for job in jobs)
-
-    project.wait("the worker renders", renders)
-    began = time.monotonic()
+    victim = rendering(project, batch)
+    name = worker_name(victim)
+    asked = time.monotonic()
     project.engine.docker("stop", "--time", str(victim["Config"]["StopTimeout"]), victim["Id"])
-    say(f"stopped in {time.monotonic() - began:.0f} s")
+    say(f"stopped in {time.monotonic() - asked:.0f} s")
     (stopped,) = [found for found in project.containers("worker") if found["Id"] == victim["Id"]]
     assert stopped["State"]["ExitCode"] == 0
     assert name not in project.workers()
