@@ -105,7 +105,24 @@ CUSTOM = {
         closed(
             "selector endpoints",
             selector=closed(matchLabels={"type": "object"}),
-            endpoints={"type": "array", "items": closed(port=TEXT, path=TEXT, interval=TEXT)},
+            endpoints={
+                "type": "array",
+                "items": closed(
+                    port=TEXT,
+                    path=TEXT,
+                    interval=TEXT,
+                    relabelings={
+                        "type": "array",
+                        "items": closed(
+                            "targetLabel",
+                            sourceLabels={"type": "array", "items": TEXT},
+                            regex=TEXT,
+                            targetLabel=TEXT,
+                            replacement=TEXT,
+                        ),
+                    },
+                ),
+            },
         )
     ),
 }
