@@ -1,6 +1,6 @@
 """`Overview`: what somebody who watches the farm asks, again and again; each costs by what goes on, not by jobs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -12,7 +12,7 @@ from farm.db import now, now_plus
 from farm.queries import VISIBLE, JobQueries, in_state, models_in
 from farm.records import BatchStatus, JobInfo, job_info
 from farm.schema import BatchRow, JobCountRow, JobRow, OwnerRow
-from farm.states import ACTIVE, JobState
+from farm.states import JobState
 from farm.tempo import MOST_ENDINGS, Tempo, tempo
 
 _FIRST_JOBS = 100
@@ -92,22 +92,6 @@ class Overview(JobQueries):
             ):
                 counts.setdefault(batch_id, {})[JobState(state)] = int(count)
             return {row.id: self._told(session, row, counts.get(row.id, {}), bool(paused)) for row, paused in rows}
-
-    def _told(self, session: Session, row: BatchRow, counts: Mapping[JobState, int], owner_paused: bool) -> BatchStatus:
-        ended = None
-        if not any(counts.get(state) for state in ACTIVE):
-            ended = session.scalar(sa.select(sa.func.max(JobRow.finished_at)).where(JobRow.batch_id == row.id))
-        return BatchStatus(
-            id=row.id,
-            name=row.name,
-            owner=row.owner,
-            priority=row.priority,
-            total=row.total,
-            created_at=row.created_at,
-            counts={state: counts.get(state, 0) for state in JobState},
-            finished_at=ended,
-            paused=row.paused or owner_paused,
-        )
 
     def tempo(self, batch: BatchStatus) -> Tempo:
         """How fast a batch goes: from its last endings, or while it has none from its running jobs' measured steps."""

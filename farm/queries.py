@@ -1,6 +1,6 @@
 """`JobQueries`: what can be asked about batches, jobs and workers; nothing here changes any."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -65,11 +65,13 @@ class JobQueries:
             .where(JobCountRow.batch_id == row.id)
             .group_by(JobCountRow.state)
         ).all()
-        counts = {JobState(state): int(n) for state, n in found}
-        last = None
+        paused = session.scalar(sa.select(OwnerRow.paused).where(OwnerRow.name == row.owner))
+        return self._told(session, row, {JobState(state): int(n) for state, n in found}, bool(paused))
+
+    def _told(self, session: Session, row: BatchRow, counts: Mapping[JobState, int], owner_paused: bool) -> BatchStatus:
+        ended = None
         if not any(counts.get(state) for state in ACTIVE):
-            last = session.scalar(sa.select(sa.func.max(JobRow.finished_at)).where(JobRow.batch_id == row.id))
-        owner_paused = sa.select(OwnerRow.paused).where(OwnerRow.name == row.owner)
+            ended = session.scalar(sa.select(sa.func.max(JobRow.finished_at)).where(JobRow.batch_id == row.id))
         return BatchStatus(
             id=row.id,
             name=row.name,
@@ -78,8 +80,8 @@ class JobQueries:
             total=row.total,
             created_at=row.created_at,
             counts={state: counts.get(state, 0) for state in JobState},
-            finished_at=last,
-            paused=row.paused or bool(session.scalar(owner_paused)),
+            finished_at=ended,
+            paused=row.paused or owner_paused,
         )
 
     def job(self, job_id: str) -> JobInfo:

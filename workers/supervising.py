@@ -3,19 +3,18 @@
 import contextlib
 import hashlib
 import os
-import signal
 import socket
 import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import IO, Any, NoReturn
 
 from farm.backoff import Backoff
 from farm.db import Database
 from farm.errors import AlreadyRunning, FarmError, NotConfigured, ServiceUnavailable
+from farm.local.stopping import stop_signals
 from farm.local.tethered import Tethered
 from farm.settings import Settings
 from workers import gpus as driver
@@ -110,7 +109,7 @@ class Crew:
 
     def run(self) -> int:
         """Keep them running, from the main thread; returns the exit status."""
-        with self._signals():
+        with stop_signals(self._stop, self._hurry):
             try:
                 # One thread starts them all and lives as long as this process: the tether holds them to it.
                 while not self._stop.is_set() and not all(post.refused for post in self._posts):
@@ -137,21 +136,6 @@ class Crew:
                 for post in living:
                     _say(f"{post.name} did not stop in {self._stop_seconds:.0f} s: killed")
                 return
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        def handle(_number: int, _frame: FrameType | None) -> None:
-            if self._stop.is_set():
-                self._hurry.set()
-            self._stop.set()
-
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        before = {number: signal.signal(number, handle) for number in numbers}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 class Post:

@@ -2,12 +2,11 @@
 
 import contextlib
 import os
-import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Self
 
 from rich.console import Console
@@ -21,6 +20,7 @@ from farm.local import parts
 from farm.local.home import SERVICE_VARIABLES, Home
 from farm.local.keeping import Kept
 from farm.local.process import end_leftovers, rotate_log
+from farm.local.stopping import stop_signals
 from farm.settings import EMBEDDED_FILE, Settings
 
 POLL_SECONDS = 0.1
@@ -101,7 +101,7 @@ class LocalFarm:
 
         Call it from the main thread. Raises what `start` raises.
         """
-        with self._signals():
+        with stop_signals(self._stop, self._hurry):
             try:
                 self._say(f"starting the farm in {self.home.path}")
                 self.start()
@@ -159,21 +159,6 @@ class LocalFarm:
         named = sorted(SERVICE_VARIABLES & os.environ.keys())
         if named:
             self._say(f"warning: {', '.join(named)} set: commands with that environment don't use this farm")
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        def handle(_number: int, _frame: FrameType | None) -> None:
-            if self._stop.is_set():
-                self._hurry.set()
-            self._stop.set()
-
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        before = {number: signal.signal(number, handle) for number in numbers}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     # --- the keeper's thread --------------------------------------------------------------------------------
 
