@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 OUT    ?= out/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test chaos hosts-test compose-test bench-engine bench-queue bench-watching lint format clean
+.PHONY: help setup demo up test test-long chaos hosts-test compose-test bench-engine bench-queue bench-watching lint format clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,6 +20,9 @@ up: $(VENV)/.farm  ## start the embedded farm and keep it running until Ctrl-C
 
 test: $(VENV)/.dev  ## run all tests, against real servers (some ten minutes on two cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+test-long: $(VENV)/.dev  ## what takes a minute or more: the commands of docs/, the client in an environment of its own
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long $(ARGS)
 
 chaos: $(VENV)/.dev  ## strike at a farm of real processes for long: CHAOS_JOBS, CHAOS_MINUTES, CHAOS_SEED
 	$(BIN)/python -m pytest tests/chaos -m chaos $(ARGS)

@@ -10,7 +10,7 @@ settings.register_profile("short", max_examples=200, deadline=None)
 settings.register_profile("long", max_examples=10_000, deadline=None)
 settings.load_profile("short")
 
-ASKED_FOR = ("chaos", "compose", "hosts")
+ASKED_FOR = ("chaos", "compose", "hosts", "long")
 """Marks of what runs only when it is asked for: `pytest -m chaos`, as `make chaos` does."""
 
 

@@ -6,7 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.acceptance.conftest import ROOT, UserFarm
+
+pytestmark = pytest.mark.long
 
 SCRIPT = """
 import json, sys

@@ -146,6 +146,7 @@ def reader(postgres_url: str, valkey: str, s3: dict[str, str], tmp_path: Path) -
         shell.stop()
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_whoever_operates_a_farm_by_its_page_can(reader: Shell) -> None:
     page = ROOT / "docs" / "operate.md"
@@ -157,6 +158,7 @@ def test_whoever_operates_a_farm_by_its_page_can(reader: Shell) -> None:
         reader.type(line)
 
 
+@pytest.mark.long
 def test_whoever_secures_a_farm_by_its_page_can(reader: Shell) -> None:
     for line in ("farm migrate", "farm dispatcher", "farm worker --name first"):
         reader.type(line)
