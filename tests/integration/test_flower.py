@@ -193,7 +193,7 @@ def test_a_render_that_is_paused_shows_that_it_is_and_goes_on_from_its_step(farm
     wait_until(lambda: flower.task(job.id).get("state") == "PROGRESS", "its bar is there")
     batch.pause()
     wait_until(lambda: flower.task(job.id).get("state") == "RETRY", "it is shown as one that waits")
-    wait_until(lambda: "paused" in str(flower.task(batch.id)["result"]), "so is its batch")
+    wait_until(lambda: "paused" in str(flower.task(batch.id).get("result")), "so is its batch")
     stopped_at = int(str(flower.task(job.id)["result"]).rpartition(" ")[2].partition("/")[0])
     batch.resume()
     wait_until(lambda: flower.task(job.id).get("state") == "PROGRESS", "its bar goes on")

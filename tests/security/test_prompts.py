@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from farm import watching
 from farm.client import Farm
 from farm.errors import InvalidInput
 from farm.log import MOST_CHARS, Plain
@@ -24,7 +25,9 @@ from farm.spec import MAX_PROMPT_CHARS, RenderSpec
 from farm.states import JobState
 from farm.storage import checkpoint_key, image_key, preview_key, trajectory_keys
 from farm.submissions import new_batch_id
-from farm.tables import batch_table, job_table, printable, worker_table
+from farm.tables import batch_table, job_table, printable
+from farm.tempo import Tempo
+from farm.watching import Line, View
 from tests.security.conftest import HOSTILE
 from workers import png
 from workers.request import Rendered
@@ -130,9 +133,9 @@ def test_a_table_is_text_and_no_command_whatever_it_shows(text: str) -> None:
     counts = dict.fromkeys(JobState, 0)
     batch = BatchStatus(text, text, text, 50, 1, datetime.now(UTC), counts)
     worker = WorkerInfo(text, text, text, 8, text, ({"name": text},))
-    told = shown(
-        batch_table([batch]), job_table([job(text), replace(job(text), id=text)], whole=True), worker_table([worker])
-    )
+    view = View([Line(batch, Tempo(), text)], [worker], {}, [job(text)])
+    tables = batch_table([batch]), job_table([job(text), replace(job(text), id=text)], whole=True)
+    told = shown(*tables, watching.shown(view, 4000))
     assert all(char.isprintable() or char == "\n" for char in told)
     if text == HOSTILE["formats"]:
         assert text in told  # as it is: not as markup, not as a format

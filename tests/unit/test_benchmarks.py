@@ -1,5 +1,6 @@
 """The benchmark's harness, with next to no work: every measurement gives its row."""
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -156,7 +157,7 @@ def test_the_ceiling_is_told_once_the_first_row_is_measured(cases: Cases) -> Non
     assert cases.ceiling() == []
     cases.run(1)
     [line] = cases.ceiling()
-    assert "a full forward (4 rows)" in line
+    assert re.search(r"a full forward \(\d+ rows\) is at least [\d.]+ GFLOP", line)
 
 
 def test_the_ceiling_says_what_the_goal_asks_for() -> None:
@@ -171,8 +172,10 @@ def test_twice_the_rows_are_twice_the_flop(sides: tuple[Farm, Diffusers]) -> Non
     guided = work.uniform(4, 1, side=64, steps=3)
     plain = [spec.model_copy(update={"guidance_scale": 1.0}) for spec in guided]
     two, one = sides[0].full_forward(guided), sides[0].full_forward(plain)
-    assert (two.requests, two.rows, one.rows) == (2, 4, 2)
-    assert two.flop == 2 * one.flop > 0
+    # How many requests a full forward has is measured, and another number on a busy machine.
+    assert two.rows == 2 * two.requests
+    assert one.rows == one.requests
+    assert two.flop / two.rows == one.flop / one.rows > 0
 
 
 def test_fused_attention_is_counted(sides: tuple[Farm, Diffusers], monkeypatch: pytest.MonkeyPatch) -> None:
