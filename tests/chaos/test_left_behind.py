@@ -1,8 +1,6 @@
 """What a worker that is killed, or comes too late, does to the bucket at the one moment when nobody knows of it."""
 
 import hashlib
-import os
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -150,14 +148,13 @@ def test_a_checkpoint_that_a_frozen_worker_ends_writing_after_the_sweep_is_swept
             return any("checkpoint" in key for key in list(storage.keys()))
 
         wait_until(kept, "it is checkpointed")
-        os.kill(zombie.popen.pid, signal.SIGSTOP)
-        batch.cancel()
-        crew.dispatcher()
-        assert job.wait(60).state is JobState.CANCELLED
-        wait_until(lambda: not kept(), "its checkpoint is swept", 30)
-        # What was on its way when the worker froze.
-        storage.put(checkpoint_key(batch.id, 1, 1), b"state")
-        os.kill(zombie.popen.pid, signal.SIGCONT)
+        with crew.frozen(zombie):
+            batch.cancel()
+            crew.dispatcher()
+            assert job.wait(60).state is JobState.CANCELLED
+            wait_until(lambda: not kept(), "its checkpoint is swept", 30)
+            # What was on its way when the worker froze.
+            storage.put(checkpoint_key(batch.id, 1, 1), b"state")
         wait_until(lambda: not kept(), "what came after is swept too", 30)
 
 

@@ -6,12 +6,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from farm.client import Farm
+from farm.db import Database
 from farm.settings import Settings
 
 
@@ -104,6 +106,22 @@ class Crew:
             )
         self._started.append(Process(popen, log, name))
         return self._started[-1]
+
+    @contextmanager
+    def frozen(self, process: Process) -> Iterator[None]:
+        """A process stopped by SIGSTOP, outside any transaction, until the block ends.
+
+        SQLite has one writer: one that is frozen in the middle of writing holds up all others, and not its own work.
+        """
+        database = Database(self.settings.database_url)
+        with database.write():
+            process.popen.send_signal(signal.SIGSTOP)
+            os.waitid(os.P_PID, process.popen.pid, os.WSTOPPED | os.WNOWAIT)  # all of its threads
+        database.close()
+        try:
+            yield
+        finally:
+            process.popen.send_signal(signal.SIGCONT)
 
     def end(self) -> None:
         """Kill what still runs, and print what each said last: pytest shows it where a test has failed."""

@@ -1,7 +1,5 @@
 """The whole path with real processes: submit, dispatch, claim, render, upload, finish, whatever dies meanwhile."""
 
-import os
-import signal
 from itertools import islice
 
 import pytest
@@ -66,11 +64,10 @@ def test_a_frozen_worker_changes_nothing_when_it_wakes(farm: Farm, crew: Crew) -
     zombie = crew.worker("w1", SLOW)
     batch = farm.submit([f"prompt {n}" for n in range(4)], num_inference_steps=20)
     running(batch, 4)
-    os.kill(zombie.popen.pid, signal.SIGSTOP)
-    wait_until(lambda: batch.status().counts[JobState.RUNNING] == 0, "all leases lost")
-    crew.worker("w2", SLOW)
-    running(batch)
-    os.kill(zombie.popen.pid, signal.SIGCONT)
+    with crew.frozen(zombie):
+        wait_until(lambda: batch.status().counts[JobState.RUNNING] == 0, "all leases lost")
+        crew.worker("w2", SLOW)
+        running(batch)
     ended_well(farm, batch)
     assert {job.info.attempt for job in batch} == {2}  # it may take one of them anew, but finish none it had lost
 
