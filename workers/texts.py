@@ -6,7 +6,6 @@ from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import torch
-from diffusers.models.attention_processor import Attention
 
 Embedding = Mapping[str, torch.Tensor]
 """What the denoiser is told about one text: its keyword arguments, each (1, …). Nobody may write to it."""
@@ -93,6 +92,8 @@ def remember_texts(denoiser: torch.nn.Module) -> None:
 
     They depend on the texts alone; of a small model's forward on the CPU they are an eighth.
     """
+    from diffusers.models.attention_processor import Attention  # here, since it takes seconds, and workers import this
+
     for module in denoiser.modules():
         if isinstance(module, Attention) and module.is_cross_attention:
             module.to_k, module.to_v = _Remembering(module.to_k), _Remembering(module.to_v)

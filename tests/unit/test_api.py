@@ -42,3 +42,8 @@ HEAVY = {"torch", "diffusers", "transformers", "workers", "numpy"}
 def test_importing_the_client_loads_no_torch_and_nothing_that_renders(module: str) -> None:
     code = f"import sys, {module}; sys.exit(', '.join({HEAVY!r} & set(sys.modules)) or 0)"
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+
+
+def test_a_worker_loads_diffusers_with_its_first_model_and_not_before() -> None:
+    code = "import sys, workers.serving; sys.exit(', '.join({'diffusers', 'transformers'} & set(sys.modules)) or 0)"
+    subprocess.run([sys.executable, "-c", code], check=True)
