@@ -167,6 +167,7 @@ def test_whoever_secures_a_farm_by_its_page_can(reader: Shell) -> None:
         reader.type(span)
 
 
+@pytest.mark.long
 def test_what_the_pages_say_of_an_embedded_farm_works_beside_one(user: UserFarm) -> None:
     shell = Shell(user.folder, user.env)
     for page in PAGES:

@@ -33,8 +33,10 @@ def keys(farm: Farm, batch_id: str) -> list[str]:
 
 
 def checkpointed(farm: Farm, job: Job) -> None:
-    """Wait until a job's state lies in the bucket, and SQL knows."""
-    wait_until(lambda: any("checkpoint" in key for key in keys(farm, job.info.batch_id)), "a checkpoint is written")
+    """Wait until a job's state lies in the bucket."""
+    storage, batch_id = Storage(farm.settings), job.info.batch_id
+    wait_until(lambda: any("checkpoint" in key for key in storage.keys(f"{batch_id}/")), "a checkpoint is written")
+    storage.close()
 
 
 def resumed(worker: Process) -> int:
@@ -91,7 +93,7 @@ def test_a_draining_worker_finishes_what_it_can_and_another_goes_on_with_the_res
 def test_a_resumed_picture_of_a_real_model_is_the_uninterrupted_one(farm: Farm, crew: Crew, tmp_path: Path) -> None:
     folder = build_checkpoint(tmp_path / "random")
     spec = RenderSpec(
-        prompt="a red circle", seed=3, num_inference_steps=200, guidance_scale=3, scheduler="euler_a", model="random"
+        prompt="a red circle", seed=3, num_inference_steps=500, guidance_scale=3, scheduler="euler_a", model="random"
     )
     crew.dispatcher()
     first = crew.worker("w1", f"random={folder}", FARM_CHECKPOINT_STEPS=20, FARM_DETERMINISTIC="true")

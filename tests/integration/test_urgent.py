@@ -1,12 +1,14 @@
 """An urgent job through the whole farm, while bulk work fills a worker's slots and threads and waits for more."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import redis
 
 from farm.broker import Broker
 from farm.client import Batch, Farm
+from farm.settings import Settings
 from farm.spec import URGENT
 from farm.states import JobState
 from tests.integration.conftest import Crew, wait_until
@@ -21,6 +23,14 @@ PACED = "tiny=null:?seconds_per_step=0.05"
 def database_url(sqlite_url: str) -> str:
     """One kind of database is enough here."""
     return sqlite_url
+
+
+@pytest.fixture
+def crew(settings: Settings, tmp_path: Path) -> Iterator[Crew]:
+    """Nobody dies here: no lease is to run out, however long the machine stands still."""
+    crew = Crew(settings.model_copy(update={"lease_seconds": 600.0, "beat_seconds": 0.4}), tmp_path)
+    yield crew
+    crew.end()
 
 
 @pytest.fixture
