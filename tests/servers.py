@@ -41,6 +41,7 @@ def embedded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
     try:
         with farm:
             yield farm.settings
+            farm.kill()  # nobody wants to read what it holds
     except NotConfigured as error:
         missing(str(error))
 

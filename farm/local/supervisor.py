@@ -96,6 +96,11 @@ class LocalFarm:
             self._keeper = None
         self.home.release()
 
+    def kill(self) -> None:
+        """Stop every part at once: what renders is not drained, and is lost with its worker until another has it."""
+        self._hurry.set()
+        self.stop()
+
     def run(self) -> None:
         """Start, show what runs where, and stop when SIGINT, SIGTERM or SIGHUP comes; a second one stops at once.
 
