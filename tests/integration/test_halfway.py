@@ -32,11 +32,9 @@ def keys(farm: Farm, batch_id: str) -> list[str]:
     return found
 
 
-def checkpointed(farm: Farm, job: Job) -> None:
-    """Wait until a job's state lies in the bucket."""
-    storage, batch_id = Storage(farm.settings), job.info.batch_id
-    wait_until(lambda: any("checkpoint" in key for key in storage.keys(f"{batch_id}/")), "a checkpoint is written")
-    storage.close()
+def checkpointed(worker: Process, job: Job) -> None:
+    """Wait until a job's state lies in the bucket, and SQL knows."""
+    wait_until(lambda: f"checkpointed job_id={job.id} " in worker.log.read_text(), "a checkpoint is written")
 
 
 def resumed(worker: Process) -> int:
@@ -55,7 +53,7 @@ def test_a_job_of_a_killed_worker_goes_on_where_it_was_checkpointed(farm: Farm, 
     first = crew.worker("w1", SLOW, FARM_CHECKPOINT_STEPS=5)
     batch = farm.submit(RenderSpec(prompt="long", seed=7, num_inference_steps=60), name="long")
     job = next(iter(batch))
-    checkpointed(farm, job)
+    checkpointed(first, job)
     first.kill()
     second = crew.worker("w2", SLOW, FARM_CHECKPOINT_STEPS=5)
     job.wait(90)
@@ -66,10 +64,10 @@ def test_a_job_of_a_killed_worker_goes_on_where_it_was_checkpointed(farm: Farm, 
 
 
 def test_the_time_since_the_last_checkpoint_counts_too(farm: Farm, crew: Crew) -> None:
-    crew.worker("w1", SLOW, FARM_CHECKPOINT_SECONDS=1)
+    worker = crew.worker("w1", SLOW, FARM_CHECKPOINT_SECONDS=1)
     batch = farm.submit("long", num_inference_steps=40)
     job = next(iter(batch))
-    checkpointed(farm, job)
+    checkpointed(worker, job)
     assert job.wait(90).state is JobState.SUCCEEDED
     wait_until(lambda: keys(farm, batch.id) == [job.picture.key], "nothing but the picture is left")
 
@@ -98,7 +96,7 @@ def test_a_resumed_picture_of_a_real_model_is_the_uninterrupted_one(farm: Farm, 
     crew.dispatcher()
     first = crew.worker("w1", f"random={folder}", FARM_CHECKPOINT_STEPS=20, FARM_DETERMINISTIC="true")
     job = next(iter(farm.submit(spec)))
-    checkpointed(farm, job)
+    checkpointed(first, job)
     first.kill()
     second = crew.worker("w2", f"random={folder}", FARM_DETERMINISTIC="true")
     resumed_image = job.image()
