@@ -15,13 +15,16 @@ MOST_BYTES = 2**30
 
 
 class Embeddings:
-    """The embeddings of the texts used last, and what was left out of each. Safe to use from many threads."""
+    """The embeddings of the texts used last, and what was left out of each.
+
+    Many threads may ask at once; one text is embedded at a time.
+    """
 
     def __init__(self, most: int, most_bytes: int = MOST_BYTES) -> None:
         self._most, self._most_bytes = most, most_bytes
         self._kept: OrderedDict[tuple[str, Hashable], tuple[Embedding, list[str]]] = OrderedDict()
         self._bytes = 0
-        self._lock = threading.Lock()
+        self._lock, self._making = threading.Lock(), threading.Lock()
         self.hits = self.misses = 0
 
     def get(
@@ -29,22 +32,34 @@ class Embeddings:
     ) -> tuple[Embedding, list[str]]:
         """A text's embedding, made in one of several ways, unless it is here already."""
         key = (text, how)
-        with self._lock:
-            if key in self._kept:
-                self.hits += 1
-                self._kept.move_to_end(key)
-                return self._kept[key]
-            self.misses += 1
-        made = make()
-        with self._lock:
-            if self._most and key not in self._kept:
-                self._kept[key] = made
-                self._bytes += _bytes(made[0])
-                # The empty prompt is most people's negative: it never leaves.
-                leaving = [kept for kept in self._kept if kept[0] and kept != key]
-                while leaving and (len(self._kept) > self._most or self._bytes > self._most_bytes):
-                    self._bytes -= _bytes(self._kept.pop(leaving.pop(0))[0])
+        if (kept := self._find(key)) is not None:
+            return kept
+        # A tokenizer keeps the last call's padding and truncation: two calls at once get each other's.
+        with self._making:
+            if (kept := self._find(key)) is not None:
+                return kept
+            made = make()
+            with self._lock:
+                self.misses += 1
+                if self._most:
+                    self._keep(key, made)
         return made
+
+    def _find(self, key: tuple[str, Hashable]) -> tuple[Embedding, list[str]] | None:
+        with self._lock:
+            if key not in self._kept:
+                return None
+            self.hits += 1
+            self._kept.move_to_end(key)
+            return self._kept[key]
+
+    def _keep(self, key: tuple[str, Hashable], made: tuple[Embedding, list[str]]) -> None:
+        self._kept[key] = made
+        self._bytes += _bytes(made[0])
+        # The empty prompt is most people's negative: it never leaves.
+        leaving = [kept for kept in self._kept if kept[0] and kept != key]
+        while leaving and (len(self._kept) > self._most or self._bytes > self._most_bytes):
+            self._bytes -= _bytes(self._kept.pop(leaving.pop(0))[0])
 
 
 def _bytes(embedding: Embedding) -> int:

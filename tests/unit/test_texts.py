@@ -1,5 +1,9 @@
 """What is made of texts is kept within bounds, and made anew only for other texts."""
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 from diffusers.models.attention_processor import Attention
 
@@ -37,6 +41,24 @@ def test_large_embeddings_leave_before_there_are_many() -> None:
         asked(kept, str(number), size=30)
     assert [asked(kept, str(number), size=30) for number in (17, 18, 19)] == [False] * 3
     assert asked(kept, "16", size=30)
+
+
+def test_one_text_is_made_at_a_time_and_for_all_who_wait_for_it() -> None:
+    kept, asking, making, alone = Embeddings(8), threading.Barrier(6), threading.Lock(), []
+
+    def make() -> tuple[dict[str, torch.Tensor], list[str]]:
+        alone.append(making.acquire(blocking=False))
+        time.sleep(0.05)  # whoever else makes one does so now
+        making.release()
+        return {"encoder_hidden_states": torch.zeros(1)}, []
+
+    def ask(text: str) -> None:
+        asking.wait()
+        kept.get(text, None, make)
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(ask, "aaabbb"))
+    assert (alone, kept.hits, kept.misses) == ([True, True], 4, 2)
 
 
 def test_no_memory_keeps_nothing() -> None:
