@@ -143,13 +143,15 @@ class Attempts(Leases):
             **left,
         )
 
-    def hand_back(self, claim: Claim, why: str = "its worker stops") -> bool:
-        """Give a claimed job back to the backlog, unrendered, at no cost; False if the claim no longer holds."""
-        return self._end(
-            claim,
-            {"outcome": _unless_cancelled(Outcome.HANDED_BACK), "reason": why},
-            **leave_running(sa.literal(JobState.PENDING.value), JobRow.error),
-        )
+    def hand_back(self, claim: Claim, why: str = "its worker stops", *, elsewhere: bool = False) -> bool:
+        """Give a claimed job back to the backlog, unrendered, at no cost; False if the claim no longer holds.
+
+        One that is to go `elsewhere` is left to another worker, if there is one, and comes back after a while.
+        """
+        left = leave_running(sa.literal(JobState.PENDING.value), JobRow.error)
+        if elsewhere:
+            left |= {"avoid_worker": JobRow.worker, "not_before": now_plus(sa.literal(self._backoff.seconds(1)))}
+        return self._end(claim, {"outcome": _unless_cancelled(Outcome.HANDED_BACK), "reason": why}, **left)
 
     def stopped(self, claim: Claim) -> bool:
         """Record that a claimed job is no longer rendered because it was cancelled; False if the claim is void."""

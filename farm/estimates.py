@@ -9,7 +9,6 @@ import sqlalchemy as sa
 from farm.db import Database
 from farm.queries import ACCEPTED, in_state
 from farm.schema import BatchRow, JobRow
-from farm.sizes import row_pixels
 from farm.spec import RenderSpec
 from farm.states import JobState
 
@@ -47,7 +46,7 @@ def work(spec: RenderSpec, width: int, height: int) -> int:
 
     `width` and `height` (pixels) are the model's own.
     """
-    return spec.num_inference_steps * row_pixels(spec, width, height)
+    return spec.num_inference_steps * spec.row_pixels(width, height)
 
 
 def speeds(db: Database) -> dict[str, Speed]:

@@ -6,19 +6,9 @@ from typing import Any
 import sqlalchemy as sa
 
 from farm.schema import JobRow
-from farm.spec import RenderSpec
 
 MOST = "most_row_pixels"
-"""What a worker's model is described with once a picture did not fit: larger ones than this do not either."""
-
-
-def row_pixels(spec: RenderSpec, width: int, height: int) -> int:
-    """What memory goes by: pixels, times the rows of its forward, which are two with guidance.
-
-    `width` and `height` (pixels) are the model's own, for a spec without.
-    """
-    rows = 2 if spec.guidance_scale > 1 or spec.true_cfg_scale > 1 else 1
-    return (spec.width or width) * (spec.height or height) * rows
+"""What a worker's model is described with when it is known: a picture of more `RenderSpec.row_pixels` does not fit."""
 
 
 def fits(most: int) -> sa.ColumnElement[bool]:

@@ -132,6 +132,14 @@ class RenderSpec(BaseModel):
         except ValidationError as error:
             raise InvalidInput([_problem(where, detail) for detail in error.errors()]) from error
 
+    def row_pixels(self, width: int, height: int) -> int:
+        """What memory goes by: pixels, times the rows of its forward, which are two with guidance.
+
+        `width` and `height` (pixels) are the model's own, for a spec without.
+        """
+        rows = 2 if self.guidance_scale > 1 or self.true_cfg_scale > 1 else 1
+        return (self.width or width) * (self.height or height) * rows
+
     def sha256(self) -> str:
         """The hash of what is asked for; equal specs have equal hashes, however they were written."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()

@@ -72,7 +72,7 @@ def keep_freed_memory() -> None:
 def memory(device: torch.device) -> tuple[int, int] | None:
     """Bytes used and bytes there are of a device's memory, by whoever uses it; None if that can't be told.
 
-    On the CPU it is this process' part of the machine's memory, or of what its container may have.
+    On the CPU it is this process' part of the machine's memory, or of what its container or its limits allow.
     """
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
@@ -85,6 +85,11 @@ def memory(device: torch.device) -> tuple[int, int] | None:
         return None
     with suppress(OSError, ValueError):  # a number only where there is a limit
         total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    with suppress(OSError, ValueError, ImportError):
+        import resource  # not on every platform
+
+        limit, _ = resource.getrlimit(resource.RLIMIT_DATA)
+        total = min(total, limit if limit != resource.RLIM_INFINITY else total)
     return used, total
 
 

@@ -21,7 +21,7 @@ from farm.jobs import JobStore
 from farm.model_store import parse_reference
 from farm.records import Claim, Pace, Picture, WorkerInfo
 from farm.settings import Settings
-from farm.sizes import MOST, row_pixels
+from farm.sizes import MOST
 from farm.spec import RenderSpec
 from farm.states import Outcome
 from farm.storage import Storage
@@ -39,6 +39,7 @@ from workers.progress import ProgressBars
 from workers.remote_models import FARM, is_remote
 from workers.reporting import Reporter
 from workers.request import Progress
+from workers.room import most_row_pixels
 from workers.standing import RESTATE_SECONDS, standing
 from workers.warming import warm
 
@@ -161,12 +162,17 @@ class Worker:
         if name not in self.pins.held:
             return {"name": name}
         with self.pins.using(name) as pipeline:
+            there_is = memory(self.device)
+            most = most_row_pixels(pipeline, there_is[1]) if there_is else None
+            if most is not None:
+                log.info("no memory for pictures of model=%s beyond %d pixels, rows counted", name, most)
             return {
                 "name": name,
                 "sha256": pipeline.sha256,
                 "bytes": pipeline.nbytes,
                 "family": pipeline.family,
                 "samplers": pipeline.samplers,
+                **({} if most is None else {MOST: most}),
             }
 
     def live(self) -> None:
@@ -175,11 +181,17 @@ class Worker:
         self._heart.start()
         self._guard.start()
 
+    def has_room(self, spec: RenderSpec) -> bool:
+        """Whether there may be memory here for a picture of that size."""
+        with self._lock:
+            most = next((model.get(MOST) for model in self.info.models if model["name"] == spec.model), None)
+        return most is None or not spec.width or not spec.height or spec.row_pixels(spec.width, spec.height) <= most
+
     def no_room(self, spec: RenderSpec) -> None:
         """Make known that there is no memory here for a picture of that size, until this worker starts anew."""
         if spec.width is None or spec.height is None:
             return  # the model's own size: nobody who submits knows what that is
-        most = row_pixels(spec, spec.width, spec.height) - 1
+        most = spec.row_pixels(spec.width, spec.height) - 1
         with self._lock:
             models = [
                 {**model, MOST: min([most, *filter(None, [model.get(MOST)])])} if model["name"] == spec.model else model

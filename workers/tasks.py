@@ -79,6 +79,8 @@ def _claim(worker: Worker, job_id: str) -> Held | None:
 def _render(worker: Worker, held: Held) -> str | None:
     claim, store = held.claim, worker.store
     try:
+        if not worker.has_room(claim.spec):  # to try would end the worker on the CPU, and all that it renders
+            raise _handed_back(worker, held, "no memory for it here", elsewhere=True)
         request = RenderRequest(claim.job_id, claim.spec, claim.priority, resume=_resumed(worker, claim))
         future = worker.engine.submit(request)
         worker.observer.begin(held)
@@ -116,11 +118,12 @@ def _render(worker: Worker, held: Held) -> str | None:
         raise
 
 
-def _handed_back(worker: Worker, held: Held) -> Retry:
+def _handed_back(worker: Worker, held: Held, why: str = "its worker stops", *, elsewhere: bool = False) -> Retry:
     """Give a job back to the backlog, at no cost to it; what its task ends with."""
-    why = "paused" if held.paused.is_set() else "its worker stops"
+    why = "paused" if held.paused.is_set() else why
+    store, seconds = worker.store, worker.settings.drain_seconds / 4
     # If SQL is away now, the lease runs out and does the same.
-    back = _insist(lambda: worker.store.hand_back(held.claim, why), seconds=worker.settings.drain_seconds / 4)
+    back = _insist(lambda: store.hand_back(held.claim, why, elsewhere=elsewhere), seconds=seconds)
     held.outcome = Outcome.HANDED_BACK if back else Outcome.LOST
     return Retry(f"handed back: {why}", exc=RenderHandedBack(why))
 

@@ -76,9 +76,11 @@ class Crew:
         """Start a standing dispatcher."""
         return self._start("dispatcher", ["farm", "dispatcher"], env)
 
-    def worker(self, name: str = "w1", models: str = "tiny=null:", slots: int = 4, **env: object) -> Process:
-        """Start a worker and wait until it is known."""
-        process = self.start_worker(name, models, FARM_SLOTS=slots, **env)
+    def worker(
+        self, name: str = "w1", models: str = "tiny=null:", slots: int = 4, *, memory: str = "unlimited", **env: object
+    ) -> Process:
+        """Start a worker and wait until it is known; it may take `memory` KiB."""
+        process = self.start_worker(name, models, memory=memory, FARM_SLOTS=slots, **env)
         with Farm(self.settings) as farm:
             wait_until(
                 lambda: (
@@ -90,15 +92,15 @@ class Crew:
         assert process.popen.poll() is None, process.log.read_text()
         return process
 
-    def start_worker(self, name: str, models: str, **env: object) -> Process:
+    def start_worker(self, name: str, models: str, *, memory: str = "unlimited", **env: object) -> Process:
         """Start a worker, and wait for nothing."""
-        return self._start(name, ["workers", "--name", name], {"FARM_MODELS": models, **env})
+        return self._start(name, ["workers", "--name", name], {"FARM_MODELS": models, **env}, memory)
 
-    def _start(self, name: str, module: list[str], env: dict[str, object]) -> Process:
+    def _start(self, name: str, module: list[str], env: dict[str, object], memory: str = "unlimited") -> Process:
         log = self._folder / f"{name}-{len(self._started)}.log"
         with log.open("wb") as stream:
             popen = subprocess.Popen(
-                [sys.executable, "-m", *module],
+                ["sh", "-c", 'ulimit -d "$0"; exec "$@"', memory, sys.executable, "-m", *module],
                 env=environment(self.settings, **env),
                 stdout=stream,
                 stderr=subprocess.STDOUT,

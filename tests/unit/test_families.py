@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from farm.errors import BadRequest, ModelError
 from farm.spec import RenderSpec
@@ -244,3 +245,18 @@ def test_latents_of_flux_lie_packed_as_diffusers_has_them(loaded: dict[str, Any]
     ours = encoded(flux, width=96, height=80, scheduler="euler").latents
     assert ours.shape == (1, 5, 6, 64)
     assert torch.equal(ours.flatten(1, 2), theirs)
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_what_a_forward_takes_is_known_before_it_takes_it(loaded: dict[str, Any], name: str) -> None:
+    pipeline, request = loaded[name], encoded(loaded[name], width=192, height=192)
+    with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        inputs = torch.cat([request.latents] * request.rows)
+        pipeline.forward(inputs, torch.ones(request.rows), request.conditioning)
+    now = peak = 0
+    for event in profiled.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    # What operators use within themselves, such as a convolution in another layout, is not counted.
+    assert 0.75 * peak <= pipeline.forward_bytes(request) <= peak

@@ -65,6 +65,7 @@ def test_nothing_more_of_a_job_is_written_once_its_picture_is_recorded() -> None
     image = Image.new("RGB", (8, 8))
     rendered = Rendered(image, "tiny", "0" * 64, 8, 8, 1, "none", "cpu", "float32", 0.1)
     worker = SimpleNamespace(
+        has_room=lambda _: True,
         name="w",
         storage=SimpleNamespace(put=lambda *_: done.append("put"), bucket="farm"),
         observer=SimpleNamespace(end=lambda _: done.append("end"), forget=lambda _: done.append("forget")),
@@ -83,10 +84,11 @@ def test_a_job_whose_model_was_still_on_its_way_when_its_worker_stopped_is_hande
         raise ModelUnavailable("this worker stops, and fetches no more")
 
     worker = SimpleNamespace(
+        has_room=lambda _: True,
         draining=threading.Event(),
         engine=SimpleNamespace(submit=submit),
         settings=SimpleNamespace(drain_seconds=1.0),
-        store=SimpleNamespace(hand_back=lambda *given: handed.append(given) or True),
+        store=SimpleNamespace(hand_back=lambda *given, **_: handed.append(given) or True),
     )
     held = Held(claim)
     with pytest.raises(Retry, match="its worker stops"):
@@ -103,6 +105,7 @@ def test_of_a_job_that_another_attempt_has_now_flower_hears_from_that_one_only()
     held.lost.set()
     released: list[Held] = []
     worker = SimpleNamespace(
+        has_room=lambda _: True,
         draining=threading.Event(),
         claim=lambda _: held,
         release=released.append,

@@ -41,7 +41,6 @@ class Pipeline(Protocol):
     @property
     def native_size(self) -> tuple[int, int]:
         """(width, height) in pixels, of a spec that names none."""
-        ...
 
     def plan(self, request: RenderRequest) -> tuple[int, ...]:
         """Set the request's rows and sampling; the shape of its latents, without the row dimension.
@@ -49,14 +48,12 @@ class Pipeline(Protocol):
         Called once a request, before all else, by the thread that submits it. Requests of one pipeline with equal
         shapes may share forwards. Raises `BadRequest` if the model can't draw that size or be sampled so.
         """
-        ...
 
     def encode(self, request: RenderRequest) -> None:
         """Set the request's latents, generator, conditioning and warnings, and what `sampling.start` sets.
 
         Called once a request, before it stands in line. Whatever it raises fails this request alone.
         """
-        ...
 
     def denoise(self, requests: Sequence[RenderRequest], rows: int | None = None) -> torch.Tensor:
         """One forward for all of them: their guided outputs, float32, (requests, *shape).
@@ -65,7 +62,6 @@ class Pipeline(Protocol):
         if that is given and more than theirs. Whatever it raises fails none for its neighbours: the engine tries again
         with fewer.
         """
-        ...
 
     def step(self, requests: Sequence[RenderRequest], outputs: torch.Tensor) -> torch.Tensor:
         """Replace the requests' latents by those one timestep further, and return them, (requests, *shape).
@@ -73,18 +69,18 @@ class Pipeline(Protocol):
         The engine counts `step_index` up. Called once a forward for all requests without a `scheduler` of their own,
         and once for each of the others.
         """
-        ...
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Pictures of (n, *shape) latents: float32 in [0, 1], (n, 3, height, width) in pixels.
 
         Called with those that finish together; if it raises, once more for each alone.
         """
-        ...
 
     def preview(self, latents: torch.Tensor) -> torch.Tensor:
         """What (n, *shape) latents roughly show, cheaply: like `decode`, but small whatever the picture's size."""
-        ...
+
+    def forward_bytes(self, request: RenderRequest) -> int:
+        """Bytes of memory that a forward of an encoded request takes at least beside the parameters; 0 if unknown."""
 
 
 @cache

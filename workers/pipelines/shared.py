@@ -18,6 +18,7 @@ from workers.loading import Options, Report, load_pipe
 from workers.noise_schedulers import NoiseSchedulers
 from workers.request import RenderRequest
 from workers.texts import Embedding, Embeddings, left_out, remember_texts
+from workers.traced import peak_bytes
 from workers.vae import decode, shrunk
 
 _GRAPHS = 1024
@@ -47,9 +48,7 @@ class DiffusersPipeline(ABC):
     ) -> None:
         """Load a checked checkpoint onto the device. Raises `ModelError`, or `torch.OutOfMemoryError`."""
         pipe = self.amended(load_pipe(checkpoint, device, dtype, report))
-        self.name = checkpoint.source
-        self.sha256 = checkpoint.sha256
-        self.family = checkpoint.family
+        self.name, self.sha256, self.family = checkpoint.source, checkpoint.sha256, checkpoint.family
         self.pipe = pipe
         self.denoiser = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
         self.device: torch.device = pipe.device
@@ -67,8 +66,6 @@ class DiffusersPipeline(ABC):
         self._schedulers = NoiseSchedulers(pipe.scheduler, self.family, self.samplers, self.name)
         self.embeddings = Embeddings(kw.get("embeddings", 1024))
         self._gathered: tuple[Sequence[Embedding], int, Embedding] = ((), 0, {})
-
-    # --- what a family says
 
     def amended(self, pipe: Any) -> Any:
         """Diffusers' pipeline, with what is not as it should be changed."""
@@ -108,8 +105,6 @@ class DiffusersPipeline(ABC):
         """Latents as the VAE's decoder takes them: (n, channels, height, width)."""
         config = self.pipe.vae.config
         return latents / float(config.scaling_factor) + float(config.shift_factor or 0)
-
-    # --- the verbs
 
     @property
     def native_size(self) -> tuple[int, int]:
@@ -198,6 +193,15 @@ class DiffusersPipeline(ABC):
     def preview(self, latents: torch.Tensor) -> torch.Tensor:
         """The same of shrunk latents: a linear map to RGB is cheaper, but does not suit every VAE."""
         return decode(self.pipe.vae, shrunk(self.unscaled(latents)), self.pipe.vae_scale_factor)
+
+    def forward_bytes(self, request: RenderRequest) -> int:
+        """Traced; half of that if it is compiled, for then not all that operators make ever exists."""
+
+        def forward() -> torch.Tensor:
+            inputs = torch.cat([request.latents] * request.rows).to(self.dtype)
+            return self.forward(inputs, torch.ones(request.rows, device=self.device), request.conditioning)
+
+        return peak_bytes(forward) // (2 if self.compiled else 1)
 
     def _embedded(self, text: str, clip_skip: int | None, negative: bool) -> tuple[Embedding, list[str]]:
         return self.embed(text, clip_skip, negative=negative), left_out(self.pipe, text, self.token_limits)
