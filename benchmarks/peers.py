@@ -1,8 +1,10 @@
 """Other task queues on the same Redis: how fast each takes many jobs in, each by its own fastest documented way."""
 
+import io
 import os
 import time
 from collections.abc import Callable
+from functools import cache
 from urllib.parse import urlsplit
 
 import dramatiq
@@ -10,10 +12,12 @@ import redis
 from celery import Celery, group
 from dramatiq.brokers.redis import RedisBroker
 from huey import RedisHuey
+from PIL import Image
 from rq import Queue
 
 from farm.broker import make_app
 from farm.settings import Settings
+from farm.storage import Storage
 
 # A bare worker of Celery's: `celery -A benchmarks.peers worker`.
 app: Celery = make_app(Settings.load()) if os.environ.get("FARM_BROKER_URL") else Celery()
@@ -22,6 +26,24 @@ app: Celery = make_app(Settings.load()) if os.environ.get("FARM_BROKER_URL") els
 @app.task(name="nothing")
 def nothing(job_id: str) -> None:
     """A task that does nothing."""
+
+
+@app.task(name="put")
+def put(job_id: str) -> None:
+    """A task that puts a small PNG into S3, and does nothing else."""
+    _storage().put(f"bench/{job_id.rpartition(' ')[2]}.png", _png(), "image/png")
+
+
+@cache
+def _storage() -> Storage:
+    return Storage(Settings.load())
+
+
+@cache
+def _png() -> bytes:
+    data = io.BytesIO()
+    Image.new("RGB", (64, 64), "red").save(data, "PNG")
+    return data.getvalue()
 
 
 def prompt(n: int) -> str:

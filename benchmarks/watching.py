@@ -1,9 +1,11 @@
 """What it costs to be watched: `python -m benchmarks.watching`, one table at the end.
 
-The same farm renders the same jobs by turns with nobody looking and with everything that can look: metrics of the
-dispatcher and the worker fetched every second, Flower with its bars and rows, and `farm watch` on a terminal. All of it
-shares the cores with the farm. Once the small model is rendered on the CPU; once forwards only take their time, as on a
-GPU, where the cores are there for all else: there it also shows how much of the cores it takes.
+Two farms of one kind render the same jobs on the same cores, by turns of some seconds: while one runs, all processes of
+the other are stopped. Nobody looks at the one. At the other looks everything that can: metrics of dispatcher and worker
+are fetched every second, Flower shows its bars and rows, `farm watch` runs on a terminal, all on the same cores.
+Short turns, since machines drift: what is compared are two turns side by side. Once the small model is rendered on the
+CPU; once forwards only take their time, as on a GPU, where the cores are there for all else: there it also shows how
+much of the cores it takes.
 """
 
 import argparse
@@ -12,7 +14,9 @@ import logging
 import os
 import pty
 import random
+import re
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -30,7 +34,6 @@ from typing import Any
 
 import psutil
 import redis
-import sqlalchemy as sa
 
 from benchmarks.rows import Row
 from benchmarks.table import table, where
@@ -38,7 +41,6 @@ from farm.client import Farm
 from farm.db import Database
 from farm.environment import variables
 from farm.local import LocalFarm
-from farm.schema import JobRow
 from farm.settings import Settings
 
 log = logging.getLogger("benchmarks")
@@ -46,7 +48,8 @@ log = logging.getLogger("benchmarks")
 GOAL = 2.0
 """Per cent of the throughput."""
 SLOTS = 16
-_WARM = 24
+_TURN_SECONDS, _SETTLE_SECONDS = 2.5, 1.0
+_MOST_JOBS_A_SECOND = 40
 _READY_SECONDS = 120.0
 
 
@@ -56,43 +59,43 @@ class Case:
 
     what: str
     models: str
-    steps: int
-    jobs: int
     spares_cores: bool = False
 
 
 CASES = (
-    Case("the small model on the CPU", "tiny", 20, 240),
-    Case("forwards of 40 ms that leave the CPU alone, as on a GPU", "tiny=null:?seconds_per_step=0.04", 20, 400, True),
+    Case("the small model on the CPU", "tiny"),
+    Case("forwards of 40 ms that leave the CPU alone, as on a GPU", "tiny=null:?seconds_per_step=0.04", True),
 )
 
 
 @dataclass(frozen=True)
-class Round:
-    """What one farm did."""
+class Turn:
+    """What one farm did while the other was stopped."""
 
     rate: float
-    """Jobs a second."""
+    """Rows of forwards a second: a job has one or two a step."""
     cores: float
-    """How many cores were busy, for all of its processes and whoever looks."""
+    """How many cores were busy, for all of its processes, the services and whoever looks."""
+    others: float
+    """How many of them not for the worker."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print the table; 1 if the goal was missed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.watching", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--quick", action="store_true", help="one pair of rounds, a tenth of the jobs")
-    parser.add_argument("--rounds", type=int, default=8, help="pairs of rounds (8)")
+    parser.add_argument("--quick", action="store_true", help="two pairs of short turns")
+    parser.add_argument("--pairs", type=int, default=80, help="pairs of turns (80)")
     parser.add_argument("--only", type=int, nargs="+", choices=(1, 2), default=[1, 2], metavar="CASE")
     parser.add_argument("--json", type=Path, help="where to write the rows as JSON")
     options = parser.parse_args(arguments)
     logging.basicConfig(format="%(relativeCreated)7d ms  %(message)s", stream=sys.stderr)
     log.setLevel(logging.INFO)
+    pairs, seconds = (2, 2.0) if options.quick else (options.pairs, _TURN_SECONDS)
     with tempfile.TemporaryDirectory(prefix="farm-benchmark-") as place:
         servers = LocalFarm(Path(place) / "home", workers=0, dispatcher=False, flower=False)
         with servers:
-            rounds = Rounds(servers.settings, Path(place), 10 if options.quick else 1)
-            pairs = 1 if options.quick else options.rounds
-            rows = [row for number in options.only for row in rounds.rows(number, CASES[number - 1], pairs)]
+            turns = Turns(servers.settings, Path(place), seconds)
+            rows = [row for number in options.only for row in turns.rows(number, CASES[number - 1], pairs)]
     command = shlex.join(["python", "-m", "benchmarks.watching", *(arguments or sys.argv[1:])])
     facts = [f"`{command}`", where()]
     print(table(rows, facts))
@@ -101,88 +104,128 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(any(row.met is False for row in rows))
 
 
-class Rounds:
-    """Runs one farm after the other, each with a new database and an empty Redis."""
+class Side:
+    """A farm that renders a batch without an end, and can be stopped as a whole."""
 
-    def __init__(self, settings: Settings, place: Path, part: int) -> None:
-        self._settings = settings.model_copy(update={"forward_sizes": place / "sizes.json"})
+    def __init__(self, metrics: str, worker: int, processes: Sequence[int], gate: threading.Lock) -> None:
+        self._metrics = metrics
+        self._renders = psutil.Process(worker)
+        self._processes = [psutil.Process(process) for process in processes]
+        self._gate = gate
+        self._stopped = False
+
+    def turn(self, seconds: float) -> Turn:
+        """Let it run for so long, and stop it."""
+        self.resume()
+        time.sleep(min(_SETTLE_SECONDS, seconds / 2))
+        rows, mine, used, began = self._rows(), _cpu_seconds([self._renders]), _cpu_seconds(), time.monotonic()
+        time.sleep(seconds)
+        rows, took = self._rows() - rows, time.monotonic() - began
+        mine, used = _cpu_seconds([self._renders]) - mine, _cpu_seconds() - used
+        self._gate.acquire()  # nobody waits for an answer of theirs now
+        self._signal(signal.SIGSTOP)
+        self._stopped = True
+        return Turn(rows / took, used / took, (used - mine) / took)
+
+    def resume(self) -> None:
+        """Let it run on."""
+        if self._stopped:
+            self._signal(signal.SIGCONT)
+            self._gate.release()
+        self._stopped = False
+
+    def _rows(self) -> float:
+        found = re.search(
+            rb"^farm_worker_forward_rows_sum{.*} (\S+)$", _read(f"http://{self._metrics}/metrics"), re.MULTILINE
+        )
+        return float(found[1]) if found else 0.0
+
+    def _signal(self, number: signal.Signals) -> None:
+        for process in self._processes:
+            process.send_signal(number)
+
+
+class Turns:
+    """Starts two farms for each kind of work, and lets them run by turns."""
+
+    def __init__(self, settings: Settings, place: Path, seconds: float) -> None:
+        # A farm that is stopped must not be taken for one that has died.
+        update = {"forward_sizes": place / "sizes.json", "lease_seconds": 3600.0}
+        self._settings = settings.model_copy(update=update)
         self._place = place
-        self._part = part
+        self._seconds = seconds
         self._started = 0
 
     def rows(self, number: int, case: Case, pairs: int) -> list[Row]:
-        """What being watched costs: the middle one of pairs of rounds, in an order of chance, as machines drift."""
+        """What being watched costs: the middle one of pairs of turns, in an order of chance."""
         chance = random.Random(0)
-        self._round(case, watched=False, jobs=_WARM)  # measures the forwards, so that no round has to
-        alone: list[Round] = []
-        watched: list[Round] = []
-        for _ in range(pairs):
-            for looks in chance.sample((False, True), 2):
-                one = self._round(case, watched=looks, jobs=case.jobs // self._part)
-                (watched if looks else alone).append(one)
-                shown = "watched" if looks else "alone"
-                log.info("   %s: %.3f jobs/s, %.3f cores", shown, one.rate, one.cores)
-        both = list(zip(watched, alone, strict=True))
-        costs = [100 * (1 - one.rate / other.rate) for one, other in both]
-        rows = [
-            Row(
-                number,
-                f"cost of being watched, {case.what}",
-                median(costs),
-                " %",
-                f"≤ {GOAL:g} %",
-                median(costs) <= GOAL,
-                (min(costs), max(costs)),
-                f"{median(one.rate for one in watched):.2f} jobs/s watched",
-                f"{median(one.rate for one in alone):.2f} jobs/s alone",
-            )
-        ]
+        turns: dict[bool, list[Turn]] = {False: [], True: []}
+        with ExitStack() as stack:
+            with redis.Redis.from_url(self._settings.broker_url) as client:
+                client.flushall()
+            sides = {}
+            for looks in (False, True):
+                sides[looks] = stack.enter_context(self._side(case, pairs, watched=looks))
+                sides[looks].turn(self._seconds)  # all slots are taken now
+            for pair in range(pairs):
+                for looks in chance.sample((False, True), 2):
+                    turns[looks].append(sides[looks].turn(self._seconds))
+                log.info("   %d: watched %s, alone %s", pair + 1, turns[True][-1], turns[False][-1])
+        both = list(zip(turns[True], turns[False], strict=True))
+        costs = [100 * (1 - watched.rate / alone.rate) for watched, alone in both]
+        there = os.cpu_count() or 1
+
+        def told(name: str, unit: str) -> list[str]:
+            return [f"{median(getattr(turn, name) for turn in turns[looks]):.3f} {unit}" for looks in (True, False)]
+
+        def shares(name: str) -> list[float]:
+            return [100 * (getattr(watched, name) - getattr(alone, name)) / there for watched, alone in both]
+
+        rows = [_row(number, f"cost of being watched, {case.what}", costs, told("rate", "rows/s"))]
         if case.spares_cores:
-            there = os.cpu_count() or 1
-            shares = [100 * (one.cores - other.cores) / there for one, other in both]
-            rows.append(
-                Row(
-                    number,
-                    f"what it takes of {there} cores then",
-                    median(shares),
-                    " %",
-                    f"≤ {GOAL:g} %",
-                    median(shares) <= GOAL,
-                    (min(shares), max(shares)),
-                    f"{median(one.cores for one in watched):.3f} cores watched",
-                    f"{median(one.cores for one in alone):.3f} cores alone",
-                )
-            )
+            rows.append(_row(number, f"what it takes of {there} cores then", shares("cores"), told("cores", "cores")))
+        else:
+            what = f"what the worker has less of {there} cores then"
+            rows.append(_row(number, what, shares("others"), told("others", "cores")))
         return rows
 
-    def _round(self, case: Case, *, watched: bool, jobs: int) -> Round:
-        """Start a farm, render so many jobs, and end it; counted between the first that ends and the last."""
-        settings = self._fresh()
-        dispatcher = f"127.0.0.1:{_free_port()}"
+    @contextmanager
+    def _side(self, case: Case, pairs: int, *, watched: bool) -> Iterator[Side]:
+        """Start a farm with more jobs than it can render meanwhile, and stop it."""
+        settings = self._fresh(int(watched))
+        dispatcher, worker = (f"127.0.0.1:{_free_port()}" for _ in range(2))
+        quiet: dict[str, Any] = {} if watched else {"FARM_PROGRESS_SECONDS": "none"}
         metrics: dict[str, Any] = {"FARM_METRICS_PORT": dispatcher.rpartition(":")[2]} if watched else {}
-        worker: dict[str, Any] = {
+        # The worker's port is open on both sides: how far it is shall be told when a turn begins and ends.
+        given: dict[str, Any] = {
             "FARM_MODELS": case.models,
             "FARM_SLOTS": SLOTS,
-            **({"FARM_METRICS_PORT": 0} if watched else {}),
+            "FARM_METRICS_PORT": worker.rpartition(":")[2],
         }
-        if not watched:
-            worker["FARM_PROGRESS_SECONDS"] = metrics["FARM_PROGRESS_SECONDS"] = "none"
+        jobs = int(_MOST_JOBS_A_SECOND * (pairs + 2) * (self._seconds + _SETTLE_SECONDS))
+        gate = threading.Lock()
         with ExitStack() as stack:
             farm = stack.enter_context(Farm(settings))
             start = partial(self._process, settings)
-            stack.enter_context(start("farm", "dispatcher", **metrics))
-            stack.enter_context(start("workers", "--name", "w1", **worker))
+            processes = [
+                stack.enter_context(start("farm", "dispatcher", **metrics, **quiet)),
+                stack.enter_context(start("workers", "--name", "w1", **given, **quiet)),
+            ]
             _wait(lambda: any(one.alive for one in farm.workers()))
             if watched:
-                stack.enter_context(self._watched(settings, dispatcher))
-            farm.submit(["warm"] * _WARM, num_inference_steps=2, reuse=False).wait()
-            batch = farm.submit((f"picture {n}" for n in range(jobs)), num_inference_steps=case.steps, reuse=False)
-            began, used = time.monotonic(), _cpu_seconds()
-            batch.wait(timeout=600)
-            return Round(_ended_rate(settings, batch.id), (_cpu_seconds() - used) / (time.monotonic() - began))
+                processes += stack.enter_context(self._watched(settings, dispatcher, gate))
+            # Of different lengths: else all that began together end together, and the cores wait for the next.
+            steps = random.Random(0)
+            specs = ({"prompt": f"picture {n}", "num_inference_steps": steps.randint(10, 30)} for n in range(jobs))
+            farm.submit(specs, reuse=False)
+            side = Side(worker, processes[1].pid, [process.pid for process in processes], gate)
+            yield side
+            side.resume()
 
     @contextmanager
-    def _watched(self, settings: Settings, dispatcher: str) -> Iterator[None]:
+    def _watched(
+        self, settings: Settings, dispatcher: str, gate: threading.Lock
+    ) -> Iterator[list[subprocess.Popen[bytes]]]:
         """Everything that looks at a farm, at once."""
         login, port = "farm:benchmark", _free_port()
         flower: dict[str, Any] = {
@@ -191,21 +234,22 @@ class Rounds:
             "FLOWER_BASIC_AUTH": login,
             "FLOWER_DB": self._place / f"flower-{self._started}",
         }
+        drawn = threading.Event()
         with (
-            self._process(settings, "farm.flower", **flower),
-            self._process(settings, "farm", "watch", terminal=True, COLUMNS=120, LINES=40, TERM="xterm"),
-            _scraped(dispatcher),
+            self._process(settings, "farm.flower", **flower) as looking,
+            self._process(settings, "farm", "watch", terminal=drawn, COLUMNS=120, LINES=40, TERM="xterm") as watching,
+            _scraped(dispatcher, gate),
         ):
-            _wait(partial(_listens, port))
-            yield
+            _wait(lambda: _listens(port) and drawn.is_set())
+            yield [looking, watching]
 
-    def _fresh(self) -> Settings:
-        with redis.Redis.from_url(self._settings.broker_url) as client:
-            client.flushall()
+    def _fresh(self, number: int) -> Settings:
         self._started += 1
-        settings = self._settings.model_copy(
-            update={"database_url": f"sqlite:///{self._place / f'farm-{self._started}.db'}"}
-        )
+        update = {
+            "database_url": f"sqlite:///{self._place / f'farm-{self._started}.db'}",
+            "broker_url": self._settings.broker_url.rpartition("/")[0] + f"/{number}",
+        }
+        settings = self._settings.model_copy(update=update)
         database = Database(settings.database_url)
         database.migrate()
         database.close()
@@ -213,22 +257,22 @@ class Rounds:
 
     @contextmanager
     def _process(
-        self, settings: Settings, *module: str, terminal: bool = False, **env: object
+        self, settings: Settings, *module: str, terminal: threading.Event | None = None, **env: object
     ) -> Iterator[subprocess.Popen[bytes]]:
         """A Python module in a process of its own, which finds this farm; ended at the end.
 
-        On a terminal whose other end is read and thrown away, if it is to have one.
+        On a terminal, if there is something to tell that it has been written to; what is written is thrown away.
         """
         known = {name: value for name, value in os.environ.items() if not name.startswith(("FARM_", "FLOWER_"))}
-        found = {**variables(settings), "FARM_FORWARD_SIZES": settings.forward_sizes, **env}
+        found = {**variables(settings), "FARM_FORWARD_SIZES": settings.forward_sizes, "FARM_STUCK_SECONDS": 3600, **env}
         self._started += 1
         with ExitStack() as stack:
             output = stack.enter_context((self._place / f"{self._started}.log").open("wb"))
             stream: int = output.fileno()
-            if terminal:
+            if terminal is not None:
                 ours, stream = pty.openpty()
                 stack.callback(os.close, ours)
-                threading.Thread(target=_drain, args=(ours,), daemon=True).start()
+                threading.Thread(target=_drain, args=(ours, terminal), daemon=True).start()
             process = subprocess.Popen(
                 [sys.executable, "-m", *module],
                 env={**known, **{name: str(value) for name, value in found.items()}},
@@ -236,7 +280,7 @@ class Rounds:
                 stdout=stream,
                 stderr=stream,
             )
-            if terminal:
+            if terminal is not None:
                 os.close(stream)
             try:
                 yield process
@@ -248,15 +292,17 @@ class Rounds:
 
 
 @contextmanager
-def _scraped(dispatcher: str) -> Iterator[None]:
-    """Fetch what the dispatcher and every worker that it names tell, once a second."""
+def _scraped(dispatcher: str, gate: threading.Lock) -> Iterator[None]:
+    """Fetch what the dispatcher and every worker that it names tell, once a second while they run."""
     stop, bytes_read = threading.Event(), [0]
 
     def scrape() -> None:
         while not stop.wait(1.0):
-            targets = json.loads(_read(f"http://{dispatcher}/workers"))
-            where = [dispatcher, *(address for one in targets for address in one["targets"])]
-            bytes_read[0] += sum(len(_read(f"http://{address}/metrics")) for address in where)
+            if gate.acquire(timeout=1.0):
+                targets = json.loads(_read(f"http://{dispatcher}/workers"))
+                where = [dispatcher, *(address for one in targets for address in one["targets"])]
+                bytes_read[0] += sum(len(_read(f"http://{address}/metrics")) for address in where)
+                gate.release()
 
     thread = threading.Thread(target=scrape)
     thread.start()
@@ -275,29 +321,27 @@ def _read(url: str) -> bytes:
         return content
 
 
-def _drain(terminal: int) -> None:
+def _drain(terminal: int, written: threading.Event) -> None:
     try:
         while os.read(terminal, 65536):
-            pass
+            written.set()
     except OSError:  # its other end is closed
         pass
 
 
-def _cpu_seconds() -> float:
-    """What all processes that run here have computed so far; whoever reads the metrics is this one, and not counted."""
-    times = [process.cpu_times() for process in psutil.Process().children(recursive=True)]
+def _cpu_seconds(processes: Sequence[psutil.Process] | None = None) -> float:
+    """What they have computed so far; all that run here, but for this one, which reads the metrics, if left out."""
+    times = [each.cpu_times() for each in processes or psutil.Process().children(recursive=True)]
     return sum(one.user + one.system for one in times)
 
 
-def _ended_rate(settings: Settings, batch_id: str) -> float:
-    database = Database(settings.database_url)
-    with database.read() as session:
-        ends = session.scalars(
-            sa.select(JobRow.finished_at).where(JobRow.batch_id == batch_id, JobRow.state == "succeeded")
-        ).all()
-    database.close()
-    times = sorted(end.timestamp() for end in ends if end is not None)
-    return (len(times) - 1) / (times[-1] - times[0])
+def _row(number: int, what: str, costs: Sequence[float], told: Sequence[str]) -> Row:
+    """The middle one of some costs in per cent, with the interval that holds their true middle 95 times of 100."""
+    ordered, count = sorted(costs), len(costs)
+    outside = max(0, int(count / 2 - 0.98 * count**0.5))  # how many of a fair coin's throws fall to one side, at least
+    shown = f"{what}: the middle of {count} pairs, 95 % interval"
+    value, spread = median(ordered), (ordered[outside], ordered[-1 - outside])
+    return Row(number, shown, value, " %", f"≤ {GOAL:g} %", value <= GOAL, spread, told[0], told[1])
 
 
 def _free_port() -> int:
