@@ -1,11 +1,11 @@
 """What it costs to be watched: `python -m benchmarks.watching`, one table at the end.
 
-Two farms of one kind render the same jobs on the same cores, by turns of some seconds: while one runs, all processes of
-the other are stopped. Nobody looks at the one. At the other looks everything that can: metrics of dispatcher and worker
-are fetched every second, Flower shows its bars and rows, `farm watch` runs on a terminal, all on the same cores.
-Short turns, since machines drift: what is compared are two turns side by side. Once the small model is rendered on the
-CPU; once forwards only take their time, as on a GPU, where the cores are there for all else: there it also shows how
-much of the cores it takes.
+Two farms of one kind render the same jobs on the same cores, by turns of some seconds: while one runs, all processes
+of the other are stopped. Nobody looks at the one. At the other looks everything that can: metrics of dispatcher and
+worker are fetched as often as by the Prometheus that ships, Flower shows its bars and rows, `farm watch` runs on a
+terminal, all on the same cores. Short turns, since machines drift: what is compared are two turns side by side. Once
+the small model is rendered on the CPU; once forwards only take their time, as on a GPU, where the cores are there for
+all else: there it also shows how much of the cores it takes.
 """
 
 import argparse
@@ -50,6 +50,8 @@ GOAL = 2.0
 SLOTS = 16
 _TURN_SECONDS, _SETTLE_SECONDS = 2.5, 1.0
 _MOST_JOBS_A_SECOND = 40
+_SCRAPE_SECONDS = 15.0
+"""Of infra/prometheus/prometheus.yml; counted while the farm runs."""
 _READY_SECONDS = 120.0
 
 
@@ -279,6 +281,7 @@ class Turns:
                 stdin=subprocess.DEVNULL,
                 stdout=stream,
                 stderr=stream,
+                start_new_session=True,  # when a shell ends, all in its group hang up if one of them is stopped
             )
             if terminal is not None:
                 os.close(stream)
@@ -293,16 +296,21 @@ class Turns:
 
 @contextmanager
 def _scraped(dispatcher: str, gate: threading.Lock) -> Iterator[None]:
-    """Fetch what the dispatcher and every worker that it names tell, once a second while they run."""
+    """Fetch what the dispatcher and every worker that it names tell, every so often while they run."""
     stop, bytes_read = threading.Event(), [0]
 
     def scrape() -> None:
-        while not stop.wait(1.0):
-            if gate.acquire(timeout=1.0):
+        ran = 0.0
+        while not stop.wait(0.25):
+            if not gate.acquire(timeout=1.0):
+                continue
+            ran += 0.25
+            if ran >= _SCRAPE_SECONDS:
+                ran = 0.0
                 targets = json.loads(_read(f"http://{dispatcher}/workers"))
                 where = [dispatcher, *(address for one in targets for address in one["targets"])]
                 bytes_read[0] += sum(len(_read(f"http://{address}/metrics")) for address in where)
-                gate.release()
+            gate.release()
 
     thread = threading.Thread(target=scrape)
     thread.start()

@@ -28,7 +28,7 @@ app = typer.Typer()
 
 T = TypeVar("T")
 
-_LOOK_SECONDS = 1.0
+_LOOK_SECONDS = 2.0
 _BATCHES, _WORKERS, _FAILURES = 12, 16, 5
 _WIDE, _NARROW, _TINY = 100, 80, 44
 """From how many columns on there is room for all, and below how many for less, and for least."""
@@ -108,7 +108,7 @@ class View:
 
     @property
     def news(self) -> object:
-        """What makes another look worth showing where nobody wants to see every second: not the pace of things."""
+        """What makes another look worth showing where nobody wants to see every one: not the pace of things."""
         return (
             [(line.status.id, tuple(line.status.counts.items()), line.why) for line in self.batches],
             [(one.name, one.alive, one.held) for one in self.workers],
