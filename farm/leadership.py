@@ -58,13 +58,16 @@ class Leadership:
             )
             .returning(LeaderRow.holder)
         )
-        led, self.leads = self.leads, False  # should the database not answer, nobody knows
-        with self._db.write() as session:
-            leads = session.execute(wanted).one_or_none() is not None
-        if leads != led:
-            log.info("%s holder=%s name=%s", "leading" if leads else "no longer leading", self.holder, self._name)
-        self.leads = leads
-        return leads
+        led = self.leads
+        try:
+            with self._db.write() as session:
+                self.leads = session.execute(wanted).one_or_none() is not None
+        except BaseException:
+            self.leads = False  # nobody knows
+            raise
+        if self.leads != led:
+            log.info("%s holder=%s name=%s", "leading" if self.leads else "no longer leading", self.holder, self._name)
+        return self.leads
 
     def resign(self) -> None:
         """Let another take over at once."""

@@ -30,7 +30,6 @@ _REBUILDS = 3
 _HANDING_BACK = 0.25
 """The part of a drain's time that is kept for writing down what is handed back."""
 
-
 _Ending = Callable[[Snapshot | None], FarmError]
 """What a request ends with that leaves before its picture is done, given its state if it had begun."""
 

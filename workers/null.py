@@ -89,7 +89,7 @@ class NullPipeline:
         """The latents as they are."""
         return latents
 
-    def forward_bytes(self, request: RenderRequest) -> int:
+    def forward_bytes(self, spec: RenderSpec) -> int:
         """Nobody knows before one has failed."""
         return 0
 

@@ -3,11 +3,8 @@
 import logging
 import math
 
-import torch
-
 from farm.spec import MAX_SIZE, MIN_SIZE, RenderSpec
 from workers.pipelines import Pipeline
-from workers.request import RenderRequest
 
 log = logging.getLogger(__name__)
 
@@ -20,21 +17,13 @@ def most_row_pixels(pipeline: Pipeline, total: int) -> int | None:
 
     Sound, but not sharp: larger ones surely do not fit, and smaller ones may not either.
     """
-
-    def needed(side: int) -> int:
-        request = RenderRequest("room", _square(side))
-        with torch.inference_mode():
-            pipeline.plan(request)
-            pipeline.encode(request)
-        return pipeline.forward_bytes(request)
-
     room = max(1, total - pipeline.nbytes)
     try:
-        if (most := needed(MAX_SIZE)) <= room:
+        if (most := pipeline.forward_bytes(_square(MAX_SIZE))) <= room:
             return None
         # Memory goes by the pixels, and by a little more a pixel the fewer they are: so the first guess is next to it.
         side = max(MIN_SIZE, _SIDE * math.ceil(MAX_SIZE * math.sqrt(room / most) / _SIDE))
-        while needed(side) <= room:
+        while pipeline.forward_bytes(_square(side)) <= room:
             side += _SIDE
     except Exception:
         log.warning("can't tell how large a picture of %s may be", pipeline.name, exc_info=True)

@@ -259,4 +259,4 @@ def test_what_a_forward_takes_is_known_before_it_takes_it(loaded: dict[str, Any]
             now += event.nbytes()
             peak = max(peak, now)
     # What operators use within themselves, such as a convolution in another layout, is not counted.
-    assert 0.75 * peak <= pipeline.forward_bytes(request) <= peak
+    assert 0.75 * peak <= pipeline.forward_bytes(request.spec) <= peak

@@ -9,7 +9,8 @@ from typing import Protocol, Unpack
 
 import torch
 
-from workers.checkpoints import Family, open_checkpoint
+from farm.spec import RenderSpec
+from workers.checkpoints import open_checkpoint
 from workers.loading import Options, Report
 from workers.request import RenderRequest
 
@@ -71,16 +72,13 @@ class Pipeline(Protocol):
         """
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Pictures of (n, *shape) latents: float32 in [0, 1], (n, 3, height, width) in pixels.
-
-        Called with those that finish together; if it raises, once more for each alone.
-        """
+        """Pictures, float32 in [0, 1], (n, 3, height, width), of (n, *shape) latents; of each alone if it raises."""
 
     def preview(self, latents: torch.Tensor) -> torch.Tensor:
         """What (n, *shape) latents roughly show, cheaply: like `decode`, but small whatever the picture's size."""
 
-    def forward_bytes(self, request: RenderRequest) -> int:
-        """Bytes of memory that a forward of an encoded request takes at least beside the parameters; 0 if unknown."""
+    def forward_bytes(self, spec: RenderSpec) -> int:
+        """Bytes of memory that a forward of one request takes at least beside the parameters; 0 if unknown."""
 
 
 @cache
@@ -108,7 +106,6 @@ def load(
 
     # The other families take seconds to import.
     modules = {null.FAMILY.name: null} if source.startswith("null:") else families()
-    known: dict[str, Family] = {name: module.FAMILY for name, module in modules.items()}
-    checkpoint = open_checkpoint(source, known)
+    checkpoint = open_checkpoint(source, {name: module.FAMILY for name, module in modules.items()})
     pipeline: Pipeline = modules[checkpoint.family].load(checkpoint, device, dtype, report, **options)
     return pipeline

@@ -194,8 +194,12 @@ class DiffusersPipeline(ABC):
         """The same of shrunk latents: a linear map to RGB is cheaper, but does not suit every VAE."""
         return decode(self.pipe.vae, shrunk(self.unscaled(latents)), self.pipe.vae_scale_factor)
 
-    def forward_bytes(self, request: RenderRequest) -> int:
+    def forward_bytes(self, spec: RenderSpec) -> int:
         """Traced; half of that if it is compiled, for then not all that operators make ever exists."""
+        request = RenderRequest("room", spec)
+        with torch.inference_mode():
+            self.plan(request)
+            self.encode(request)
 
         def forward() -> torch.Tensor:
             inputs = torch.cat([request.latents] * request.rows).to(self.dtype)
