@@ -2,6 +2,7 @@
 
 import io
 import re
+import socket
 import threading
 import unicodedata
 from collections.abc import Iterable, Iterator
@@ -121,6 +122,7 @@ class Storage:
                 )
                 # What is put here is small: to ask first whether it may be sent is one more way there and back.
                 made.meta.events.register_last("before-call.s3", _ask_nothing)
+                _give_up(made, self._settings.lease_seconds)
                 self._made[endpoint, patient] = made
             return self._made[endpoint, patient]
 
@@ -299,6 +301,18 @@ class _Joined(io.RawIOBase):
         into[:count] = self._piece[:count]
         self._piece = self._piece[count:]
         return count
+
+
+def _give_up(client: "S3Client", seconds: float) -> None:
+    """Let the kernel drop what is not acknowledged for so long, where it can.
+
+    It would send on for minutes, after a client that has gone: what a worker wrote before its network was cut would be
+    there when the network is back, after the sweep.
+    """
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        # botocore has no setting for it.
+        options = client._endpoint.http_session._socket_options  # type: ignore[attr-defined]  # noqa: SLF001
+        options.append((socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * seconds)))
 
 
 def _ask_nothing(params: dict[str, Any], **_: Any) -> None:

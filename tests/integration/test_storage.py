@@ -47,6 +47,17 @@ def test_an_object_is_fetched_again_only_when_it_has_changed(storage: Storage) -
     assert changed[0] == b"two"
 
 
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="this kernel sends on for as long as it likes")
+def test_what_is_under_way_when_the_network_is_cut_does_not_come_after_a_lease(
+    storage: Storage, embedded: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, plain = [], socket.socket.setsockopt
+    monkeypatch.setattr(socket.socket, "setsockopt", lambda *args: given.append(args[1:]) or plain(*args))
+    settings = embedded.model_copy(update={"s3_bucket": storage.bucket, "lease_seconds": 7.0})
+    Storage(settings).put("b/0", b"x")
+    assert (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 7000) in given
+
+
 def test_keys_of_one_attempt_stand_together_and_apart_from_other_attempts() -> None:
     assert checkpoint_key("b", 7, 2) == "b/00007.a2.checkpoint.safetensors"
     assert preview_key("b", 7, 2) == "b/00007.a2.preview.png"
