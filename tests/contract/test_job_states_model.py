@@ -216,7 +216,8 @@ class Farm(RuleBasedStateMachine):
     @rule(claim=claims)
     def succeed(self, claim: Claim) -> None:
         holds, job = self.holds(claim), self.jobs[claim.job_id]
-        assert self.store.succeed(claim, PICTURE) == holds
+        already = job.state is JobState.SUCCEEDED and job.attempt == claim.attempt  # and the answer may have been lost
+        assert self.store.succeed(claim, PICTURE) == (holds or already)
         if holds:
             job.ends("succeeded", JobState.SUCCEEDED)
 
