@@ -47,3 +47,12 @@ def test_importing_the_client_loads_no_torch_and_nothing_that_renders(module: st
 def test_a_worker_loads_diffusers_with_its_first_model_and_not_before() -> None:
     code = "import sys, workers.serving; sys.exit(', '.join({'diffusers', 'transformers'} & set(sys.modules)) or 0)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_model_is_loaded_without_a_word_of_what_its_libraries_lack() -> None:
+    code = (
+        "import torch; from workers import tiny; from workers.pipelines import load; "
+        "load(str(tiny.WEIGHTS), torch.device('cpu'), torch.bfloat16)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("", "")
