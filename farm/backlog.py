@@ -19,6 +19,7 @@ from farm.db import Database, now
 from farm.fair import Charge, FairLine, Ledger, Owner, Served, Share, window
 from farm.queries import ACCEPTED, JobQueries, in_state, models_in
 from farm.reuse import Works
+from farm.room import Room
 from farm.schema import BatchRow, JobRow, OwnerRow
 from farm.settings import Settings
 from farm.sizes import fits
@@ -53,7 +54,7 @@ class Backlog(JobQueries):
         self._most_queued = settings.most_queued
         self._ledger = Ledger()
         self._settled_at = -_SETTLE_SECONDS
-        self._rooms: Mapping[str, int] = {}
+        self._rooms: Mapping[str, Room] = {}
         self._seen: dict[tuple[str, str], int] = {}
         """How far the jobs of a batch have been looked at, of a model, where many of them wait for others."""
 
@@ -178,13 +179,13 @@ class Backlog(JobQueries):
         a pass looks so much further, and the next one goes on from there.
         """
         batch_id, priority = its[0].batch_id, max(each.priority for each in its)
-        most = self._rooms.get(model)
-        rows = session.execute(next_jobs(model, batch_id, len(its), reached, most)).all()
+        room = self._rooms.get(model)
+        rows = session.execute(next_jobs(model, batch_id, len(its), reached, room)).all()
         found, last = works.to_render(rows, model, priority, len(its))
         reached = reached if last is None else last
         if len(found) < len(its) == len(rows) and works.further > 0:
             seen = self._seen.get((model, batch_id), 0)
-            rows = session.execute(next_jobs(model, batch_id, works.further, max(reached, seen), most)).all()
+            rows = session.execute(next_jobs(model, batch_id, works.further, max(reached, seen), room)).all()
             more, last = works.to_render(rows, model, priority, len(its) - len(found))
             reached = reached if last is None else last
             found += more
@@ -273,11 +274,11 @@ def in_line(model: str) -> sa.Select[*tuple[Any, ...]]:
 
 
 def next_jobs(
-    model: str, batch_id: str, count: int, after: int = 0, most: int | None = None
+    model: str, batch_id: str, count: int, after: int = 0, room: Room | None = None
 ) -> sa.Select[*tuple[Any, ...]]:
     """The next jobs of a batch that may be dispatched, by their places, from the one after that place.
 
-    `most` is what the workers have room for, in `row_pixels`; None if that is not known.
+    `room` is what the workers have room for; None if that is not known.
     """
     return (
         sa.select(JobRow.id, JobRow.index.label("place"), JobRow.work_sha256)
@@ -288,7 +289,7 @@ def next_jobs(
             JobRow.index > after,
             sa.or_(JobRow.not_before.is_(None), JobRow.not_before <= now()),
             ~JobRow.paused,
-            *(() if most is None else (fits(most),)),
+            *(() if room is None else (fits(room),)),
         )
         .order_by(JobRow.index)
         .limit(count)

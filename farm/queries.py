@@ -9,6 +9,7 @@ from sqlalchemy.orm import Session
 from farm.db import Database, now_plus
 from farm.errors import NotFound
 from farm.records import BatchStatus, JobInfo, WorkerInfo, job_info
+from farm.room import Room
 from farm.schema import BatchRow, JobCountRow, JobRow, OwnerRow, WorkerRow
 from farm.settings import Settings
 from farm.sizes import fits, rooms
@@ -181,8 +182,8 @@ class JobQueries:
             }
         return sorted(missing)
 
-    def rooms(self, session: Session) -> dict[str, int]:
-        """The most row pixels that any living worker has room for, by model, where that is known."""
+    def rooms(self, session: Session) -> dict[str, Room]:
+        """What any living worker has room for, by model, where that is known."""
         alive = WorkerRow.seen_at > now_plus(sa.literal(-self._lease_seconds))
         return rooms(session.scalars(sa.select(WorkerRow.models).where(alive)))
 
@@ -190,9 +191,9 @@ class JobQueries:
         """What there is room for, in row pixels, by model of which jobs, or a batch's jobs, wait that need more."""
         with self._db.read() as session:
             return {
-                model: most
-                for model, most in self.rooms(session).items()
-                if _has(session, JobState.PENDING, model, batch_id, ~fits(most))
+                model: room.most
+                for model, room in self.rooms(session).items()
+                if _has(session, JobState.PENDING, model, batch_id, ~fits(room))
             }
 
     def queued_models(self) -> list[str]:

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
@@ -63,11 +63,11 @@ class Checkpoint:
     """Of all its weights on disk."""
 
 
-def open_checkpoint(source: str, families: Mapping[str, Family]) -> Checkpoint:
+def open_checkpoint(source: str, families: Mapping[str, Family], *, weights: bool = True) -> Checkpoint:
     """Check a local folder, or download a hub id (`org/name`) and check that.
 
-    Reads every weight once, for the hash. Raises `ModelError` naming the part that is missing or wrong, and
-    `ModelUnavailable` while the hub does not answer.
+    Reads every weight once, for the hash; without `weights` it downloads, checks and hashes configs only. Raises
+    `ModelError` naming the part that is missing or wrong, and `ModelUnavailable` while the hub does not answer.
     """
     if source.startswith("null:"):
         return Checkpoint(source, Path(), "NullPipeline", hashlib.sha256(source.encode()).hexdigest())
@@ -75,7 +75,7 @@ def open_checkpoint(source: str, families: Mapping[str, Family]) -> Checkpoint:
     if not path.is_dir():
         if not _HUB_ID.fullmatch(source):
             raise ModelError(f"no folder {source!r}, and it is no hub id (org/name) either")
-        path = _download(source, families)
+        path = _download(source, families, (*CONFIGS, *WEIGHTS) if weights else CONFIGS)
     index = read_json(path / INDEX)
     name = index.get("_class_name")
     family = families.get(name) if isinstance(name, str) else None
@@ -84,19 +84,20 @@ def open_checkpoint(source: str, families: Mapping[str, Family]) -> Checkpoint:
         raise ModelError(f"{path}: can't render a {name!r}; known are {known}")
     left_out = [part for part in family.optional if index.get(part) in (None, [None, None])]
     there = [part for part in family.parts if part not in left_out]
-    weights = [file for part in there for file in _check_part(path, part, index.get(part))]
+    weighty = [part for part in there if _check_part(path, part, index.get(part))]
+    found = [file for part in weighty if weights for file in _weights(path / part)]
     configs = [file for part in there for kind in CONFIGS for file in (path / part).glob(kind)]
     return Checkpoint(
         source,
         path,
         name,
-        sha256=_hash(path, [path / INDEX, *configs, *weights]),
+        sha256=_hash(path, [path / INDEX, *configs, *found]),
         parts=tuple(there),
-        nbytes=sum(file.stat().st_size for file in weights),
+        nbytes=sum(file.stat().st_size for file in found),
     )
 
 
-def _download(source: str, families: Mapping[str, Family]) -> Path:
+def _download(source: str, families: Mapping[str, Family], files: Iterable[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     def fetch(patterns: list[str]) -> Path:
@@ -108,7 +109,6 @@ def _download(source: str, families: Mapping[str, Family]) -> Path:
 
     index = read_json(fetch([INDEX]) / INDEX)
     family = families.get(str(index.get("_class_name")), Family(""))
-    files = (*CONFIGS, *WEIGHTS)
     return fetch([INDEX, *(f"{part}/{file}" for part in family.parts for file in files)])
 
 
@@ -124,8 +124,8 @@ def _hub_refuses(error: Exception) -> bool:
     return isinstance(why, ValueError | EntryNotFoundError | OfflineModeIsEnabled)
 
 
-def _check_part(path: Path, part: str, entry: Any) -> list[Path]:
-    """The weights of a part, after checking that it is there and needs no code but the libraries'."""
+def _check_part(path: Path, part: str, entry: Any) -> bool:
+    """Whether a part has weights, after checking that it is there and needs no code but the libraries'."""
     folder = path / part
     if not isinstance(entry, list) or len(entry) != 2 or None in entry:
         raise ModelError(f"{path}/model_index.json names no {part}")
@@ -136,12 +136,16 @@ def _check_part(path: Path, part: str, entry: Any) -> list[Path]:
     if not folder.is_dir():
         raise ModelError(f"{folder}: the checkpoint's {part} is missing")
     if part in _WITHOUT_WEIGHTS:
-        return []
+        return False
     config = read_json(folder / "config.json")
     if "auto_map" in config:
         raise ModelError(f"{folder}: needs code of its own (auto_map in its config.json), which the farm never runs")
     if "transformers_weights" in config or (folder / "adapter_config.json").exists():
         raise ModelError(f"{folder}: takes its weights from elsewhere (an adapter); merge it into the model first")
+    return True
+
+
+def _weights(folder: Path) -> list[Path]:
     weights = sorted(file for name in WEIGHTS for file in folder.glob(name))
     if not weights:
         raise ModelError(no_weights(folder))

@@ -6,9 +6,8 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,66 +15,31 @@ from celery import Celery, signals
 
 from farm import __version__
 from farm.db import Database
-from farm.errors import ModelError, ServiceUnavailable
+from farm.errors import FarmError, ServiceUnavailable
 from farm.jobs import JobStore
-from farm.model_store import parse_reference
 from farm.records import Claim, Pace, Picture, WorkerInfo
+from farm.room import MOST, OWN_ROWS, Room, room_of
 from farm.settings import Settings
-from farm.sizes import MOST
 from farm.spec import RenderSpec
 from farm.states import Outcome
 from farm.storage import Storage
-from workers import tiny
 from workers.device import choose_device, choose_dtype, keep_freed_memory, memory, use_threads
 from workers.engine import Engine
 from workers.forward_sizes import ForwardSizes
 from workers.gathering import Gathered
 from workers.metrics import WorkerMetrics
-from workers.model_cache import ModelCache
 from workers.observing import Held, Observer
+from workers.opening import Opener
 from workers.pins import Pins
-from workers.pipelines import Pipeline, load
+from workers.pipelines import Pipeline
 from workers.progress import ProgressBars
-from workers.remote_models import FARM, is_remote
 from workers.reporting import Reporter
 from workers.request import Progress
-from workers.room import most_row_pixels
+from workers.room import room_for
 from workers.standing import RESTATE_SECONDS, standing
 from workers.warming import warm
 
 log = logging.getLogger(__name__)
-
-
-def model_sources(models: str) -> dict[str, str]:
-    """Name and source of each model of a list like `tiny,sd15=/models/sd15,org/name,farm:sdxl,s3://bucket/prefix`.
-
-    A source is a hub id, a folder, `farm:name` or `farm:name@version` of what was pushed, an `s3://` prefix, or `tiny`;
-    a hub id names itself and a pushed model too, a folder and a prefix are named by their last part. Raises
-    `ModelError`.
-    """
-    found: dict[str, str] = {}
-    for entry in filter(None, (part.strip() for part in models.split(","))):
-        name, given, source = entry.partition("=")
-        if not given or name.startswith("null:"):
-            source = entry
-            is_place = "://" in entry or Path(entry).expanduser().is_dir()
-            name = entry.partition(":")[0] if entry.startswith("null:") else entry
-            name = parse_reference(entry.removeprefix(FARM))[0] if entry.startswith(FARM) else name
-            name = name.rstrip("/").rpartition("/")[2] if is_place and entry != "tiny" else name
-        if not name or not source:
-            raise ModelError(f"{entry!r} is not name=source")
-        if name in found:
-            raise ModelError(f"two models are called {name!r}")
-        found[name] = source
-    if not found:
-        raise ModelError("no models to pin: FARM_MODELS is empty")
-    return found
-
-
-def weights_bytes(source: str) -> int:
-    """What a model's weights take on disk, if they lie here; 0 if nobody knows yet."""
-    folder = Path(source).expanduser()
-    return sum(file.stat().st_size for file in folder.glob("*/*.safetensors"))
 
 
 class Worker:
@@ -109,29 +73,12 @@ class Worker:
         self.device = device = choose_device(self.settings.device)
         dtype = choose_dtype(self.settings.dtype, device)
         settings = self.settings
-
-        cache = ModelCache(settings.model_cache, self.storage, settings.model_cache_size, self.draining)
+        self._opener = opener = Opener(settings, self.storage, device, dtype, self.draining)
 
         def open_model(name: str, source: str) -> Pipeline:
-            pipeline = cache.load(
-                source,
-                lambda folder: load(
-                    folder,
-                    device,
-                    dtype,
-                    lambda part: log.info("loading model=%s %s", name, part),
-                    compile=settings.compile and device.type == "cuda",
-                    embeddings=settings.embeddings,
-                ),
-            )
-            return self.metrics.counted(name, pipeline)
+            return self.metrics.counted(name, opener.open(name, source))
 
-        def size(source: str) -> int:
-            return cache.weights_bytes(source) if is_remote(source) else weights_bytes(source)
-
-        named = model_sources(settings.models)
-        sources = {name: str(tiny.WEIGHTS) if source == "tiny" else source for name, source in named.items()}
-        self.pins = Pins(sources, open_model, settings.memory_budget, size=size)
+        self.pins = Pins(opener.sources, open_model, settings.memory_budget, size=opener.weights_bytes)
         self.pins.load_all()
         self.engine = Engine(
             self.pins,
@@ -153,27 +100,32 @@ class Worker:
             dtype=str(dtype).removeprefix("torch."),
             slots=self.engine.slots,
             version=__version__,
-            models=tuple(self._describe(name) for name in self.pins.names),
+            models=self._describe(),
             metrics_url=self.metrics.url,
         )
         self.metrics.start(self.info, device, self.engine, self.pins, {"sql": self.db, "s3": self.storage})
 
-    def _describe(self, name: str) -> Mapping[str, object]:
-        if name not in self.pins.held:
-            return {"name": name}
-        with self.pins.using(name) as pipeline:
-            there_is = memory(self.device)
-            most = most_row_pixels(pipeline, there_is[1]) if there_is else None
-            if most is not None:
-                log.info("no memory for pictures of model=%s beyond %d pixels, rows counted", name, most)
-            return {
-                "name": name,
-                "sha256": pipeline.sha256,
-                "bytes": pipeline.nbytes,
-                "family": pipeline.family,
-                "samplers": pipeline.samplers,
-                **({} if most is None else {MOST: most}),
-            }
+    def _describe(self) -> tuple[Mapping[str, Any], ...]:
+        held, memory_now = self.pins.held, memory(self.device)
+        models: list[dict[str, object]] = []
+        for name in self.pins.names:
+            room = self._room(name, memory_now[1]) if memory_now else None
+            models.append({"name": name, **({MOST: room.most, OWN_ROWS: room.own_rows} if room else {})})
+        return standing(models, self._opener.loaded, held, memory_now)
+
+    def _room(self, name: str, there_is: int) -> Room | None:
+        """What a model has room for, traced without its weights if it is not held; None if all, or nobody can tell."""
+        try:
+            held = name in self.pins.held
+            with self.pins.using(name) if held else nullcontext(self._opener.outline(name)) as pipeline:
+                room = room_for(pipeline, there_is)
+        except Exception as error:
+            trace = not isinstance(error, FarmError)
+            log.warning("can't tell how large a picture of model=%s may be: %s", name, error, exc_info=trace)
+            return None
+        if room is not None:
+            log.info("no memory for pictures of model=%s beyond %d pixels, rows counted", name, room.most)
+        return room
 
     def live(self) -> None:
         """Make the worker known and begin to renew leases."""
@@ -184,8 +136,8 @@ class Worker:
     def has_room(self, spec: RenderSpec) -> bool:
         """Whether there may be memory here for a picture of that size."""
         with self._lock:
-            most = next((model.get(MOST) for model in self.info.models if model["name"] == spec.model), None)
-        return most is None or not spec.width or not spec.height or spec.row_pixels(spec.width, spec.height) <= most
+            room = next((room_of(model) for model in self.info.models if model["name"] == spec.model), None)
+        return room is None or room.has(spec)
 
     def no_room(self, spec: RenderSpec) -> None:
         """Make known that there is no memory here for a picture of that size, until this worker starts anew."""
@@ -281,7 +233,7 @@ class Worker:
         """Make known which models are held now, and the device's memory, if there is news."""
         held, memory_now = self.pins.held, memory(self.device)
         with self._lock:
-            models = standing(self.info.models, held, memory_now)
+            models = standing(self.info.models, self._opener.loaded, held, memory_now)
             news = models != self.info.models
             self.info = replace(self.info, models=models)
         if news:

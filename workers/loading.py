@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
@@ -25,7 +26,8 @@ class Options(TypedDict, total=False):
 def load_pipe(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, report: Report) -> Any:
     """The pipeline of a checked checkpoint on the device, its parts loaded one after the other.
 
-    Raises `ModelError`, or `torch.OutOfMemoryError` if the device has no room for it.
+    On the device `meta` they are loaded without weights. Raises `ModelError`, or `torch.OutOfMemoryError` if the
+    device has no room for it.
     """
     import diffusers  # here, since they take seconds, and who renders nothing needs neither
     import transformers
@@ -42,11 +44,14 @@ def load_pipe(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, 
             library, name = index[part]
             loader = getattr(import_module(library), name)
             weights = hasattr(loader, "forward")
-            options = {"dtype": dtype, "use_safetensors": True} if weights else {}
-            if library == "diffusers" and weights:
-                options["low_cpu_mem_usage"] = is_accelerate_available()
-            loaded = loader.from_pretrained(checkpoint.path / part, local_files_only=True, **options)
-            if weights and library == "diffusers":
+            if weights and device.type == "meta":
+                loaded = _outline(loader, checkpoint.path / part, dtype)
+            else:
+                options = {"dtype": dtype, "use_safetensors": True} if weights else {}
+                if library == "diffusers" and weights:
+                    options["low_cpu_mem_usage"] = is_accelerate_available()
+                loaded = loader.from_pretrained(checkpoint.path / part, local_files_only=True, **options)
+            if weights and library == "diffusers" and loaded.dtype != dtype:
                 loaded = loaded.to(dtype)  # SD3's transformer ignores the option, without accelerate
             parts[part] = loaded.to(device).eval() if weights else loaded
         expected, _ = kind._get_signature_keys(kind)  # noqa: SLF001 - nothing else says what it wants to be given
@@ -59,3 +64,13 @@ def load_pipe(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, 
     except Exception as error:
         raise ModelError(f"{checkpoint.path} can't be loaded: {error}") from error
     return pipe
+
+
+def _outline(loader: Any, folder: Path, dtype: torch.dtype) -> torch.nn.Module:
+    """A part as its config has it, on the device `meta`: tensors with shapes and nothing in them."""
+    with torch.device("meta"):
+        if hasattr(loader, "from_config"):
+            outline: torch.nn.Module = loader.from_config(loader.load_config(folder, local_files_only=True))
+        else:
+            outline = loader(loader.config_class.from_pretrained(folder, local_files_only=True))
+    return torch.nn.Module.to(outline, dtype)  # diffusers' own warns of what weights could lose

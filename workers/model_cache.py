@@ -20,6 +20,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import IO, TypeVar
 
 from farm.errors import FarmError, ModelError, ModelUnavailable
@@ -34,6 +35,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _VERSION = re.compile(r"([0-9a-f]{64})(\.part)?")
+_WEIGHTS = ".safetensors"
 _LOOK_SECONDS = 0.1
 _TELL_SECONDS = 10.0
 _FORGOTTEN_SECONDS = 24 * 3600.0
@@ -92,13 +94,26 @@ class ModelCache:
         weakref.finalize(model, _release, used)
         return model
 
+    def load_configs(self, source: str, load: Callable[[str], T]) -> T:
+        """What `load` makes of a source, which is a folder by then; from the object store its configs come, no more.
+
+        They are gone afterwards. Raises what `load` raises, `ModelError`, `NotFound` and `StorageUnavailable`.
+        """
+        if not is_remote(source):
+            return load(source)
+        remote = self._remote(source)
+        configs = [file for file in remote.files if not file.path.endswith(_WEIGHTS)]
+        with TemporaryDirectory() as folder:
+            fetch(self._storage, remote, configs, Path(folder), stopping=self._stopping)
+            return load(folder)
+
     def weights_bytes(self, source: str) -> int:
         """What the weights of a model in the object store take; 0 if that can't be known now."""
         try:
             files = self._remote(source).files
         except FarmError:
             return 0
-        return sum(file.bytes for file in files if file.path.endswith(".safetensors"))
+        return sum(file.bytes for file in files if file.path.endswith(_WEIGHTS))
 
     def _remote(self, source: str) -> RemoteModel:
         # Asked once: what a worker says that it serves stays what it loads, whatever is pushed meanwhile.

@@ -1,34 +1,44 @@
 """How large a picture a device can have the memory for, told before one is tried."""
 
-import logging
 import math
+from contextlib import suppress
 
+from farm.errors import BadRequest
+from farm.room import Room
 from farm.spec import MAX_SIZE, MIN_SIZE, RenderSpec
 from workers.pipelines import Pipeline
-
-log = logging.getLogger(__name__)
 
 _SIDE = 64
 """Sides are tried in such steps, of which every family draws the multiples."""
 
 
-def most_row_pixels(pipeline: Pipeline, total: int) -> int | None:
-    """Beyond so many `RenderSpec.row_pixels` no picture fits into `total` bytes beside the parameters; None if all may.
+def room_for(pipeline: Pipeline, total: int) -> Room | None:
+    """What fits into `total` bytes beside the parameters; None if every picture may.
 
-    Sound, but not sharp: larger ones surely do not fit, and smaller ones may not either.
+    Sound, but not sharp: larger ones surely do not fit, and smaller ones may not either. Raises whatever
+    tracing a forward does.
     """
     room = max(1, total - pipeline.nbytes)
-    try:
-        if (most := pipeline.forward_bytes(_square(MAX_SIZE))) <= room:
-            return None
-        # Memory goes by the pixels, and by a little more a pixel the fewer they are: so the first guess is next to it.
-        side = max(MIN_SIZE, _SIDE * math.ceil(MAX_SIZE * math.sqrt(room / most) / _SIDE))
-        while pipeline.forward_bytes(_square(side)) <= room:
-            side += _SIDE
-    except Exception:
-        log.warning("can't tell how large a picture of %s may be", pipeline.name, exc_info=True)
+    side, taken = _largest(pipeline)
+    if taken <= room:
         return None
-    return _square(side).row_pixels(side, side) - 1
+    # Memory goes by the pixels, and mostly by more a pixel the fewer they are: so the guesses come down to it.
+    while taken > room and (guess := _SIDE * math.ceil(side * math.sqrt(room / taken) / _SIDE)) < side:
+        side, taken = guess, pipeline.forward_bytes(_square(guess))
+    while taken <= room:
+        side += _SIDE
+        taken = pipeline.forward_bytes(_square(side))
+    most = _square(side).row_pixels(side, side) - 1
+    width, height = pipeline.native_size
+    return Room(most, own_rows=most // (width * height))
+
+
+def _largest(pipeline: Pipeline) -> tuple[int, int]:
+    """The longest side that a model draws squares of, and what a forward of such a one takes."""
+    for side in range(MAX_SIZE, MIN_SIZE, -_SIDE):
+        with suppress(BadRequest):
+            return side, pipeline.forward_bytes(_square(side))
+    return MIN_SIZE, pipeline.forward_bytes(_square(MIN_SIZE))
 
 
 def _square(side: int) -> RenderSpec:

@@ -8,9 +8,9 @@ import sqlalchemy as sa
 from farm.db import Database
 from farm.jobs import JobStore
 from farm.records import WorkerInfo
+from farm.room import MOST, OWN_ROWS, Room
 from farm.schema import WorkerRow
 from farm.settings import Settings
-from farm.sizes import MOST
 from farm.spec import RenderSpec
 
 SETTINGS = Settings.load(database_url="sqlite://", broker_url="redis://", s3_bucket="farm")
@@ -80,3 +80,23 @@ def test_a_worker_can_find_out_later(store: JobStore) -> None:
     store.submit("b", "me", 50, [spec(1024, 1024)])
     store.describe(worker("w1", ROOM))
     assert queued(store) == []
+
+
+@pytest.mark.parametrize(("rows", "fit"), [(0, []), (1, ["2"]), (2, ["1", "2"])])
+def test_a_picture_of_its_models_own_size_goes_where_so_many_rows_of_that_fit(
+    store: JobStore, rows: int, fit: list[str]
+) -> None:
+    described = {"name": "tiny", MOST: ROOM, OWN_ROWS: rows}
+    store.introduce(WorkerInfo("w1", "cpu", "float32", 4, "1", (described,)))
+    specs = [spec(None, None), spec(None, None, 1.0)]
+    batch_id = store.submit("b", "me", 50, specs)
+    assert [str(place) for place, each in enumerate(specs, 1) if Room(ROOM, rows).has(each)] == fit
+    assert queued(store) == fit
+    assert store.too_large(batch_id) == ({} if rows == 2 else {"tiny": ROOM})
+
+
+def test_where_only_one_side_is_given_only_the_worker_can_tell(store: JobStore) -> None:
+    store.introduce(WorkerInfo("w1", "cpu", "float32", 4, "1", ({"name": "tiny", MOST: 64, OWN_ROWS: 0},)))
+    store.submit("b", "me", 50, [spec(64, None)])
+    assert Room(64, 0).has(spec(64, None))
+    assert queued(store) == ["1"]

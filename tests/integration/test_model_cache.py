@@ -14,8 +14,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from farm.errors import ModelError, ModelUnavailable, StorageUnavailable
-from farm.model_files import MANIFEST
+from farm.errors import ModelError, ModelUnavailable, NotFound, StorageUnavailable
+from farm.model_files import MANIFEST, needed_files
 from farm.model_store import ModelStore
 from farm.settings import Settings
 from farm.storage import Storage
@@ -80,6 +80,24 @@ def test_what_is_fetched_is_what_was_pushed_and_is_fetched_once(
     assert cache.load(f"s3://{storage.bucket}/models/small", Loaded).folder == model.folder
     assert "fetch" not in caplog.text
     assert cache.weights_bytes("farm:small") == sum(f.stat().st_size for f in folder.glob("*/*.safetensors"))
+
+
+def test_the_configs_of_a_model_come_without_its_weights_and_do_not_stay(
+    cache: ModelCache, storage: Storage, folder: Path
+) -> None:
+    ModelStore(storage).push(folder, "small", "ann")
+    there = {path for path in needed_files(folder) if not path.endswith(".safetensors")}
+    folders = []
+
+    def load(configs: str) -> set[str]:
+        folders.append(Path(configs))
+        return {path.relative_to(configs).as_posix() for path in Path(configs).rglob("*.*")}
+
+    assert cache.load_configs("farm:small", load) == there
+    assert not folders[0].exists()
+    assert cache.load_configs(str(folder), lambda found: found) == str(folder)
+    with pytest.raises(NotFound):
+        cache.load_configs("farm:gone", load)
 
 
 def test_a_worker_keeps_to_the_version_it_has_found_and_the_next_takes_the_new_one(

@@ -18,7 +18,7 @@ from farm.settings import Settings
 from farm.states import JobState
 from tests.checkpoints import build_checkpoint
 from tests.integration.conftest import Crew, environment
-from workers.lifecycle import model_sources
+from workers.opening import model_sources
 
 
 @pytest.fixture

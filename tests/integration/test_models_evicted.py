@@ -10,7 +10,7 @@ from farm.client import Farm
 from farm.states import JobState
 from tests.checkpoints import build_checkpoint
 from tests.integration.conftest import Crew
-from workers.lifecycle import weights_bytes
+from workers.opening import weights_bytes
 
 MODELS = ("a", "b", "c")
 JOBS_EACH = 20

@@ -2,12 +2,20 @@
 
 import subprocess
 import sys
+from collections.abc import Mapping
+from contextlib import closing
+from pathlib import Path
 
 import pytest
 
 from farm.client import Farm
+from farm.model_store import ModelStore
+from farm.spec import RenderSpec
 from farm.states import JobState
+from farm.storage import Storage
 from tests.integration.conftest import Crew, environment, wait_until
+from workers import tiny
+from workers.opening import weights_bytes
 
 
 def complaint(crew: Crew, *arguments: str) -> str:
@@ -40,20 +48,55 @@ def test_a_size_that_no_worker_can_take_waits_with_the_reason_until_one_can(farm
 
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
-def test_a_size_beyond_the_memory_is_told_at_the_first_submit_and_never_tried_there(farm: Farm, crew: Crew) -> None:
-    crew.worker("small", "tiny=tiny", memory=str(3 * 2**20))
+def test_a_size_beyond_the_memory_is_told_at_the_first_submit_and_never_tried_there(
+    farm: Farm, crew: Crew, tmp_path: Path
+) -> None:
+    with closing(Storage(crew.settings)) as storage:
+        ModelStore(storage).push(tiny.WEIGHTS, "small", "ann")
+    cache = tmp_path / "cache"
+    # Stored as halves, one takes twice that in memory: there is no room for the other then, not even as it is stored.
+    budget = 5 * weights_bytes(str(tiny.WEIGHTS)) // 2
+    crew.worker(
+        *("small", "tiny=tiny,other=farm:small"),
+        memory=str(3 * 2**20),
+        FARM_MEMORY_BUDGET=budget,
+        FARM_MODEL_CACHE=cache,
+    )
     crew.dispatcher()
+    assert [worker.held for worker in farm.workers()] == [("tiny",)]
+    assert not list(cache.rglob("*.safetensors"))
     large = ["--width", "4096", "--height", "4096", "--steps", "2"]
-    said = complaint(crew, "submit", "a", *large)
-    # A forward of the small model takes 192 bytes a pixel and row, and its weights 29 MB.
-    assert "no worker has the memory for tiny beyond 17,334,271 pixels (8,667,135 with guidance) now" in said
-    batch = farm.batch(farm.batches()[0].id)
-    others = farm.submit(["c"], width=64, height=64, num_inference_steps=2)
-    assert others.wait(60).counts[JobState.SUCCEEDED] == 1
-    assert [job.info.attempt for job in batch] == [0]
-    crew.worker("large", "tiny=null:")
+    batches = []
+    for model in ("tiny", "other"):
+        said = complaint(crew, "submit", "a", "--model", model, *large)
+        # A forward of the small model takes 192 bytes a pixel and row, and its weights 29 MB.
+        assert f"no worker has the memory for {model} beyond 17,334,271 pixels (8,667,135 with guidance) now" in said
+        batches.append(farm.batch(farm.batches()[0].id))
+
+    # Once the other one is loaded, what it renders is known by its weights, and done once.
+    def spec(model: str) -> RenderSpec:
+        return RenderSpec(prompt="c", model=model, width=64, height=64, num_inference_steps=2, seed=1)
+
+    both = farm.submit([spec("tiny"), spec("other")])
+    assert both.wait(60).counts[JobState.SUCCEEDED] == 2
+    made = farm.job(f"{both.id}-2").info
+    assert made.picture is not None
+    weights = made.picture.model_sha256
+    wait_until(lambda: told(farm, "other").get("sha256") == weights, "the worker has told the hash of its weights")
+    again = farm.submit(spec("other"))
+    assert again.wait(60).counts[JobState.SUCCEEDED] == 1
+    assert [job.info.reused_from for job in again] == [made.id]
+
+    assert [job.info.attempt for batch in batches for job in batch] == [0, 0]
+    crew.worker("large", "tiny=null:,other=null:")
     assert "memory" not in complaint(crew, "submit", "b", *large)
-    again = farm.batch(farm.batches()[0].id)
-    for each in (batch, again):
+    batches.append(farm.batch(farm.batches()[0].id))
+    for each in batches:
         assert each.wait(60).counts[JobState.SUCCEEDED] == 1
         assert [job.info.tries for job in each] == [0]
+
+
+def told(farm: Farm, model: str) -> Mapping[str, object]:
+    """What the one worker says of a model."""
+    (worker,) = farm.workers()
+    return next(one for one in worker.models if one["name"] == model)

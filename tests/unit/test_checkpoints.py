@@ -164,6 +164,28 @@ def test_of_a_hub_id_only_what_its_family_loads_is_asked_for(folder: Path, monke
     assert not [pattern for pattern in parts if pattern.startswith("safety_checker")]
 
 
+def test_without_weights_only_configs_are_asked_for_and_code_is_refused_all_the_same(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+
+    def snapshot_download(repo_id: str, allow_patterns: list[str]) -> str:
+        asked.append(allow_patterns)
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    for weights in folder.glob("*/*.safetensors"):
+        weights.unlink()
+    found = checkpoints.open_checkpoint("org/name", FAMILIES, weights=False)
+    assert (found.family, found.nbytes) == ("StableDiffusionPipeline", 0)
+    assert not [pattern for pattern in asked[1] if "safetensors" in pattern]
+    with pytest.raises(ModelError, match="no weights at all"):
+        open_checkpoint(str(folder))
+    (folder / "unet" / "config.json").write_text('{"auto_map": {"AutoModel": "mine.Model"}}')
+    with pytest.raises(ModelError, match="needs code of its own"):
+        checkpoints.open_checkpoint(str(folder), FAMILIES, weights=False)
+
+
 def test_a_hub_that_does_not_answer_is_a_model_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def snapshot_download(*_: object, **__: object) -> str:
         raise ConnectionError("no route")

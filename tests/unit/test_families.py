@@ -1,5 +1,6 @@
 """What the families do beyond drawing diffusers' pictures, for which see `tests/contract/test_parity.py`."""
 
+import shutil
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -16,6 +17,7 @@ from tests.checkpoints import build_checkpoint, build_flux, build_sd3, build_sdx
 from workers import pipelines
 from workers.pipelines import Pipeline, families, load
 from workers.request import RenderRequest
+from workers.room import room_for
 
 CPU = torch.device("cpu")
 BUILDERS: dict[str, Callable[[Path], Path]] = {
@@ -113,7 +115,7 @@ def test_half_precision_draws_nearly_the_same(name: str, folders: dict[str, Path
 @pytest.mark.parametrize("name", BUILDERS)
 def test_a_preview_and_a_frame_have_the_pictures_proportions(name: str, loaded: dict[str, Any]) -> None:
     pipeline: Any = loaded[name]
-    for width, height in ((96, 64), (64, 512)):
+    for width, height in ((96, 64), (96, 384)):
         latents = encoded(pipeline, width=width, height=height).latents
         with torch.inference_mode():
             preview = pipeline.preview(latents)
@@ -260,3 +262,38 @@ def test_what_a_forward_takes_is_known_before_it_takes_it(loaded: dict[str, Any]
             peak = max(peak, now)
     # What operators use within themselves, such as a convolution in another layout, is not counted.
     assert 0.75 * peak <= pipeline.forward_bytes(request.spec) <= peak
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_the_configs_alone_say_what_a_forward_takes_at_least(
+    loaded: dict[str, Any], folders: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    weights = shutil.ignore_patterns("*.safetensors")
+    folder = shutil.copytree(folders[name], tmp_path / name, ignore=weights)
+    outline: Any = load(str(folder), torch.device("meta"), torch.float32)
+    spec = encoded(loaded[name], width=192, height=192).spec
+    assert outline.nbytes == loaded[name].nbytes
+    assert 0.75 * (known := loaded[name].forward_bytes(spec)) <= outline.forward_bytes(spec) <= known
+    halved = load(str(folder), torch.device("meta"), torch.bfloat16)
+    assert (halved.nbytes, halved.dtype) == (outline.nbytes // 2, torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_room_is_told_for_what_surely_does_not_fit(loaded: dict[str, Any], name: str) -> None:
+    pipeline: Any = loaded[name]
+    there_is = pipeline.nbytes + pipeline.forward_bytes(RenderSpec(prompt="", seed=0, width=320, height=320))
+    # The next size that is tried, a row for its guidance where there is one.
+    room = room_for(pipeline, there_is)
+    assert room is not None
+    assert room.most == RenderSpec(prompt="", seed=0).row_pixels(384, 384) - 1
+    width, height = pipeline.native_size
+    assert room.own_rows == room.most // (width * height)
+    assert room_for(pipeline, 2**50) is None
+    nothing = room_for(pipeline, pipeline.nbytes)
+    assert nothing is not None
+    assert nothing.own_rows < 2
+
+
+def test_a_picture_that_sd3_has_no_positions_for_is_refused_before_it_is_begun(loaded: dict[str, Any]) -> None:
+    with pytest.raises(BadRequest, match="draws up to 384 pixels a side, not 64x400"):
+        encoded(loaded["StableDiffusion3Pipeline"], width=64, height=400)

@@ -107,12 +107,14 @@ def load(
 ) -> Pipeline:
     """The pipeline of a source: a local folder, a hub id, or `null:` (see `workers.null`).
 
-    Raises `ModelError` naming what is missing or wrong, or `torch.OutOfMemoryError`.
+    On the device `meta` it has no weights, but what its configs say, and serves to tell what a forward takes. Raises
+    `ModelError` naming what is missing or wrong, or `torch.OutOfMemoryError`.
     """
     from workers import null
 
     # The other families take seconds to import.
     modules = {null.FAMILY.name: null} if source.startswith("null:") else families()
-    checkpoint = open_checkpoint(source, {name: module.FAMILY for name, module in modules.items()})
+    known = {name: module.FAMILY for name, module in modules.items()}
+    checkpoint = open_checkpoint(source, known, weights=device.type != "meta")
     pipeline: Pipeline = modules[checkpoint.family].load(checkpoint, device, dtype, report, **options)
     return pipeline

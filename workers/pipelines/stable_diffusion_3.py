@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 
 import torch
 
+from farm.errors import BadRequest
+from farm.spec import RenderSpec
 from workers.checkpoints import Family
 from workers.pipelines.shared import DiffusersPipeline
 from workers.texts import Embedding
@@ -37,6 +39,14 @@ class StableDiffusion3(DiffusersPipeline):
     def multiple(self) -> int:
         """A patch of latent pixels."""
         return super().multiple * int(self.denoiser.config.patch_size)
+
+    def size(self, spec: RenderSpec) -> tuple[int, int]:
+        """(width, height) of a spec in pixels; there are positions for so many patches a side, and no more."""
+        width, height = super().size(spec)
+        most = self.denoiser.config.pos_embed_max_size * self.multiple
+        if max(width, height) > most:
+            raise BadRequest(f"{self.name} draws up to {most} pixels a side, not {width}x{height}")
+        return width, height
 
     def embed(self, text: str, clip_skip: int | None, *, negative: bool) -> Embedding:
         """(1, 77 + 256, width): both CLIPs side by side, then T5 or zeros; and both pooled texts, (1, both widths)."""
