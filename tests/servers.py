@@ -140,6 +140,12 @@ def database_url(request: pytest.FixtureRequest) -> str:
     return url
 
 
+BOTH_KINDS_IN_TIME = pytest.mark.parametrize(
+    "database_url", ["postgresql", pytest.param("sqlite", marks=pytest.mark.long)], indirect=True
+)
+"""For tests of a whole farm, which take long: with SQLite only in `make test-long`. The store's are always of both."""
+
+
 @pytest.fixture
 def database(database_url: str) -> Iterator[Database]:
     """A fresh, migrated database, once of each kind."""

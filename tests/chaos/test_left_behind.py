@@ -136,6 +136,7 @@ def test_a_worker_that_lost_its_lease_leaves_the_checkpoint_that_the_next_attemp
     assert following.checkpoint_key in list(storage.keys())
 
 
+@pytest.mark.long
 def test_a_checkpoint_that_a_frozen_worker_ends_writing_after_the_sweep_is_swept_all_the_same(
     crew: Crew, database: Database, storage: Storage, dispatcher: Dispatcher
 ) -> None:

@@ -39,6 +39,8 @@ CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
     "sd3-without-t5": partial(build_sd3, t5=False),
     "flux": build_flux,
 }
+LONG = ("sd-v",)
+"""Of which the samplers' own tests say nearly as much: only in `make test-long`."""
 PROMPTS = ("a red circle on a blue square", "", "an OLD house, über the water", "a long prompt, " * 8, "two cats")
 STEPS = ((1, 2), (3, 2), (5, 2), (1, 4))
 
@@ -208,7 +210,10 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="module", params=CHECKPOINTS)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=pytest.mark.long) if name in LONG else name for name in CHECKPOINTS],
+)
 def parity(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Parity:
     return Parity(CHECKPOINTS[request.param](tmp_path_factory.mktemp(request.param)))
 

@@ -2,13 +2,12 @@
 
 import time
 
-import pytest
-
 from farm.client import Farm
 from farm.states import JobState
 from tests.integration.conftest import Crew, wait_until
+from tests.servers import BOTH_KINDS_IN_TIME
 
-pytestmark = pytest.mark.parametrize("database_url", ["sqlite", "postgresql"], indirect=True)
+pytestmark = BOTH_KINDS_IN_TIME
 
 
 def test_a_ten_job_batch_behind_a_large_one_starts_within_seconds(crew: Crew, farm: Farm) -> None:

@@ -88,6 +88,7 @@ def test_a_draining_worker_finishes_what_it_can_and_another_goes_on_with_the_res
     assert long.refresh().info.attempt == 2
 
 
+@pytest.mark.long
 def test_a_resumed_picture_of_a_real_model_is_the_uninterrupted_one(farm: Farm, crew: Crew, tmp_path: Path) -> None:
     folder = build_checkpoint(tmp_path / "random")
     spec = RenderSpec(

@@ -9,6 +9,7 @@ from farm.leadership import LEASE_SECONDS, RENEW_SECONDS
 from farm.schema import LeaderRow
 from farm.spec import RenderSpec
 from tests.integration.conftest import Crew, wait_until
+from tests.servers import BOTH_KINDS_IN_TIME
 
 
 def leader(database: Database) -> int:
@@ -18,6 +19,7 @@ def leader(database: Database) -> int:
         return int(row.holder.split(":")[1]) if row else 0
 
 
+@BOTH_KINDS_IN_TIME
 def test_a_dispatcher_that_is_killed_is_replaced_within_seconds(crew: Crew, database: Database, farm: Farm) -> None:
     store = JobStore(database, crew.settings)
     processes = {process.popen.pid: process for process in (crew.dispatcher(), crew.dispatcher())}

@@ -10,6 +10,9 @@ from farm.errors import JobNotSucceeded
 from farm.states import JobState
 from farm.storage import Storage, manifest_key
 from tests.integration.conftest import Crew, wait_until
+from tests.servers import BOTH_KINDS_IN_TIME
+
+pytestmark = BOTH_KINDS_IN_TIME
 
 SLOW = "tiny=null:?seconds_per_step=0.05"
 

@@ -26,6 +26,7 @@ from farm.settings import Settings
 from farm.states import JobState
 from farm.storage import Storage, image_key, manifest_key
 from tests.integration.conftest import Crew, environment, wait_until
+from tests.servers import BOTH_KINDS_IN_TIME
 
 
 @dataclass
@@ -238,6 +239,7 @@ def command(settings: Settings, tmp_path: Path) -> Callable[..., "subprocess.Com
 
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+@pytest.mark.long
 def test_the_command_line_tells_fetches_and_deletes(
     stand: Stand, command: Callable[..., "subprocess.CompletedProcess[str]"], tmp_path: Path
 ) -> None:
@@ -270,6 +272,7 @@ def test_the_command_line_tells_fetches_and_deletes(
     assert list(stand.storage.keys()) == []
 
 
+@BOTH_KINDS_IN_TIME
 def test_a_batch_that_is_rendered_is_deleted_when_its_workers_have_let_go(
     farm: Farm, crew: Crew, database: Database
 ) -> None:

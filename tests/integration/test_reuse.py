@@ -24,6 +24,7 @@ from farm.storage import Storage, image_key
 from tests.integration.conftest import Crew, wait_until
 from tests.integration.test_render import SLOW, ended_well, running
 from tests.integration.test_steering import farm_says
+from tests.servers import BOTH_KINDS_IN_TIME
 
 WEIGHTS = "e" * 64
 SPEC = RenderSpec(prompt="a boat", seed=1, num_inference_steps=2)
@@ -52,6 +53,7 @@ def rendered_by(database: Database, *batches: Batch) -> dict[str, str | None]:
     return {job_id: worker for job_id, worker in found.items() if any(job_id.startswith(one.id) for one in batches)}
 
 
+@BOTH_KINDS_IN_TIME
 def test_twins_in_flight_are_rendered_once_and_each_has_its_own_picture(
     farm: Farm, crew: Crew, database: Database
 ) -> None:
@@ -70,6 +72,7 @@ def test_twins_in_flight_are_rendered_once_and_each_has_its_own_picture(
     assert f"copy of {first.id}-1" in " ".join(shown.split())
 
 
+@BOTH_KINDS_IN_TIME
 def test_a_copy_has_the_trajectory_too_and_outlives_what_it_is_of(farm: Farm, crew: Crew, database: Database) -> None:
     crew.worker()
     spec = SPEC.model_copy(update={"trajectory": True, "num_inference_steps": 4})
@@ -90,6 +93,7 @@ def test_a_copy_has_the_trajectory_too_and_outlives_what_it_is_of(farm: Farm, cr
     storage.close()
 
 
+@BOTH_KINDS_IN_TIME
 def test_a_twin_that_is_cancelled_or_loses_its_worker_lets_the_work_be_done_all_the_same(
     farm: Farm, crew: Crew, database: Database
 ) -> None:
@@ -105,6 +109,7 @@ def test_a_twin_that_is_cancelled_or_loses_its_worker_lets_the_work_be_done_all_
     assert len([name for name in rendered_by(database, batch).values() if name is not None]) == 1
 
 
+@BOTH_KINDS_IN_TIME
 def test_other_weights_a_picture_that_is_gone_and_no_reuse_are_rendered(
     farm: Farm, crew: Crew, database: Database
 ) -> None:

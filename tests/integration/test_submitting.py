@@ -12,6 +12,7 @@ from farm.client import Farm
 from farm.errors import InvalidInput
 from farm.settings import Settings
 from tests.integration.conftest import environment
+from tests.servers import BOTH_KINDS_IN_TIME
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -64,6 +65,7 @@ def test_a_bad_row_after_thousands_leaves_nothing(farm: Farm) -> None:
     assert farm.batches() == []
 
 
+@BOTH_KINDS_IN_TIME
 def test_the_command_line_varies_shows_and_submits(farm: Farm, command: Command, tmp_path: Path) -> None:
     (tmp_path / "wildcards").mkdir()
     (tmp_path / "wildcards" / "animal.txt").write_text("cat\n")
@@ -89,6 +91,7 @@ def test_the_command_line_varies_shows_and_submits(farm: Farm, command: Command,
     ]
 
 
+@BOTH_KINDS_IN_TIME
 def test_the_command_line_says_how_much_is_wrong(farm: Farm, command: Command, tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text('{"prompt": 5}\n' * 1500)
     done = command("submit", "p.jsonl")

@@ -235,6 +235,7 @@ def test_a_schema_that_does_not_fit_is_refused_in_one_line(sqlite_url: str, tmp_
 
 
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+@pytest.mark.long
 def test_one_command_puts_a_worker_on_each_gpu(crew: Crew, farm: Farm, tmp_path: Path) -> None:
     driver = tmp_path / "bin" / "nvidia-smi"
     driver.parent.mkdir()
