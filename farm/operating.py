@@ -1,7 +1,6 @@
 """The commands that run a farm, beside those of `farm.cli` that use it."""
 
 import os
-import signal
 import sys
 import threading
 from importlib.util import find_spec
@@ -70,28 +69,28 @@ def dispatcher() -> None:
     from farm.jobs import JobStore
     from farm.leadership import Leadership
     from farm.metrics import serve
+    from farm.stopping import stop_signals
     from farm.storage import Storage
 
     configure()
     stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-    settings = Settings.load()
-    db = Database(settings.database_url)
-    db.check_schema()
-    broker = Broker(settings)
-    storage = Storage(settings)
-    store, leadership = JobStore(db, settings), Leadership(db, "dispatcher")
-    dispatcher = Dispatcher(store, broker, storage, settings)
-    exposition = serve(db, store, dispatcher, leadership, settings, {"sql": db, "redis": broker, "s3": storage})
-    try:
-        dispatcher.run(stop, leadership)
-    finally:
-        if exposition is not None:
-            exposition.close()
-        broker.close()
-        storage.close()
-        db.close()
+    with stop_signals(stop):
+        settings = Settings.load()
+        db = Database(settings.database_url)
+        db.check_schema()
+        broker = Broker(settings)
+        storage = Storage(settings)
+        store, leadership = JobStore(db, settings), Leadership(db, "dispatcher")
+        dispatcher = Dispatcher(store, broker, storage, settings)
+        exposition = serve(db, store, dispatcher, leadership, settings, {"sql": db, "redis": broker, "s3": storage})
+        try:
+            dispatcher.run(stop, leadership)
+        finally:
+            if exposition is not None:
+                exposition.close()
+            broker.close()
+            storage.close()
+            db.close()
 
 
 @app.command()

@@ -1,26 +1,36 @@
-"""How whoever keeps processes running is told to stop."""
+"""How what runs until it is told to stop is told."""
 
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from queue import SimpleQueue
 from types import FrameType
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @contextmanager
-def stop_signals(stop: threading.Event, hurry: threading.Event) -> Iterator[None]:
-    """Let the first of SIGINT, SIGTERM and SIGHUP set `stop`, and any further one `hurry`."""
+def stop_signals(stop: threading.Event, hurry: threading.Event | None = None) -> Iterator[None]:
+    """Let the first of SIGINT, SIGTERM and SIGHUP set `stop`, and any further one `hurry`, if given."""
+    # A handler runs amid whatever the main thread does, such as `stop.wait()`, whose lock it would wait for without
+    # end if it set the event itself. `SimpleQueue.put` is made for that.
+    told: SimpleQueue[bool] = SimpleQueue()
 
     def handle(_number: int, _frame: FrameType | None) -> None:
-        if stop.is_set():
-            hurry.set()
-        stop.set()
+        told.put(True)
 
+    def pass_on() -> None:
+        while told.get():
+            (stop if hurry is None or not stop.is_set() else hurry).set()
+
+    listener = threading.Thread(target=pass_on, name="stop signals", daemon=True)
+    listener.start()
     before = {number: signal.signal(number, handle) for number in _SIGNALS}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        told.put(False)
+        listener.join()

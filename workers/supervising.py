@@ -14,9 +14,9 @@ from typing import IO, Any, NoReturn
 from farm.backoff import Backoff
 from farm.db import Database
 from farm.errors import AlreadyRunning, FarmError, NotConfigured, ServiceUnavailable
-from farm.local.stopping import stop_signals
 from farm.local.tethered import Tethered
 from farm.settings import Settings
+from farm.stopping import stop_signals
 from workers import gpus as driver
 
 REFUSED = 2

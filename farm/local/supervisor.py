@@ -20,8 +20,8 @@ from farm.local import parts
 from farm.local.home import SERVICE_VARIABLES, Home
 from farm.local.keeping import Kept
 from farm.local.process import end_leftovers, rotate_log
-from farm.local.stopping import stop_signals
 from farm.settings import EMBEDDED_FILE, Settings
+from farm.stopping import stop_signals
 
 POLL_SECONDS = 0.1
 
