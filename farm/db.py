@@ -2,11 +2,11 @@
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from alembic import command
@@ -24,8 +24,15 @@ from farm.version import __version__
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 CONNECT_SECONDS = 5
 _SILENT_SECONDS, _PROBE_SECONDS = 15, 5
+_FROZEN_SECONDS = 5
+"""How long PostgreSQL lets a transaction do nothing: others may wait for what it has locked."""
+_LOCK_NOT_AVAILABLE, _DEADLOCK_DETECTED = "55P03", "40P01"
+"""https://www.postgresql.org/docs/current/errcodes-appendix.html"""
+_DEADLOCKS = 5
 
 
 class now_plus(FunctionElement[datetime]):  # noqa: N801  (an SQL function, like sqlalchemy.func's)
@@ -92,6 +99,22 @@ class Database:
             session.connection(execution_options={"writes": True})
             yield session
 
+    def written(self, change: Callable[[Session], T]) -> T:
+        """What `change` returns of a session that then commits; done anew if PostgreSQL undid it to end a deadlock.
+
+        For who would otherwise tell a person to try again: programs do so anyway.
+        """
+        for _ in range(_DEADLOCKS):
+            try:
+                with self.write() as session:
+                    return change(session)
+            except DatabaseUnavailable as error:
+                if _sqlstate(error.__cause__) != _DEADLOCK_DETECTED:
+                    raise
+                log.info("done anew: %s", error)
+        with self.write() as session:
+            return change(session)
+
     def exclusive(self, session: Session, number: int) -> None:
         """Wait until this transaction is the only one that holds that lock number; it ends with the transaction.
 
@@ -128,7 +151,7 @@ class Database:
                 command.upgrade(config, "head")
                 connection.commit()
             except OperationalError as error:
-                if getattr(error.orig, "sqlstate", None) != _LOCK_NOT_AVAILABLE or time.monotonic() > deadline:
+                if _sqlstate(error) != _LOCK_NOT_AVAILABLE or time.monotonic() > deadline:
                     raise
                 connection.rollback()
                 log.warning("somebody reads or writes for long, and the schema waits: %s", _line(error))
@@ -201,6 +224,10 @@ class Database:
         return self.url.difference_update_query(secret).render_as_string(hide_password=True)
 
 
+def _sqlstate(error: BaseException | None) -> str | None:
+    return getattr(error.orig, "sqlstate", None) if isinstance(error, DBAPIError) else None
+
+
 def _line(error: DBAPIError) -> str:
     return " ".join(str(error.orig).split())
 
@@ -208,8 +235,6 @@ def _line(error: DBAPIError) -> str:
 _MIGRATION_LOCK = 0x6661726D
 _MIGRATION_SECONDS = 600.0
 _STEP_SECONDS = 2
-_LOCK_NOT_AVAILABLE = "55P03"
-"""https://www.postgresql.org/docs/current/errcodes-appendix.html"""
 
 
 def _alembic() -> Config:
@@ -246,7 +271,9 @@ def _postgresql(url: sa.URL) -> sa.Engine:
         connection.execute(
             f"SELECT set_config('tcp_keepalives_idle', '{_PROBE_SECONDS}', false),"
             f" set_config('tcp_keepalives_interval', '{_PROBE_SECONDS}', false),"
-            f" set_config('tcp_user_timeout', '{1000 * _SILENT_SECONDS}', false)"
+            f" set_config('tcp_user_timeout', '{1000 * _SILENT_SECONDS}', false),"
+            # The kernel of a process that is frozen amid a transaction goes on answering.
+            f" set_config('idle_in_transaction_session_timeout', '{1000 * _FROZEN_SECONDS}', false)"
         )
         connection.autocommit = False
 
