@@ -4,6 +4,8 @@ Each takes a batch, a job, or an owner, who is all batches of that name, those t
 """
 
 import logging
+import time
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +15,17 @@ from sqlalchemy.orm import Session
 from farm.attempts import Attempts
 from farm.db import now
 from farm.queries import in_state
-from farm.schema import BatchRow, JobRow, OwnerRow
+from farm.schema import BatchRow, JobCountRow, JobRow
 from farm.states import ACTIVE, JobState
 
 log = logging.getLogger(__name__)
+
+_Where = sa.ColumnElement[bool]
+
+_PIECE = 2000
+"""How many jobs a transaction changes: some 40 ms, for which workers that renew their leases may wait."""
+_REST_SECONDS = 0.02
+"""And how long others may write before the next piece: SQLite has one writer."""
 
 
 @dataclass(frozen=True)
@@ -32,14 +41,14 @@ class Which:
             raise ValueError("say a batch, a job or an owner: exactly one of them")
 
     @property
-    def jobs(self) -> sa.ColumnElement[bool]:
+    def jobs(self) -> _Where:
         """That a job is one of them."""
         if self.owner is not None:
             return JobRow.batch_id.in_(sa.select(BatchRow.id).where(BatchRow.owner == self.owner))
         return JobRow.batch_id == self.batch_id if self.batch_id is not None else JobRow.id == self.job_id
 
     @property
-    def batches(self) -> sa.ColumnElement[bool]:
+    def batches(self) -> _Where:
         """That a batch has some of them."""
         if self.owner is not None:
             return BatchRow.owner == self.owner
@@ -53,20 +62,26 @@ class Steering(Attempts):
     def cancel(self, *, batch_id: str | None = None, job_id: str | None = None, owner: str | None = None) -> int:
         """Cancel what has not ended; returns how many jobs that were.
 
-        What waits is cancelled at once; what runs is marked, and its worker stops it and reports.
+        What waits is cancelled at once; what runs is marked, and its worker stops it and reports. Of many jobs, some
+        thousands at a time: whoever is interrupted repeats it.
         """
         which = Which(batch_id, job_id, owner)
         running = in_state(JobState.RUNNING)
-        with self._db.write() as session:
-            # One statement: between two, a job could step from the state of one into that of the other.
-            count = _changed(
-                session,
-                which.jobs,
-                JobRow.state.in_(ACTIVE),
-                cancel_requested=True,
-                state=sa.case((running, JobRow.state), else_=JobState.CANCELLED.value),
-                finished_at=sa.case((running, None), else_=now()),
-            )
+        count = 0
+        for jobs, _ in self._pieces(which, ACTIVE):
+
+            def cancel(session: Session, jobs: _Where = jobs) -> int:
+                # One statement: between two, a job could step from the state of one into that of the other.
+                return _changed(
+                    session,
+                    jobs,
+                    JobRow.state.in_(ACTIVE),
+                    cancel_requested=True,
+                    state=sa.case((running, JobRow.state), else_=JobState.CANCELLED.value),
+                    finished_at=sa.case((running, None), else_=now()),
+                )
+
+            count += self._db.written(cancel)
         log.info("cancelled %s jobs=%d", which, count)
         return count
 
@@ -77,10 +92,14 @@ class Steering(Attempts):
         state, so that it goes on from there. What has not begun, and what is still to come, waits.
         """
         which = Which(batch_id, job_id, owner)
-        with self._db.write() as session:
+
+        def pause(session: Session) -> int:
             self._set_paused(session, which, paused=True)
-            _changed(session, which.jobs, in_state(JobState.QUEUED), state=JobState.PENDING.value, queued_at=None)
-            count = _active(session, which)
+            queued = in_state(JobState.QUEUED)
+            _changed(session, which.jobs, queued, state=JobState.PENDING.value, queued_at=None)
+            return _active(session, which)
+
+        count = self._db.written(pause)
         log.info("paused %s jobs=%d", which, count)
         return count
 
@@ -90,9 +109,12 @@ class Steering(Attempts):
         Each pause ends by itself: a job of a batch that goes on stays paused if it was paused alone, or its owner is.
         """
         which = Which(batch_id, job_id, owner)
-        with self._db.write() as session:
+
+        def resume(session: Session) -> int:
             self._set_paused(session, which, paused=False)
-            count = _active(session, which)
+            return _active(session, which)
+
+        count = self._db.written(resume)
         log.info("resumed %s jobs=%d", which, count)
         return count
 
@@ -102,40 +124,72 @@ class Steering(Attempts):
         elif which.batch_id is not None:
             session.execute(sa.update(BatchRow).where(BatchRow.id == which.batch_id).values(paused=paused))
         else:
-            owner = session.get(OwnerRow, which.owner) or OwnerRow(name=which.owner)
-            owner.paused = paused
-            session.add(owner)
-            session.flush()
+            # The dispatcher may write the first row of an owner at the same time.
+            first = "INSERT INTO owners (name, paused) VALUES (:name, :paused) "
+            again = "ON CONFLICT (name) DO UPDATE SET paused = excluded.paused"
+            session.execute(sa.text(first + again), {"name": which.owner, "paused": paused})
 
     def retry(self, *, batch_id: str | None = None, job_id: str | None = None, owner: str | None = None) -> int:
         """Give what has failed all its tries anew; returns how many jobs that were.
 
-        The one exception to what has ended never changing. They start afresh; their attempts count on.
+        The one exception to what has ended never changing. They start afresh; their attempts count on. Of many jobs,
+        some thousands at a time, as `cancel` does.
         """
         which = Which(batch_id, job_id, owner)
-        with self._db.write() as session:
-            count = _changed(
-                session,
-                which.jobs,
-                in_state(JobState.FAILED),
-                state=JobState.PENDING.value,
-                tries=0,
-                lost_leases=0,
-                error=None,
-                not_before=None,
-                avoid_worker=None,
-                # Its object may be on its way out; what is left of it goes when the job has ended again.
-                checkpoint_key="",
-                finished_at=None,
-            )
-            # After the jobs: who notes a batch's end meanwhile has either not seen these, and is put right here, or
-            # waits for this row, and sees them then.
-            session.execute(sa.update(BatchRow).where(which.batches).values(ended_at=None))
+        count = 0
+        for jobs, batch in self._pieces(which, (JobState.FAILED,)):
+
+            def retry(session: Session, jobs: _Where = jobs, batch: _Where = batch) -> int:
+                changed = _changed(
+                    session,
+                    jobs,
+                    in_state(JobState.FAILED),
+                    state=JobState.PENDING.value,
+                    tries=0,
+                    lost_leases=0,
+                    error=None,
+                    not_before=None,
+                    avoid_worker=None,
+                    # Its object may be on its way out; what is left of it goes when the job has ended again.
+                    checkpoint_key="",
+                    finished_at=None,
+                )
+                # After the jobs: who notes a batch's end meanwhile has either not seen these, and is put right here, or
+                # waits for this row, and sees them then.
+                session.execute(sa.update(BatchRow).where(batch).values(ended_at=None))
+                return changed
+
+            count += self._db.written(retry)
         log.info("to be tried anew %s jobs=%d", which, count)
         return count
 
+    def _pieces(self, which: Which, states: Collection[JobState]) -> Iterator[tuple[_Where, _Where]]:
+        """The jobs that are meant, where some are in those states: so many at a time, and the batch that has them.
 
-def _changed(session: Session, *where: sa.ColumnElement[bool], **values: Any) -> int:
+        By their places and not by their states: none is left out by stepping from one into another meanwhile. A
+        statement over a million jobs would keep those locked that it has come to first, for many seconds: renders whose
+        leases can't be renewed meanwhile are stopped.
+        """
+        if which.job_id is not None:
+            yield which.jobs, which.batches
+            return
+        some = (
+            sa.select(sa.func.sum(JobCountRow.n))
+            .where(JobCountRow.batch_id == BatchRow.id, JobCountRow.state.in_(states))
+            .correlate(BatchRow)
+            .scalar_subquery()
+        )
+        with self._db.read() as session:
+            batches = session.execute(sa.select(BatchRow.id, BatchRow.total).where(which.batches, some > 0)).all()
+        for batch_id, total in batches:
+            for after in range(0, total, _PIECE):
+                place = JobRow.index.between(after + 1, after + _PIECE)
+                yield sa.and_(JobRow.batch_id == batch_id, place), BatchRow.id == batch_id
+                if after + _PIECE < total:
+                    time.sleep(_REST_SECONDS)
+
+
+def _changed(session: Session, *where: _Where, **values: Any) -> int:
     changed = session.connection().execute(sa.update(JobRow).where(*where).values(**values))
     return changed.rowcount
 

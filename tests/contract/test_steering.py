@@ -2,7 +2,9 @@
 
 import pytest
 
+from farm import steering
 from farm.db import Database
+from farm.errors import ErrorClass
 from farm.jobs import JobStore
 from farm.leadership import Leadership
 from farm.records import Claim, Pace
@@ -124,6 +126,40 @@ def test_an_owner_is_cancelled_whole_and_nobody_else(store: JobStore) -> None:
     mine, too, other = submitted(store, 2), submitted(store, 1), submitted(store, 1, owner="other")
     assert store.cancel(owner="me") == 3
     assert [store.batch(batch_id).done for batch_id in (mine, too, other)] == [True, True, False]
+
+
+@pytest.mark.parametrize("kind", ["batch", "owner"])
+def test_of_many_jobs_some_are_changed_at_a_time_and_workers_renew_between(
+    store: JobStore, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = submitted(store, 3)
+    store.cancel(batch_id=ended)
+    batch_id = submitted(store, 5)
+    first, second, third = [bell.job_id for bell in store.enqueue(3)]
+    held, failed = claim(store, second), claim(store, third)
+    assert store.fail(failed, "no", ErrorClass.BAD_INPUT)
+    monkeypatch.setattr(steering, "_PIECE", 2)
+    between = []
+
+    def rest(_seconds: float) -> None:
+        beat = store.beat("w1@host", {(held.job_id, held.attempt): Pace(1, 0.1)})
+        between.append((beat.lost, beat.cancelled, store.batch(batch_id).counts[JobState.CANCELLED]))
+
+    monkeypatch.setattr(steering.time, "sleep", rest)
+    assert store.cancel(**which(kind, batch_id)) == 4
+    assert between == [(frozenset(), {second}, 1), (frozenset(), {second}, 2)]
+    assert [store.job(f"{batch_id}-{n}").state for n in range(1, 6)] == [
+        JobState.CANCELLED,
+        JobState.RUNNING,
+        JobState.FAILED,
+        JobState.CANCELLED,
+        JobState.CANCELLED,
+    ]
+    between.clear()
+    assert store.retry(**which(kind, batch_id)) == 1
+    assert len(between) == 2
+    assert store.job(third).state is JobState.PENDING
+    assert first != third
 
 
 def test_one_thing_at_a_time_is_steered(store: JobStore) -> None:
