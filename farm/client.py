@@ -11,7 +11,7 @@ from typing import Any, Self, TypeGuard
 from farm.broker import Broker
 from farm.db import Database
 from farm.dispatch import Dispatcher
-from farm.errors import BrokerUnavailable, InvalidInput, NotFound, Problem
+from farm.errors import DatabaseUnavailable, InvalidInput, NotFound, Problem, ServiceUnavailable
 from farm.estimates import DryRun, dry_run, speeds
 from farm.handles import Batch, Job, Owner
 from farm.held import held_kinds, sampler_problem
@@ -125,9 +125,12 @@ class Farm:
         batch_id = self._store.submit(name, whose, priority, made, key=key, reuse=reuse)
         try:
             Dispatcher(self._store, self._broker, self._storage, self.settings).fill()
-        except BrokerUnavailable as error:
-            log.warning("the jobs are safe in SQL and start when Redis is back: %s", error)
-        return self.batch(batch_id)
+        except ServiceUnavailable as error:
+            log.warning("batch %s is safe in SQL and starts when what is away is back: %s", batch_id, error)
+        try:
+            return self.batch(batch_id)
+        except DatabaseUnavailable as error:
+            raise DatabaseUnavailable(f"batch {batch_id} is handed in, but {error}") from error
 
     def dry_run(self, what: Given | Iterable[Given], **options: Any) -> DryRun:
         """What `submit` would do with the same arguments: how many pictures, which first, how long; nothing is written.

@@ -177,3 +177,6 @@ class Dispatcher:
             except ServiceUnavailable as error:
                 log.warning("can't sweep, trying again in %.0f s: %s", _SWEEP_OUTAGE_SECONDS, error)
                 pause = _SWEEP_OUTAGE_SECONDS
+            except Exception:  # without this thread no batch would end, go or be swept, and dispatching would go on
+                log.exception("can't sweep, trying again in %.0f s", _SWEEP_OUTAGE_SECONDS)
+                pause = _SWEEP_OUTAGE_SECONDS

@@ -268,7 +268,8 @@ class Storage:
             yield
         except ClientError as error:
             code: Any = error.response["Error"].get("Code")
-            if code in ("NoSuchKey", "404"):
+            # A HEAD's answer has no words; any other 404 without them comes from something before the object store.
+            if code == "NoSuchKey" or (code == "404" and error.operation_name == "HeadObject"):
                 raise NotFound(f"{shown} has no {what}") from error
             self.outages += 1
             raise StorageUnavailable(f"{shown}: {self._told(error)}") from error

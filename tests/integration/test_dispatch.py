@@ -3,16 +3,18 @@
 import json
 import socket
 import threading
+from contextlib import closing
 
 import pytest
 import redis
 import sqlalchemy as sa
 
+from farm import dispatch
 from farm.broker import Broker, queue_name
 from farm.client import Farm
 from farm.db import Database, now_plus
 from farm.dispatch import Dispatcher
-from farm.errors import BrokerUnavailable, ErrorClass, InvalidInput, KeyUsed
+from farm.errors import BrokerUnavailable, DatabaseUnavailable, ErrorClass, InvalidInput, KeyUsed
 from farm.fair import LEAST_WINDOW
 from farm.jobs import JobStore
 from farm.leadership import Leadership
@@ -89,6 +91,46 @@ def test_without_redis_a_batch_is_safe_in_sql(settings: Settings, database: Data
     broker = Broker(settings)
     assert Dispatcher(JobStore(database, settings), broker, Storage(settings), settings).fill() == 2
     broker.close()
+
+
+def test_a_batch_is_handed_in_whatever_goes_away_after_that(
+    settings: Settings, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*_: object) -> None:
+        raise DatabaseUnavailable("the database does not answer")
+
+    monkeypatch.setattr(Dispatcher, "fill", away)
+    with Farm(settings) as farm:
+        assert farm.submit(["one"]).status().counts[JobState.PENDING] == 1
+        with monkeypatch.context() as patch:
+            patch.setattr(JobStore, "batch", away)
+            with pytest.raises(
+                DatabaseUnavailable, match=r"^batch \S+ is handed in, but the database does not answer$"
+            ):
+                farm.submit(["two"], name="second")
+        assert farm.batch("second").status().total == 1
+
+
+def test_sweeping_goes_on_whatever_breaks_it_once(
+    settings: Settings, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swept, stop = [], threading.Event()
+
+    def sweep(*_: object) -> int:
+        swept.append(1)
+        if len(swept) == 1:
+            raise ValueError("nobody has thought of that")
+        stop.set()
+        return 0
+
+    monkeypatch.setattr(dispatch, "_SWEEP_OUTAGE_SECONDS", 0.01)
+    monkeypatch.setattr(Dispatcher, "sweep", sweep)
+    with closing(Broker(settings)) as broker, closing(Storage(settings)) as storage:
+        dispatcher = Dispatcher(JobStore(database, settings), broker, storage, settings)
+        leadership = Leadership(database, "dispatcher")
+        assert leadership.seek()
+        dispatcher._sweep_on(stop, leadership)
+    assert len(swept) == 2
 
 
 def checkpointed(farm: Farm, store: JobStore, storage: Storage, count: int) -> list[str]:
