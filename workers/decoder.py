@@ -57,8 +57,13 @@ class Decoder:
     def picture(self, pipeline: Pipeline, snapshot: Snapshot, *, vae: bool) -> Image.Image:
         """What the latents of a snapshot show, after what waits to be decoded."""
         request = RenderRequest("preview", snapshot.spec, resume=snapshot)
+        device = snapshot.latents.device
+        # As in `add`: the step that makes them may only be asked for so far.
+        event = torch.cuda.default_stream(device).record_event() if snapshot.latents.is_cuda else None
 
         def draw() -> torch.Tensor:
+            if event is not None:
+                torch.cuda.current_stream().wait_event(event)
             pipeline.plan(request)
             request.step_index, request.latents = snapshot.step_index, snapshot.latents
             latents = sampling.visible(request)

@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import os
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -106,6 +107,13 @@ class Side:
     def __init__(self, name: str) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix=name, initializer=use_threads, initargs=(1,))
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._began: float | None = None
+
+    @property
+    def busy_seconds(self) -> float:
+        """How long a device beside the CPU has worked for it by now, 0 when it does not."""
+        began = self._began
+        return 0.0 if began is None else time.monotonic() - began
 
     def run(self, device: torch.device, call: Callable[[], T]) -> T:
         """Call it there and wait for what it returns, or raise what it raises; on a GPU until it is really done."""
@@ -116,15 +124,22 @@ class Side:
         return self._pool.submit(self._call, device, call)
 
     def _call(self, device: torch.device, call: Callable[[], T]) -> T:
-        with torch.inference_mode():
-            if device.type != "cuda":
-                return call()
-            if device not in self._streams:
-                self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-            with torch.cuda.stream(self._streams[device]):
-                made = call()
-            self._streams[device].synchronize()
-            return made
+        self._began = None if device.type == "cpu" else time.monotonic()
+        try:
+            return self._on_stream(device, call)
+        finally:
+            self._began = None
+
+    @torch.inference_mode()
+    def _on_stream(self, device: torch.device, call: Callable[[], T]) -> T:
+        if device.type != "cuda":
+            return call()
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(self._streams[device]):
+            made = call()
+        self._streams[device].synchronize()
+        return made
 
     def close(self) -> None:
         """End the thread when it has done what was started."""

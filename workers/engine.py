@@ -104,16 +104,20 @@ class Engine:
 
     @property
     def busy_seconds(self) -> float:
-        """How long the step under way has taken so far, 0 when idle. One that never ends is a hung device."""
+        """How long the step under way has taken so far, or beside the CPU the encoding or decoding; 0 when idle.
+
+        What never ends is a hung device.
+        """
         began = self._step_began
-        return 0.0 if began is None else time.monotonic() - began
+        step = 0.0 if began is None else time.monotonic() - began
+        return max(step, self._encoder.side.busy_seconds, self._decoder.side.busy_seconds)
 
     def submit(self, request: RenderRequest) -> Future[Rendered]:
         """Put a request in line; its future ends with the picture or with a `FarmError`.
 
         Loads the model if need be, encodes the texts, and blocks while the line is full; an urgent request does not
-        wait for that. A request with the id of one that is still here is a newer attempt and takes its place: the older
-        one ends with `RenderCancelled`. The future's own `cancel` does nothing; use the engine's.
+        wait for that. Of two requests with one id that of the later attempt stays, or else this one; the other ends
+        with `RenderCancelled`. The future's own `cancel` does nothing; use the engine's.
 
         Raises `ModelError` for a model that can't be had, `BadRequest` for what it can't draw, `RenderHandedBack` when
         the engine drains or has not started, and `EngineFailed` when its loop broke.
@@ -131,8 +135,11 @@ class Engine:
                 urgent = request.priority >= URGENT
                 self._changed.wait_for(lambda: urgent or not (self._accepting and self._scheduler.full))
                 self._check_accepting()
-                if older := self._renders.get(request.id):
-                    self._end(older, RenderCancelled(f"{request.id}: a newer attempt took its place"))
+                if other := self._renders.get(request.id):
+                    too_late = RenderCancelled(f"{request.id}: a newer attempt took its place")
+                    if other.request.attempt > request.attempt:
+                        raise too_late
+                    self._end(other, too_late)
                 self._scheduler.enqueue(request.id, key, request.rows, request.priority)
                 self._renders[request.id] = render
                 self._changed.notify_all()

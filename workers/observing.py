@@ -78,9 +78,10 @@ class Observer:
         now = time.monotonic()
         for one in held:
             wanted = previews.get(one.claim.job_id)
-            if wanted is not None and one.preview_vae is None:
-                self._look(one, 0, self._preview)
+            begins = wanted is not None and one.preview_vae is None
             one.preview_vae = wanted
+            if begins:
+                self._look(one, 0, self._preview)
             due = self._checkpoint_seconds is not None and now - one.checkpointed >= self._checkpoint_seconds
             # The film of a trajectory needs every step: such a render begins anew.
             if due and not one.claim.spec.trajectory and not one.keeping:
@@ -135,18 +136,22 @@ class Observer:
         claim, vae = held.claim, held.preview_vae
         if vae is None:
             return
-        image, text = self._engine.picture(snapshot, vae=vae), PngInfo()
-        text.add_text("step", str(snapshot.steps_done))
-        text.add_text("steps", str(snapshot.spec.num_inference_steps))
-        out = io.BytesIO()
-        image.save(out, "PNG", pnginfo=text, compress_level=1)
-        self._put(held, preview_key(claim.batch_id, claim.index, claim.attempt), out.getvalue(), "image/png")
-        self._look(held, snapshot.steps_done + self._preview_steps, self._preview)
+        try:
+            image, text = self._engine.picture(snapshot, vae=vae), PngInfo()
+            text.add_text("step", str(snapshot.steps_done))
+            text.add_text("steps", str(snapshot.spec.num_inference_steps))
+            out = io.BytesIO()
+            image.save(out, "PNG", pnginfo=text, compress_level=1)
+            self._put(held, preview_key(claim.batch_id, claim.index, claim.attempt), out.getvalue(), "image/png")
+        finally:
+            self._look(held, snapshot.steps_done + self._preview_steps, self._preview)
 
     def _look(self, held: Held, steps_done: int, then: Callable[[Held, Snapshot], None]) -> None:
         def seen(look: Future[Snapshot]) -> None:
             # Called by the render loop, between two steps: the work is for a thread of ours.
-            if not look.cancelled() and not held.ended:
+            if look.cancelled():  # it is not in the engine yet, while its model is loaded, or is no more
+                held.keeping, held.preview_vae = False, None
+            elif not held.ended:
                 self._pool.submit(self._safely, then, held, look.result())
 
         self._engine.look(held.claim.job_id, steps_done).add_done_callback(seen)

@@ -4,7 +4,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from celery.concurrency.thread import TaskPool as ThreadPool
-from kombu.asynchronous import get_event_loop
+from kombu.asynchronous import Hub
 
 
 class TaskPool(ThreadPool):
@@ -19,19 +19,22 @@ class TaskPool(ThreadPool):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._hub: Hub | None = None
         self.executor = ThreadPoolExecutor(max_workers=2 * self.limit)
+
+    def register_with_event_loop(self, loop: Hub) -> None:
+        """Keep Celery's event loop: after a lost connection it goes on, and is no longer kombu's current one."""
+        self._hub = loop
 
     def on_apply(self, *args: Any, **kwargs: Any) -> Any:
         """Run a task in a thread, as Celery asks; called once a message."""
         applied = super().on_apply(*args, **kwargs)
-        applied.f.add_done_callback(_wake)
+        applied.f.add_done_callback(self._wake)
         return applied
 
-
-def _wake(_done: Future[Any]) -> None:
-    loop = get_event_loop()
-    if loop is not None:
-        loop.call_soon(_nothing)
+    def _wake(self, _done: Future[Any]) -> None:
+        if self._hub is not None:
+            self._hub.call_soon(_nothing)
 
 
 def _nothing() -> None:

@@ -87,6 +87,8 @@ class RenderRequest:
     """0 to 100; from `URGENT` on it takes the slot of one below that."""
     deterministic: bool = False
     """Whether its bytes may not depend on its neighbours: its forwards have one fixed shape."""
+    attempt: int = 1
+    """Of two requests with one id the later attempt stays."""
     resume: Snapshot | None = field(default=None, repr=False)
     """Where an earlier attempt stopped; `Pipeline.encode` goes on from there."""
 

@@ -70,7 +70,7 @@ def render_job(worker: Worker, job_id: str) -> str:
 
 
 def _claim(worker: Worker, job_id: str) -> Held | None:
-    if worker.draining.is_set():
+    if worker.draining.is_set() or worker.engine.failed is not None:
         worker.store.unqueue([job_id])
         return None
     return worker.claim(job_id)
@@ -81,7 +81,9 @@ def _render(worker: Worker, held: Held) -> str | None:
     try:
         if not worker.has_room(claim.spec):  # to try would end the worker on the CPU, and all that it renders
             raise _handed_back(worker, held, "no memory for it here", elsewhere=True)
-        request = RenderRequest(claim.job_id, claim.spec, claim.priority, resume=_resumed(worker, claim))
+        request = RenderRequest(
+            claim.job_id, claim.spec, claim.priority, attempt=claim.attempt, resume=_resumed(worker, claim)
+        )
         future = worker.engine.submit(request)
         worker.observer.begin(held)
         return _deliver(worker, held, future.result())

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 
 import pytest
+import torch
 
 from farm.errors import FarmError, ModelError, RenderCancelled, RenderHandedBack
 from tests.gated import SOON, Gated, fail, in_thread, pixel, request, running
@@ -112,6 +113,26 @@ def test_progress_is_seen_while_a_forward_runs(engine: Engine, gated: Gated) -> 
     assert engine.busy_seconds > 0
 
 
+def test_a_device_that_hangs_beside_the_forwards_is_noticed_too(engine: Engine) -> None:
+    hangs, goes_on = threading.Event(), threading.Event()
+
+    def work() -> None:
+        hangs.set()
+        assert goes_on.wait(SOON)
+
+    for side in (engine._encoder.side, engine._decoder.side):
+        hangs.clear(), goes_on.clear()
+        assert engine.busy_seconds == 0.0
+        done = side.start(torch.device("meta"), work)
+        assert hangs.wait(SOON)
+        assert engine.busy_seconds > 0
+        goes_on.set()
+        done.result(SOON)
+    assert engine.busy_seconds == 0.0
+    # On the CPU one large picture may take long.
+    assert engine._decoder.side.run(torch.device("cpu"), lambda: engine.busy_seconds) == 0.0
+
+
 def test_an_idle_engine_is_not_busy(engine: Engine, gated: Gated) -> None:
     assert engine.busy_seconds == 0.0
     assert engine._accepting
@@ -196,6 +217,17 @@ def test_a_newer_attempt_takes_the_place_of_the_older(engine: Engine, gated: Gat
     gated.allow()
     assert newer.result(SOON).image.getpixel((0, 0)) == pixel(2)
     assert gated.forwards == [["a"]] * 3
+
+
+def test_an_older_attempt_that_comes_later_does_not_take_the_place_of_the_newer(engine: Engine, gated: Gated) -> None:
+    newer, older = request("a", steps=2, seed=2), request("a", steps=2, seed=1)
+    newer.attempt = 2
+    future = engine.submit(newer)
+    gated.begun()
+    with pytest.raises(RenderCancelled, match="newer attempt"):
+        engine.submit(older)
+    gated.allow()
+    assert future.result(SOON).image.getpixel((0, 0)) == pixel(2)
 
 
 # --- the line

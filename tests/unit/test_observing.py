@@ -1,12 +1,18 @@
-"""What is kept of a render while the object store hangs: one state, however long that takes."""
+"""What is kept and shown of a render that runs, whatever it waits for: the object store, or its model."""
 
 import threading
+from collections.abc import Iterator
+from contextlib import closing
+from typing import Any
+
+import pytest
 
 from farm.db import Database
 from farm.jobs import JobStore
 from farm.settings import Settings
 from farm.storage import Storage
 from tests.gated import SOON, Gated, request, running
+from tests.integration.conftest import wait_until
 from workers.observing import Held, Observer
 
 SETTINGS = Settings.load(
@@ -28,17 +34,71 @@ class Hung(Storage):
         assert self.go.wait(SOON)
 
 
-def test_states_do_not_pile_up_while_the_object_store_hangs(sqlite_url: str) -> None:
-    gated, storage, database = Gated(), Hung(), Database(sqlite_url)
+def claimed(store: JobStore, steps: int) -> Held:
+    store.submit("b", "me", 50, [request("", steps=steps).spec])
+    (bell,) = store.enqueue(10)
+    claim = store.claim(bell.job_id, "w1@host")
+    assert claim is not None
+    return Held(claim)
+
+
+@pytest.fixture
+def store(sqlite_url: str) -> Iterator[JobStore]:
+    with closing(Database(sqlite_url)) as database:
+        yield JobStore(database, SETTINGS)
+
+
+def test_what_was_asked_for_while_its_model_was_loaded_is_written_all_the_same(store: JobStore) -> None:
+    gated, storage = Gated(), Hung()
+    storage.go.set()
     with running(gated) as engine:
-        store = JobStore(database, SETTINGS)
-        observer = Observer(engine, storage, store, SETTINGS)
-        store.submit("b", "me", 50, [request("", steps=100).spec])
-        (bell,) = store.enqueue(10)
-        claim = store.claim(bell.job_id, "w1@host")
-        assert claim is not None
-        held = Held(claim)
-        future = engine.submit(request(claim.job_id, steps=100))
+        observer, held = Observer(engine, storage, store, SETTINGS), claimed(store, 100)
+        job_id = held.claim.job_id
+        observer.beat([held], {job_id: False})  # it is not in the engine yet
+        future = engine.submit(request(job_id, steps=100))
+        gated.begun()
+        observer.beat([held], {job_id: False})
+        gated.next()
+        wait_until(lambda: len(storage.written) == 2, "a checkpoint and a preview")
+        gated.allow()
+        future.result(SOON)
+    assert {key.split(".a1.")[1] for key in storage.written[:2]} == {"checkpoint.safetensors", "preview.png"}
+
+
+def test_a_preview_that_breaks_is_tried_again_after_some_steps(
+    store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gated, storage = Gated(), Hung()
+    storage.go.set()
+    with running(gated) as engine:
+        observer, held = Observer(engine, storage, store, SETTINGS), claimed(store, 100)
+        held.checkpointed = float("inf")
+        job_id, tries = held.claim.job_id, []
+        picture = engine.picture
+
+        def breaks_once(*args: Any, **kwargs: Any) -> Any:
+            tries.append(args)
+            if len(tries) == 1:
+                raise RuntimeError("no room")
+            return picture(*args, **kwargs)
+
+        monkeypatch.setattr(engine, "picture", breaks_once)
+        future = engine.submit(request(job_id, steps=100))
+        gated.begun()
+        observer.beat([held], {job_id: False})
+        gated.next()
+        wait_until(lambda: len(tries) == 1, "it breaks")
+        gated.allow()
+        future.result(SOON)
+        observer._pool.shutdown(wait=True)
+    assert storage.written
+
+
+def test_states_do_not_pile_up_while_the_object_store_hangs(store: JobStore) -> None:
+    gated, storage = Gated(), Hung()
+    with running(gated) as engine:
+        observer, held = Observer(engine, storage, store, SETTINGS), claimed(store, 100)
+        future = engine.submit(request(held.claim.job_id, steps=100))
         gated.begun()
         for _ in range(10):
             observer.beat([held], {})
@@ -48,5 +108,4 @@ def test_states_do_not_pile_up_while_the_object_store_hangs(sqlite_url: str) -> 
         observer._pool.shutdown(wait=True)
         gated.allow()
         future.result(SOON)
-    database.close()
     assert len(storage.written) == 1

@@ -22,6 +22,7 @@ class Away:
     def __init__(self, failures: int) -> None:
         self.failures, self.asked, self.unqueued = failures, 0, []
         self.draining = threading.Event()
+        self.engine = SimpleNamespace(failed=None)
         self.store = SimpleNamespace(unqueue=self.unqueued.append)
 
     def claim(self, job_id: str) -> None:
@@ -57,6 +58,14 @@ def test_a_worker_that_drains_meanwhile_puts_the_job_back(monkeypatch: pytest.Mo
     assert worker.unqueued == [["b-1"]]
 
 
+def test_a_worker_whose_engine_is_broken_claims_nothing_until_it_ends() -> None:
+    worker = Away(failures=0)
+    worker.engine.failed = RuntimeError("the device is lost")
+    with pytest.raises(Ignore):
+        tasks.render_job(worker, "b-1")
+    assert (worker.asked, worker.unqueued) == (0, [["b-1"]])
+
+
 def test_nothing_more_of_a_job_is_written_once_its_picture_is_recorded() -> None:
     """Or else it comes after the dispatcher has looked for what is left, and a worker that dies then leaves it."""
     done: list[str] = []
@@ -86,7 +95,7 @@ def test_a_job_whose_model_was_still_on_its_way_when_its_worker_stopped_is_hande
     worker = SimpleNamespace(
         has_room=lambda _: True,
         draining=threading.Event(),
-        engine=SimpleNamespace(submit=submit),
+        engine=SimpleNamespace(submit=submit, failed=None),
         settings=SimpleNamespace(drain_seconds=1.0),
         store=SimpleNamespace(hand_back=lambda *given, **_: handed.append(given) or True),
     )
@@ -109,7 +118,7 @@ def test_of_a_job_that_another_attempt_has_now_flower_hears_from_that_one_only()
         draining=threading.Event(),
         claim=lambda _: held,
         release=released.append,
-        engine=SimpleNamespace(submit=submit),
+        engine=SimpleNamespace(submit=submit, failed=None),
         observer=SimpleNamespace(end=lambda _: None),
         store=SimpleNamespace(),
     )
