@@ -5,6 +5,7 @@ import json
 import os
 import secrets
 import socket
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -34,7 +35,7 @@ GRPC = 10_000
 """SeaweedFS's parts talk to each other at their port plus so much, whatever its `.port.grpc` flags say."""
 # Both below the range from which Linux and macOS take the ports of outgoing connections: a port that was ours is
 # then most likely still free after a restart.
-_PORTS = range(12_000, 22_000)
+_PORTS = range(12_000, 22_000, 10)
 _PORT_NAMES = ("redis", "flower", "s3", "master", "volume", "filer", "admin")
 
 
@@ -218,5 +219,25 @@ def _free_ports() -> dict[str, int]:
     while True:
         first = secrets.choice(_PORTS)
         ports = {name: first + place for place, name in enumerate(_PORT_NAMES)}
-        if _free(list(ports.values())):
+        if _claim(first) and _free(list(ports.values())):
             return ports
+
+
+_claims: list[socket.socket] = []
+
+
+def _claim(first: int) -> bool:
+    """Whether no other farm that starts on this machine takes these ten ports; until this process ends.
+
+    Its parts bind them one after the other, some of them seconds later. Only on Linux: such a name needs no file.
+    """
+    if sys.platform != "linux":
+        return True
+    claim = socket.socket(socket.AF_UNIX)
+    try:
+        claim.bind(f"\0diffusion-farm/ports/{first}")
+    except OSError:
+        claim.close()
+        return False
+    _claims.append(claim)
+    return True

@@ -14,6 +14,8 @@ from farm.local.parts import Part
 from farm.local.tethered import Tethered
 
 LOG_BYTES = 16 * 2**20
+_SAME_SECONDS = 1.5
+"""By how much the time of a process' start may seem to move: the boot time in it, whole seconds, follows the clock."""
 
 
 class Process(Tethered):
@@ -80,8 +82,7 @@ def end_leftovers(home: Home) -> list[str]:
         with contextlib.suppress(ValueError, KeyError, psutil.Error):
             recorded = json.loads(pid_file.read_text(encoding="utf-8"))
             process = psutil.Process(recorded["pid"])
-            # Half a second: the boot time that psutil adds can be corrected by the clock.
-            if abs(process.create_time() - recorded["create_time"]) < 0.5:
+            if abs(process.create_time() - recorded["create_time"]) < _SAME_SECONDS:
                 found.append(pid_file.stem)
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(process.pid, signal.SIGKILL)
@@ -96,7 +97,7 @@ def alive(home: Path, name: str) -> bool:
 
     try:
         recorded = json.loads((home / "run" / f"{name}.pid").read_text(encoding="utf-8"))
-        return bool(abs(psutil.Process(recorded["pid"]).create_time() - recorded["create_time"]) < 0.5)
+        return bool(abs(psutil.Process(recorded["pid"]).create_time() - recorded["create_time"]) < _SAME_SECONDS)
     except (OSError, ValueError, KeyError, psutil.Error):
         return False
 
