@@ -20,7 +20,7 @@ class UserFarm:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         mine = {name: value for name, value in os.environ.items() if not name.startswith(("FARM_", "AWS_", "FLOWER_"))}
-        self.env = {**mine, "COLUMNS": "200", "FARM_LEASE_SECONDS": "3", "FARM_BEAT_SECONDS": "0.5"}
+        self.env = {**mine, "COLUMNS": "200", "FARM_LEASE_SECONDS": "10", "FARM_BEAT_SECONDS": "0.5"}
         self.said = ""
         self._heard = threading.Condition()
         self.popen: subprocess.Popen[str] | None = None

@@ -85,10 +85,11 @@ class Shell:
 
         def listen() -> None:
             assert popen.stdout is not None
-            for text in popen.stdout:
-                said.append(text)
-                if stands in text:
-                    heard.set()
+            with popen.stdout as stream:
+                for text in stream:
+                    said.append(text)
+                    if stands in text:
+                        heard.set()
             heard.set()
 
         threading.Thread(target=listen, daemon=True).start()
@@ -105,8 +106,6 @@ class Shell:
             finally:
                 popen.kill()
                 popen.wait()
-                if popen.stdout is not None:
-                    popen.stdout.close()
         self.standing.clear()
 
     def follow(self, page: Path, where: str) -> None:

@@ -76,6 +76,7 @@ class Farm(RuleBasedStateMachine):
                 broker_url="",
                 s3_bucket="",
                 retry_seconds=0,
+                lease_seconds=600,
                 max_tries=MAX_TRIES,
                 max_lost_leases=MAX_LOST,
             ),

@@ -138,7 +138,7 @@ class Crew:
 def crew(settings: Settings, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crew]:
     """Starts dispatchers and workers, and leaves none behind."""
     measured_once = tmp_path_factory.getbasetemp() / "forwards.json"
-    quick = {"lease_seconds": 3.0, "beat_seconds": 0.4, "forward_sizes": measured_once}
+    quick = {"lease_seconds": 5.0, "beat_seconds": 0.4, "forward_sizes": measured_once}
     crew = Crew(settings.model_copy(update=quick), tmp_path)
     yield crew
     crew.end()

@@ -89,7 +89,7 @@ def crew(
             "database_url": f"sqlite:///{folder / 'farm.db'}",
             "broker_url": embedded.broker_url.rpartition("/")[0] + "/7",
             "home": folder,
-            "lease_seconds": 4.0,
+            "lease_seconds": 30.0,
             "beat_seconds": 0.4,
             "forward_sizes": folder / "forwards.json",
         }
@@ -124,8 +124,8 @@ def watched(farm: Farm, flower: Flower) -> Batch:
     """A batch that was watched over REST from its submission to its end."""
     batch = farm.submit(
         [
-            {"prompt": "a lighthouse in fog", "num_inference_steps": 30},
-            {"prompt": "a heron on one leg", "num_inference_steps": 60},
+            {"prompt": "a lighthouse in fog", "num_inference_steps": 60},
+            {"prompt": "a heron on one leg", "num_inference_steps": 90},
         ],
         name="sea at night",
         model="slowly",
@@ -140,7 +140,7 @@ def watched(farm: Farm, flower: Flower) -> Batch:
                 flower.seen[one].append(shown)
         return all(flower.seen.get(one, [""])[-1].startswith("SUCCESS") for one in ids)
 
-    wait_until(ended, "Flower has seen all of it succeed", 40)
+    wait_until(ended, "Flower has seen all of it succeed")
     return batch
 
 
@@ -188,7 +188,7 @@ def test_without_the_password_there_is_nothing_to_see(flower: Flower, watched: B
 
 
 def test_a_render_that_is_paused_shows_that_it_is_and_goes_on_from_its_step(farm: Farm, flower: Flower) -> None:
-    batch = farm.submit(["a slow snail"], name="paused", model="slowly", num_inference_steps=50)
+    batch = farm.submit(["a slow snail"], name="paused", model="slowly", num_inference_steps=120)
     (job,) = batch
     wait_until(lambda: flower.task(job.id).get("state") == "PROGRESS", "its bar is there")
     batch.pause()
@@ -219,33 +219,35 @@ def test_the_page_shows_the_bars(farm: Farm, flower: Flower, tmp_path: Path) -> 
     chromium = shutil.which("chromium")
     if chromium is None:
         missing("no Chromium: apt-get install --no-install-recommends chromium")
-    batch = farm.submit(["a kite"] * 3, name="on the page", model="slowly", num_inference_steps=150)
-    wait_until(lambda: all(flower.task(job.id).get("state") == "PROGRESS" for job in batch), "its bars are there")
-    dom = subprocess.run(
-        [
-            chromium,
-            *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
-            *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-            f"--user-data-dir={tmp_path / 'profile'}",
-            "--virtual-time-budget=5000",
-            "--dump-dom",
-            f"http://{LOGIN}@127.0.0.1:{flower.port}/tasks",
-        ],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-        env={**os.environ, "HOME": str(tmp_path)},
-    ).stdout
-    batch.cancel()
+    batch = farm.submit(["a kite"] * 3, name="on the page", model="slowly", num_inference_steps=300)
+    wait_until(lambda: all("█" in str(flower.task(job.id).get("result")) for job in batch), "its bars have begun")
+    try:
+        dom = subprocess.run(
+            [
+                chromium,
+                *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+                *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+                f"--user-data-dir={tmp_path / 'profile'}",
+                "--virtual-time-budget=5000",
+                "--dump-dom",
+                f"http://{LOGIN}@127.0.0.1:{flower.port}/tasks",
+            ],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+            env={**os.environ, "HOME": str(tmp_path)},
+        ).stdout
+    finally:
+        batch.cancel()
     assert dom.count("on the page") >= 4
-    assert dom.count("/150") >= 3
+    assert dom.count("/300") >= 3
     assert "█" in dom
     assert "0/3 0%" in dom
 
 
 def test_a_watcher_sees_what_the_workers_hold_and_do(farm: Farm) -> None:
-    batch = farm.submit(["a kite"] * 2, name="at work", model="slowly", num_inference_steps=100)
+    batch = farm.submit(["a kite"] * 2, name="at work", model="slowly", num_inference_steps=900)
 
     def measured() -> bool:
         now = farm.loads().values()  # what the test before has cancelled may still be on its way out
@@ -255,7 +257,8 @@ def test_a_watcher_sees_what_the_workers_hold_and_do(farm: Farm) -> None:
     ((name, load),) = farm.loads().items()
     (worker,) = [one for one in farm.workers() if one.name == name]
     assert (load.renders, worker.held) == (2, ("slowly", "swiftly"))
-    assert load.seconds_per_step == pytest.approx(0.1, rel=1.0)
+    assert load.seconds_per_step is not None
+    assert 0.09 < load.seconds_per_step < 5
     assert worker.memory is not None
     assert 0 < worker.memory[0] < worker.memory[1]
     (status,) = [each for each in farm.moving() if each.id == batch.id]
@@ -281,9 +284,9 @@ def test_what_it_has_seen_is_still_there_after_a_restart(flower: Flower, watched
 
 def test_a_render_that_ends_while_its_worker_drains_is_shown_as_ended(crew: Crew, farm: Farm, flower: Flower) -> None:
     worker = crew.worker("leaving", models="leaving=null:?seconds_per_step=0.1")
-    batch = farm.submit(["a last wave"], name="drained", model="leaving", num_inference_steps=20)
+    batch = farm.submit(["a last wave"], name="drained", model="leaving", num_inference_steps=60)
     (job,) = batch
     wait_until(lambda: flower.task(job.id).get("state") == "PROGRESS", "its bar is there")
     worker.stop()
     assert job.refresh().state == "succeeded"
-    wait_until(lambda: flower.task(job.id).get("state") == "SUCCESS", "its end is there", 10)
+    wait_until(lambda: flower.task(job.id).get("state") == "SUCCESS", "its end is there")

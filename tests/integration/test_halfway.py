@@ -74,13 +74,13 @@ def test_the_time_since_the_last_checkpoint_counts_too(farm: Farm, crew: Crew) -
 
 def test_a_draining_worker_finishes_what_it_can_and_another_goes_on_with_the_rest(farm: Farm, crew: Crew) -> None:
     crew.dispatcher()
-    first = crew.worker("w1", SLOW, FARM_DRAIN_SECONDS=4)
+    first = crew.worker("w1", SLOW, FARM_DRAIN_SECONDS=15)
     batch = farm.submit(
         [RenderSpec(prompt="short", num_inference_steps=25), RenderSpec(prompt="long", num_inference_steps=400)]
     )
     short, long = batch
     wait_until(lambda: min(job.refresh().info.steps_done for job in (short, long)) >= 8, "both are under way")
-    assert first.stop(4 + 10) == 0
+    assert first.stop(15 + 20) == 0
     assert short.refresh().state is JobState.SUCCEEDED
     assert (long.refresh().state, long.info.tries) != (JobState.FAILED, 1)
     second = crew.worker("w2", SLOW, FARM_DRAIN_SECONDS=4)

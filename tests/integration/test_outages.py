@@ -14,9 +14,10 @@ SLOW = "tiny=null:?seconds_per_step=0.05"
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 def test_a_worker_that_can_not_renew_stops_its_renders_before_the_lease_runs_out(farm: Farm, crew: Crew) -> None:
+    crew.settings = crew.settings.model_copy(update={"lease_seconds": 6.0, "beat_seconds": 2.0})
     worker = crew.worker("w1", SLOW)
     crew.dispatcher()
-    batch = farm.submit(["one", "two"], num_inference_steps=60)
+    batch = farm.submit(["one", "two"], num_inference_steps=130)
     wait_until(lambda: batch.status().counts[JobState.RUNNING] == 2, "both are rendered")
     # A database that hangs and says nothing: its one writer does not end.
     writer = sqlite3.connect(str(crew.settings.database_url).removeprefix("sqlite:///"), isolation_level=None)

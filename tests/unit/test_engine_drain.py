@@ -234,8 +234,8 @@ def test_what_is_not_done_in_time_after_all_is_handed_back_with_its_state() -> N
         with engine._changed:
             engine._renders["a"].request.seconds_per_forward = 1e-6  # it was faster before
         began = time.monotonic()
-        engine.drain(0.8)
-        assert 0.5 < time.monotonic() - began < 0.8
+        engine.drain(4.0)
+        assert 2.5 < time.monotonic() - began < 4.0
         snapshot = handed_back(future)
         assert snapshot is not None
         assert snapshot.steps_done > 1
@@ -253,7 +253,7 @@ def test_a_drain_ends_in_time_even_when_a_forward_hangs(
         engine._renders[name].request.seconds_per_forward = pace
     began = time.monotonic()
     engine.drain(0.4)
-    assert 0.3 < time.monotonic() - began < 0.65
+    assert 0.3 < time.monotonic() - began < SOON / 2
     assert [handed_back(future) for future in futures] == [None, None]
     assert engine.progress() == {}
     first.result(0)

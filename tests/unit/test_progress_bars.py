@@ -49,7 +49,7 @@ class Worker:
         """What Flower hears when the loop has run; it goes into Flower's own account of tasks."""
         loop, found = self.hub.create_loop(), []
         deadline = time.monotonic() + 0.5
-        while time.monotonic() < deadline:
+        while time.monotonic() < deadline or self.reporter._due is not None:
             next(loop)
             while message := self._queue.get():
                 found += message.payload
