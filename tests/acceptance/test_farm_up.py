@@ -124,7 +124,7 @@ def test_a_second_farm_in_the_same_home_is_refused(user: UserFarm) -> None:
 
 def test_the_only_worker_killed_mid_batch_is_restarted_and_nothing_is_lost_or_done_twice(user: UserFarm) -> None:
     with client(user) as farm:
-        batch = farm.submit(["a red circle"] * 16, name="killed", num_inference_steps=60)
+        batch = farm.submit(["a red circle"] * 16, name="killed", num_inference_steps=40)
         wait_until(lambda: batch.status().counts[JobState.RUNNING] >= 4, "jobs running")
         first = user.pid("worker-1")
         os.kill(first, signal.SIGKILL)

@@ -39,8 +39,10 @@ CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
     "sd3-without-t5": partial(build_sd3, t5=False),
     "flux": build_flux,
 }
-LONG = ("sd-v",)
-"""Of which the samplers' own tests say nearly as much: only in `make test-long`."""
+LONG = ("sd-v", "sdxl")
+"""With all samplers, of which those of Stable Diffusion say nearly as much: only in `make test-long`."""
+SOME = {"sdxl-some": "sdxl"}
+"""With every third sampler, in its place."""
 PROMPTS = ("a red circle on a blue square", "", "an OLD house, über the water", "a long prompt, " * 8, "two cats")
 STEPS = ((1, 2), (3, 2), (5, 2), (1, 4))
 
@@ -140,7 +142,7 @@ class Reference:
 class Parity:
     """A checkpoint in the farm's hands and in diffusers', with what an engine never shows."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, every: int = 1) -> None:
         self.reference = Reference(folder)
         self.pipeline: Any = load(str(folder), torch.device("cpu"), torch.float32)
         self.pictures: dict[str, np.ndarray] = {}
@@ -150,7 +152,8 @@ class Parity:
         self.pipeline.denoise = self.denoise
         kind, family = self.pipeline.samplers, self.pipeline.family
         recipes = {name: getattr(sampler, kind) for name, sampler in SAMPLERS.items()}
-        self.samplers = [None, *(name for name, recipe in recipes.items() if recipe and recipe.fits(family))]
+        fitting = [name for name, recipe in recipes.items() if recipe and recipe.fits(family)]
+        self.samplers = [None, *fitting[::every]]
         self.specs = [spec for place, name in enumerate(self.samplers) for spec in specs_of(place, name, family)]
 
     def denoise(self, requests: list[RenderRequest], rows: int | None = None) -> torch.Tensor:
@@ -212,10 +215,12 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(name, marks=pytest.mark.long) if name in LONG else name for name in CHECKPOINTS],
+    params=[pytest.param(name, marks=pytest.mark.long) if name in LONG else name for name in (*CHECKPOINTS, *SOME)],
 )
 def parity(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Parity:
-    return Parity(CHECKPOINTS[request.param](tmp_path_factory.mktemp(request.param)))
+    some = SOME.get(request.param)
+    build = CHECKPOINTS[some or request.param]
+    return Parity(build(tmp_path_factory.mktemp(request.param)), every=3 if some else 1)
 
 
 def test_a_request_alone_is_the_pipelines_picture(parity: Parity) -> None:
