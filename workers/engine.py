@@ -4,9 +4,7 @@ import logging
 import threading
 import time
 import traceback
-from collections.abc import Callable
 from concurrent.futures import Future, wait
-from dataclasses import dataclass, field
 
 import torch
 from PIL import Image
@@ -19,7 +17,7 @@ from workers.encoder import Encoder
 from workers.failures import as_failure, caused, first_line, shown
 from workers.forward_sizes import ForwardSizes
 from workers.pins import Pins
-from workers.pipelines import Pipeline
+from workers.renders import Ending, Render, cancel
 from workers.request import URGENT, HandedBack, Progress, Rendered, RenderRequest, Snapshot
 from workers.step_scheduler import ForwardKey, StepScheduler
 
@@ -29,23 +27,6 @@ _REBUILDS = 3
 """How often in a row the loop may break before its worker is given up."""
 _HANDING_BACK = 0.25
 """The part of a drain's time that is kept for writing down what is handed back."""
-
-_Ending = Callable[[Snapshot | None], FarmError]
-"""What a request ends with that leaves before its picture is done, given its state if it had begun."""
-
-
-@dataclass(eq=False)
-class _Render:
-    """A request with what the engine needs beside it."""
-
-    request: RenderRequest
-    pipeline: Pipeline
-    key: ForwardKey
-    future: Future[Rendered] = field(default_factory=Future)
-    looks: list[tuple[int, Future[Snapshot]]] = field(default_factory=list)
-    """Who wants its state, from which number of steps on."""
-    unwanted: FarmError | None = None
-    """What it ends with when its picture is decoded, which nobody wants any more."""
 
 
 class Engine:
@@ -75,8 +56,8 @@ class Engine:
         self._sizes = sizes or ForwardSizes(measured=False)
         self._deterministic = deterministic
         self._scheduler = self._new_scheduler()
-        self._renders: dict[str, _Render] = {}
-        self._leaving: list[tuple[_Render, _Ending]] = []  # may be in the forward under way, and end after it
+        self._renders: dict[str, Render] = {}
+        self._leaving: list[tuple[Render, Ending]] = []  # may be in the forward under way, and end after it
         # Guards everything above and below; the loop never holds it while a model runs. Whoever takes a render
         # out of `_renders` resolves its future, and nobody else does.
         self._changed = threading.Condition()
@@ -129,7 +110,7 @@ class Engine:
             request.deterministic = request.spec.deterministic or self._deterministic
             shape = self._encoder.prepare(pipeline, request)
             key = ForwardKey(model, shape, str(pipeline.dtype), request.deterministic)
-            render = _Render(request, pipeline, key)
+            render = Render(request, pipeline, key)
             render.future.set_running_or_notify_cancel()
             with self._changed:
                 urgent = request.priority >= URGENT
@@ -175,7 +156,7 @@ class Engine:
         with self._changed:
             render = self._renders.get(request_id)
             if render is None:
-                _cancel(future)
+                cancel(future)
             else:
                 render.looks.append((steps_done, future))
         return future
@@ -232,7 +213,7 @@ class Engine:
         if not self._accepting:
             raise RenderHandedBack("the engine takes no more requests")
 
-    def _leave(self, request_id: str, ending: _Ending) -> bool:
+    def _leave(self, request_id: str, ending: Ending) -> bool:
         """Take a request out of the line, and end it when it is in no forward, and not being decoded."""
         with self._changed:
             render = self._renders.get(request_id)
@@ -245,7 +226,7 @@ class Engine:
             elif render.request.denoised and not self._decoder.drop(render.request):
                 render.unwanted = ending(None)  # the device is not done with it before
             elif all(render is not other for other, _ in self._leaving):
-                self._end(render, ending(_state(render)))
+                self._end(render, ending(render.state))
         return True
 
     def _loop(self) -> None:
@@ -285,14 +266,14 @@ class Engine:
             while True:
                 for render, ending in self._leaving:
                     if not render.request.denoised:  # else that was its last step, and its picture is on the way
-                        self._end(render, ending(_state(render)))
+                        self._end(render, ending(render.state))
                 self._leaving.clear()
                 if self._scheduler.running or self._scheduler.waiting or self._stopping or self.failed:
                     break
                 self._changed.wait()
             return not self._stopping and self.failed is None
 
-    def _schedule(self) -> list[list[_Render]]:
+    def _schedule(self) -> list[list[Render]]:
         """Let the line take the free slots, and choose who shares the next forward, or more than one if it is full."""
         with self._changed:
             # Of those that run too: somebody may come, and be let in, while others are measured.
@@ -312,7 +293,7 @@ class Engine:
         parts = self._sizes.parts(renders[0].key, [render.request.rows for render in renders]) if renders else []
         return [renders[part] for part in parts]
 
-    def _advance(self, renders: list[_Render]) -> None:
+    def _advance(self, renders: list[Render]) -> None:
         """One forward for all of them, and a step."""
         pipeline, requests = renders[0].pipeline, [render.request for render in renders]
         began, rows = time.monotonic(), sum(request.rows for request in requests)
@@ -328,7 +309,7 @@ class Engine:
                 request.device_seconds += (time.monotonic() - began) * request.rows / rows
             self._postprocess(renders, outputs)
 
-    def _divide(self, renders: list[_Render], rows: int, error: Exception) -> None:
+    def _divide(self, renders: list[Render], rows: int, error: Exception) -> None:
         """After a forward that raised: try again in halves, until the one is alone for which it does."""
         traceback.clear_frames(error.__traceback__)  # they hold tensors, which are in the way if there was no room
         key, request = renders[0].key, renders[0].request
@@ -348,7 +329,7 @@ class Engine:
             log.error("a forward of %s alone failed", request.id, exc_info=error)
             self._end(renders[0], caused(EngineFailed(f"the forward failed: {error!r}"), error))
 
-    def _postprocess(self, renders: list[_Render], outputs: torch.Tensor) -> None:
+    def _postprocess(self, renders: list[Render], outputs: torch.Tensor) -> None:
         """Step each request with its output, and let go of those that are at their end."""
         together = [place for place, render in enumerate(renders) if render.request.scheduler is None]
         alone = [[place] for place, render in enumerate(renders) if render.request.scheduler is not None]
@@ -356,7 +337,7 @@ class Engine:
             own = outputs if len(places) == len(renders) else outputs[places]
             self._move([renders[place] for place in places], own)
 
-    def _move(self, renders: list[_Render], outputs: torch.Tensor) -> None:
+    def _move(self, renders: list[Render], outputs: torch.Tensor) -> None:
         """A step of these samplers; if it raises for several at once, one by one."""
         try:
             latents = renders[0].pipeline.step([render.request for render in renders], outputs)
@@ -383,7 +364,7 @@ class Engine:
                 request.note_finite(finite[place])
             self._observe(render)
 
-    def _observe(self, render: _Render) -> None:
+    def _observe(self, render: Render) -> None:
         """After a step: keep the frame, show the state to who asked, and hand the request on if it is denoised."""
         request = render.request
         if request.spec.trajectory and request.steps_done > len(request.frames):
@@ -409,7 +390,7 @@ class Engine:
             if render is not None and render.request is request:
                 self._end(render, render.unwanted or outcome)
 
-    def _end(self, render: _Render, outcome: Rendered | FarmError) -> bool:
+    def _end(self, render: Render, outcome: Rendered | FarmError) -> bool:
         """Take a request out and resolve its future; False, and nothing done, if somebody has before."""
         with self._changed:
             if self._renders.get(render.request.id) is not render:
@@ -420,18 +401,9 @@ class Engine:
             self._changed.notify_all()
         self._pins.release(render.key.model)
         for _, future in looks:
-            _cancel(future)
+            cancel(future)
         if isinstance(outcome, Rendered):
             render.future.set_result(outcome)
         else:
             render.future.set_exception(outcome)
         return True
-
-
-def _state(render: _Render) -> Snapshot | None:
-    return render.request.snapshot(render.pipeline.sha256) if render.request.step_index else None
-
-
-def _cancel(future: Future[Snapshot]) -> None:
-    future.cancel()
-    future.set_running_or_notify_cancel()  # without it `wait` would not take it for done

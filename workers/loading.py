@@ -1,6 +1,7 @@
 """From a checked checkpoint to diffusers' pipeline on its device."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TypedDict
@@ -21,6 +22,19 @@ class Options(TypedDict, total=False):
     """Whether torch.compile makes its denoiser faster, which costs minutes at each new size of a forward."""
     embeddings: int
     """How many texts it remembers the embeddings of; 1024 if left out, 0 is none."""
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No warnings of transformers': of what image processors lack, which diffusers imports and no family uses."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def load_pipe(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, report: Report) -> Any:

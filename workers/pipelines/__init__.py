@@ -11,7 +11,7 @@ import torch
 
 from farm.spec import RenderSpec
 from workers.checkpoints import open_checkpoint
-from workers.loading import Options, Report
+from workers.loading import Options, Report, quiet
 from workers.request import RenderRequest
 
 
@@ -87,14 +87,8 @@ def families() -> Mapping[str, ModuleType]:
 
     A module is a family if it has a `FAMILY` and a `load`: a new one costs one file.
     """
-    from transformers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # it warns of what image processors lack, which diffusers imports and no family uses
-    try:
+    with quiet():
         modules = [import_module(f"{__name__}.{found.name}") for found in iter_modules(__path__)]
-    finally:
-        logging.set_verbosity(verbosity)
     return {module.FAMILY.name: module for module in modules if hasattr(module, "FAMILY")}
 
 
