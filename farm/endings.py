@@ -108,15 +108,19 @@ class Endings(JobQueries):
 
         Raises `NotFound`, and `NotEnded` if it has jobs that have not ended, unless they are to be cancelled.
         """
-        with self._db.write() as session:
+
+        def give_up(session: Session) -> int:
             batch = _locked(session, batch_id)
             if batch is None:
                 raise NotFound(f"there is no batch {batch_id!r}")
-            active = session.scalar(sa.select(_ACTIVE_JOBS).where(BatchRow.id == batch_id))
+            active = session.scalar(sa.select(_ACTIVE_JOBS).where(BatchRow.id == batch_id)) or 0
             if active and not cancel:
                 raise NotEnded(f"{active} jobs of {batch_id} have not ended: cancel them, or wait for them")
             batch.deleted_at, batch.key = now(), None
             _stop(session, batch_id)
+            return active
+
+        active = self._db.written(give_up)
         log.info("given up batch_id=%s active=%d", batch_id, active)
 
     def give_up_older_than(self, days: float, limit: int = 100) -> list[str]:
@@ -148,10 +152,13 @@ class Endings(JobQueries):
 
     def at_rest(self, batch_id: str) -> bool:
         """Whether nothing of a batch that is given up is rendered any more; what is comes to be cancelled."""
-        with self._db.write() as session:
+
+        def at_rest(session: Session) -> bool:
             _stop(session, batch_id)
             running = sa.select(JobRow.id).where(JobRow.batch_id == batch_id, in_state(JobState.RUNNING)).limit(1)
             return session.scalar(running) is None
+
+        return self._db.written(at_rest)
 
     def forget(self, batch_id: str, after: int = 0) -> int | None:
         """Delete the next rows of a batch that is given up, those of jobs first, from the one after that index.

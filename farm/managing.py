@@ -36,7 +36,7 @@ def show(job_id: Annotated[str, typer.Argument(metavar="JOB", help="Its id.")], 
 
 @app.command()
 def cancel(which: Which = None, owner: Owned = None) -> None:
-    """Cancel what has not ended of a batch, a job or an owner."""
+    """Cancel what has not ended of a batch, a job or an owner; what is being handed in meanwhile is not."""
     _steer(which, owner, lambda it: it.cancel(), "{} cancelled", "nothing to cancel: all have ended")
 
 

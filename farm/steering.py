@@ -1,6 +1,7 @@
 """`Steering`: what people do with what they have handed in: cancel, pause, resume, try anew.
 
-Each takes a batch, a job, or an owner, who is all batches of that name, those to come included.
+Each takes a batch, a job, or an owner, who is all batches of that name: those to come are paused too, and those that
+are being handed in meanwhile are not cancelled.
 """
 
 import logging
@@ -14,7 +15,7 @@ from sqlalchemy.orm import Session
 
 from farm.attempts import Attempts
 from farm.db import now
-from farm.queries import in_state
+from farm.queries import VISIBLE, in_state
 from farm.schema import BatchRow, JobCountRow, JobRow
 from farm.states import ACTIVE, JobState
 
@@ -154,9 +155,10 @@ class Steering(Attempts):
                     checkpoint_key="",
                     finished_at=None,
                 )
-                # After the jobs: who notes a batch's end meanwhile has either not seen these, and is put right here, or
-                # waits for this row, and sees them then.
-                session.execute(sa.update(BatchRow).where(batch).values(ended_at=None))
+                if changed:
+                    # After the jobs: who notes a batch's end meanwhile has either not seen these, and is put right
+                    # here, or waits for this row, and sees them then.
+                    session.execute(sa.update(BatchRow).where(batch).values(ended_at=None))
                 return changed
 
             count += self._db.written(retry)
@@ -166,9 +168,9 @@ class Steering(Attempts):
     def _pieces(self, which: Which, states: Collection[JobState]) -> Iterator[tuple[_Where, _Where]]:
         """The jobs that are meant, where some are in those states: so many at a time, and the batch that has them.
 
-        By their places and not by their states: none is left out by stepping from one into another meanwhile. A
-        statement over a million jobs would keep those locked that it has come to first, for many seconds: renders whose
-        leases can't be renewed meanwhile are stopped.
+        A statement over a million jobs would keep those locked that it has come to first, for many seconds: renders
+        whose leases can't be renewed meanwhile are stopped. Many jobs are divided by their places and not by their
+        states, so that none is left out by stepping from one into another meanwhile.
         """
         if which.job_id is not None:
             yield which.jobs, which.batches
@@ -179,14 +181,21 @@ class Steering(Attempts):
             .correlate(BatchRow)
             .scalar_subquery()
         )
+        query = sa.select(BatchRow.id, BatchRow.total, some.label("some")).where(VISIBLE, which.batches, some > 0)
         with self._db.read() as session:
-            batches = session.execute(sa.select(BatchRow.id, BatchRow.total).where(which.batches, some > 0)).all()
-        for batch_id, total in batches:
-            for after in range(0, total, _PIECE):
-                place = JobRow.index.between(after + 1, after + _PIECE)
-                yield sa.and_(JobRow.batch_id == batch_id, place), BatchRow.id == batch_id
-                if after + _PIECE < total:
-                    time.sleep(_REST_SECONDS)
+            batches = session.execute(query).all()
+        rest = 0.0
+        for batch in batches:
+            jobs = JobRow.batch_id == batch.id
+            places: list[_Where] = [
+                JobRow.index.between(after + 1, after + _PIECE)
+                for after in range(0, batch.total, _PIECE)
+                if batch.some > _PIECE
+            ]
+            for place in places or [sa.true()]:
+                time.sleep(rest)
+                rest = _REST_SECONDS
+                yield sa.and_(jobs, place), BatchRow.id == batch.id
 
 
 def _changed(session: Session, *where: _Where, **values: Any) -> int:

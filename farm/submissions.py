@@ -206,7 +206,7 @@ def _stage(session: Session, batch: BatchRow | None, batch_id: str, rows: list[_
         with cursor, cursor.copy(f"COPY jobs ({columns}) FROM STDIN") as copy:
             for row in rows:
                 copy.write_row(row)
-    except psycopg.OperationalError as error:
+    except (psycopg.OperationalError, psycopg.errors.IdleInTransactionSessionTimeout) as error:
         raise DatabaseUnavailable(f"the database does not answer: {' '.join(str(error).split())}") from error
 
 
