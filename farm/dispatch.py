@@ -3,6 +3,7 @@
 import logging
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -168,15 +169,23 @@ class Dispatcher:
     def _sweep_on(self, stop: threading.Event, leadership: Leadership) -> None:
         pause = 0.0
         while not stop.wait(pause):
-            try:
-                more = False
-                if leadership.leads:
-                    self.sweep(2 * self._lease_seconds)
-                    more = self._retention.turn(stop)
-                pause = 0.0 if more else _SWEEP_SECONDS
-            except ServiceUnavailable as error:
-                log.warning("can't sweep, trying again in %.0f s: %s", _SWEEP_OUTAGE_SECONDS, error)
-                pause = _SWEEP_OUTAGE_SECONDS
-            except Exception:  # without this thread no batch would end, go or be swept, and dispatching would go on
-                log.exception("can't sweep, trying again in %.0f s", _SWEEP_OUTAGE_SECONDS)
-                pause = _SWEEP_OUTAGE_SECONDS
+            pause = _SWEEP_SECONDS
+            if leadership.leads:
+                # Each by itself: what can't be swept keeps no batch from its end.
+                swept = _tried(lambda: self.sweep(2 * self._lease_seconds))
+                more = _tried(lambda: self._retention.turn(stop))
+                if swept is None or more is None:
+                    pause = _SWEEP_OUTAGE_SECONDS
+                elif more:
+                    pause = 0.0
+
+
+def _tried(turn: Callable[[], int]) -> int | None:
+    """What it returns; None, and a line in the log, if it can't do its work now."""
+    try:
+        return turn()
+    except ServiceUnavailable as error:
+        log.warning("can't sweep, trying again in %.0f s: %s", _SWEEP_OUTAGE_SECONDS, error)
+    except Exception:  # without its thread no batch would end, go or be swept, and dispatching would go on
+        log.exception("can't sweep, trying again in %.0f s", _SWEEP_OUTAGE_SECONDS)
+    return None

@@ -196,6 +196,8 @@ def _remedy(error: StorageUnavailable) -> str:
     code = cause.response["Error"].get("Code") if isinstance(cause, ClientError) else None
     if code == "NoSuchBucket":
         return "make the bucket, or correct FARM_S3_BUCKET"
+    if code == "404":
+        return "correct FARM_S3_ENDPOINT_URL, or start what is behind it: no object store answers there"
     if code is not None:
         return "correct the credentials (FARM_S3_ACCESS_KEY_ID and …_SECRET_ACCESS_KEY, or AWS_*) or their rights"
     return "start the store, or correct FARM_S3_ENDPOINT_URL"

@@ -176,8 +176,15 @@ class Storage:
         """
         with self._reached(source):
             # Asked first: of a source that is not there, not every store says so when it is to copy it.
-            found = self._s3.head_object(Bucket=self.bucket, Key=source)["ContentLength"]
-            if size is not None and found != size:
+            try:
+                found = self._s3.head_object(Bucket=self.bucket, Key=source)
+            except ClientError as error:
+                if error.response["Error"].get("Code") != "404":
+                    raise
+                # It has no words, and may be that of something before the store; this has, if it is the store's.
+                self._s3.get_object(Bucket=self.bucket, Key=source, Range="bytes=0-0")["Body"].close()
+                found = self._s3.head_object(Bucket=self.bucket, Key=source)
+            if size is not None and found["ContentLength"] != size:
                 return False
             self._s3.copy_object(Bucket=self.bucket, Key=key, CopySource={"Bucket": self.bucket, "Key": source})
         return True

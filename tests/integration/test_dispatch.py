@@ -19,6 +19,7 @@ from farm.fair import LEAST_WINDOW
 from farm.jobs import JobStore
 from farm.leadership import Leadership
 from farm.records import WorkerInfo
+from farm.retention import Retention
 from farm.schema import BatchRow
 from farm.settings import Settings
 from farm.spec import RenderSpec
@@ -111,20 +112,23 @@ def test_a_batch_is_handed_in_whatever_goes_away_after_that(
         assert farm.batch("second").status().total == 1
 
 
-def test_sweeping_goes_on_whatever_breaks_it_once(
+def test_sweeping_goes_on_whatever_breaks_it_and_batches_end_beside_it(
     settings: Settings, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     swept, stop = [], threading.Event()
 
     def sweep(*_: object) -> int:
         swept.append(1)
-        if len(swept) == 1:
-            raise ValueError("nobody has thought of that")
-        stop.set()
-        return 0
+        raise ValueError("nobody has thought of that")
+
+    def turn(_self: Retention, stop: threading.Event) -> bool:
+        if len(swept) == 2:
+            stop.set()
+        return False
 
     monkeypatch.setattr(dispatch, "_SWEEP_OUTAGE_SECONDS", 0.01)
     monkeypatch.setattr(Dispatcher, "sweep", sweep)
+    monkeypatch.setattr(Retention, "turn", turn)
     with closing(Broker(settings)) as broker, closing(Storage(settings)) as storage:
         dispatcher = Dispatcher(JobStore(database, settings), broker, storage, settings)
         leadership = Leadership(database, "dispatcher")

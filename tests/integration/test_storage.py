@@ -80,6 +80,9 @@ class NotHere(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.send_error(404, "page not found")
 
+    def do_HEAD(self) -> None:
+        self.send_error(404)
+
     def do_POST(self) -> None:
         self.do_PUT()
 
@@ -97,6 +100,7 @@ def test_a_404_of_something_before_the_object_store_is_an_outage_and_no_missing_
                 lambda: behind.get("b/0"),
                 lambda: behind.delete_many(["b/0"]),
                 lambda: list(behind.keys("b/")),
+                lambda: behind.copy("b/0", "b/1"),
             ):
                 with pytest.raises(StorageUnavailable, match="404"):
                     call()
