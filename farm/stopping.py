@@ -26,7 +26,9 @@ def stop_signals(stop: threading.Event, hurry: threading.Event | None = None) ->
 
     listener = threading.Thread(target=pass_on, name="stop signals", daemon=True)
     listener.start()
-    before = {number: signal.signal(number, handle) for number in _SIGNALS}
+    # `nohup` has the end of its terminal ignored, and what it starts is to stay.
+    numbers = [number for number in _SIGNALS if (number, signal.getsignal(number)) != (signal.SIGHUP, signal.SIG_IGN)]
+    before = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield
     finally:

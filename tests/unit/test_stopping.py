@@ -38,6 +38,19 @@ def test_the_first_signal_stops_and_any_further_one_hurries(number: signal.Signa
     assert signal.getsignal(number) == before
 
 
+def test_who_was_started_by_nohup_outlives_its_terminal() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_signals(stop := threading.Event()):
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.wait(20)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_who_can_not_hurry_only_stops() -> None:
     stop = threading.Event()
     with stop_signals(stop):
