@@ -117,7 +117,7 @@ class Settings(BaseSettings):
     progress_seconds: float | None = Field(default=1.0, ge=1)
     """How often Flower is told how far each render and each batch is; None means not at all."""
     stuck_seconds: float = Field(default=300.0, gt=0)
-    """How long one forward may take before the worker takes its device for hung and ends."""
+    """How long a forward may take, or on a GPU a text or a picture, before the worker takes its device for hung."""
     drain_seconds: float = Field(default=20.0, ge=0)
     """How long a stopping worker finishes renders before it hands the rest back."""
 

@@ -94,7 +94,7 @@ class Decoder:
             for place, request in enumerate(requests):
                 try:
                     picture = pictures[place] if pictures else pipeline.decode(request.latents)[0]
-                    self._done(request, rendered(request, pipeline, picture))
+                    self._done(request, rendered(request, pipeline, picture, self.side.answered))
                 except torch.AcceleratorError:
                     raise
                 except Exception as error:  # noqa: BLE001 - a neighbour must not suffer from it
@@ -118,10 +118,13 @@ class Decoder:
             return []
 
 
-def rendered(request: RenderRequest, pipeline: Pipeline, picture: torch.Tensor) -> Rendered:
+def rendered(
+    request: RenderRequest, pipeline: Pipeline, picture: torch.Tensor, answered: Callable[[], None]
+) -> Rendered:
     """The finished picture of a request from what the VAE made, float (3, height, width) in [0, 1].
 
-    Raises `BadImage` if there is nothing in it.
+    `answered` is called whenever the device has made something of it: the frames of a trajectory are many. Raises
+    `BadImage` if there is nothing in it.
     """
     step = int(request.first_bad) if request.first_bad is not None else 0
     if step:
@@ -131,7 +134,11 @@ def rendered(request: RenderRequest, pipeline: Pipeline, picture: torch.Tensor) 
     image = as_image(picture)
     if image.getbbox() is None:
         raise BadImage(f"the picture decoded after step {request.steps_done} is black all over")
-    frames = [as_image(pipeline.decode(latents)[0]) for latents in request.frames[:-1]]
+    answered()
+    frames = []
+    for latents in request.frames[:-1]:
+        frames.append(as_image(pipeline.decode(latents)[0]))
+        answered()
     return Rendered(
         image=image,
         model=request.spec.model,

@@ -115,6 +115,11 @@ class Side:
         began = self._began
         return 0.0 if began is None else time.monotonic() - began
 
+    def answered(self) -> None:
+        """Tell, amid what it does, that the device has done something: what comes next has its time anew."""
+        if self._began is not None:
+            self._began = time.monotonic()
+
     def run(self, device: torch.device, call: Callable[[], T]) -> T:
         """Call it there and wait for what it returns, or raise what it raises; on a GPU until it is really done."""
         return self.start(device, call).result()

@@ -167,9 +167,9 @@ class Parity:
         engine.start()
         rendered = decoder.rendered
 
-        def watched(request: RenderRequest, pipeline: Any, picture: torch.Tensor) -> Any:
+        def watched(request: RenderRequest, pipeline: Any, picture: torch.Tensor, *others: Any) -> Any:
             self.pictures[request.id] = picture.permute(1, 2, 0).numpy()
-            return rendered(request, pipeline, picture)
+            return rendered(request, pipeline, picture, *others)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(decoder, "rendered", watched)

@@ -9,6 +9,7 @@ import torch
 
 from farm.errors import FarmError, ModelError, RenderCancelled, RenderHandedBack
 from tests.gated import SOON, Gated, fail, in_thread, pixel, request, running
+from tests.integration.conftest import wait_until
 from workers.engine import Engine
 from workers.null import NullPipeline
 from workers.pins import Pins
@@ -129,6 +130,18 @@ def test_a_device_that_hangs_beside_the_forwards_is_noticed_too(engine: Engine) 
         goes_on.set()
         done.result(SOON)
     assert engine.busy_seconds == 0.0
+    side = engine._decoder.side
+    side.answered()
+    assert engine.busy_seconds == 0.0
+
+    def film() -> tuple[float, float]:
+        wait_until(lambda: side.busy_seconds > 0.05, "it takes long")
+        before = side.busy_seconds
+        side.answered()
+        return before, side.busy_seconds
+
+    before, after = side.run(torch.device("meta"), film)
+    assert after < before
     # On the CPU one large picture may take long.
     assert engine._decoder.side.run(torch.device("cpu"), lambda: engine.busy_seconds) == 0.0
 
