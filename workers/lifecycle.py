@@ -141,12 +141,17 @@ class Worker:
 
     def no_room(self, spec: RenderSpec) -> None:
         """Make known that there is no memory here for a picture of that size, until this worker starts anew."""
-        if spec.width is None or spec.height is None:
-            return  # the model's own size: nobody who submits knows what that is
-        most = spec.row_pixels(spec.width, spec.height) - 1
+        if spec.model not in self.pins.held:
+            return
+        with self.pins.using(spec.model) as pipeline:
+            width, height = pipeline.native_size
+        most = spec.row_pixels(spec.width or width, spec.height or height) - 1
+        rows = most // (width * height)
         with self._lock:
             models = [
-                {**model, MOST: min([most, *filter(None, [model.get(MOST)])])} if model["name"] == spec.model else model
+                {**model, MOST: min(most, model.get(MOST, most)), OWN_ROWS: min(rows, model.get(OWN_ROWS, rows))}
+                if model["name"] == spec.model
+                else model
                 for model in self.info.models
             ]
             self.info = replace(self.info, models=tuple(models))
