@@ -119,7 +119,7 @@ class Decoder:
 
 
 def rendered(
-    request: RenderRequest, pipeline: Pipeline, picture: torch.Tensor, answered: Callable[[], None]
+    request: RenderRequest, pipeline: Pipeline, picture: torch.Tensor, answered: Callable[[], None] = lambda: None
 ) -> Rendered:
     """The finished picture of a request from what the VAE made, float (3, height, width) in [0, 1].
 

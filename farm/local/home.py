@@ -223,7 +223,7 @@ def _free_ports() -> dict[str, int]:
             return ports
 
 
-_claims: list[socket.socket] = []
+_claims: list[int] = []
 
 
 def _claim(first: int) -> bool:
@@ -239,5 +239,5 @@ def _claim(first: int) -> bool:
     except OSError:
         claim.close()
         return False
-    _claims.append(claim)
+    _claims.append(claim.detach())
     return True

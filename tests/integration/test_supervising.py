@@ -31,7 +31,8 @@ class Supervised:
 
     def __init__(self, program: str, names: str = "a", *, until: str | None = None, **constants: object) -> None:
         code = (
-            "import sys; import workers.supervising as s; from farm.backoff import Backoff\n"
+            "import signal, sys; import workers.supervising as s; from farm.backoff import Backoff\n"
+            "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # whoever runs the tests may be started by nohup
             f"for name, value in {constants!r}.items(): setattr(s, name, value)\n"
             "s.PATIENCE = Backoff(0.02, 0.2)\n"
             f"seats = [s.Seat(name) for name in {names!r}.split()]\n"

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 
 import pytest
 
@@ -26,6 +27,14 @@ def test_a_signal_that_comes_amid_a_wait_for_it_is_heard() -> None:
     subprocess.run([sys.executable, "-c", IN_THE_EVENTS_LOCK], check=True, timeout=60)
 
 
+@pytest.fixture(autouse=True)
+def terminal() -> Iterator[None]:
+    """As for who was not started by nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_first_signal_stops_and_any_further_one_hurries(number: signal.Signals) -> None:
     stop, hurry, before = threading.Event(), threading.Event(), signal.getsignal(number)
@@ -39,16 +48,13 @@ def test_the_first_signal_stops_and_any_further_one_hurries(number: signal.Signa
 
 
 def test_who_was_started_by_nohup_outlives_its_terminal() -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with stop_signals(stop := threading.Event()):
-            os.kill(os.getpid(), signal.SIGHUP)
-            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-            os.kill(os.getpid(), signal.SIGTERM)
-            assert stop.wait(20)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with stop_signals(stop := threading.Event()):
+        os.kill(os.getpid(), signal.SIGHUP)
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGHUP, before)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.wait(20)
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
 
 def test_who_can_not_hurry_only_stops() -> None:
