@@ -11,8 +11,8 @@ import torch
 import transformers
 
 from benchmarks.apart import Peak, Run
-from farm.samplers import find_sampler
-from farm.spec import RenderSpec
+from farm.specs.samplers import find_sampler
+from farm.specs.spec import RenderSpec
 
 
 class Diffusers:

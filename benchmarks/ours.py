@@ -18,17 +18,18 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from benchmarks.apart import Checkpoints, Peak, Run
 from benchmarks.ceiling import FullForward
 from farm.errors import BadImage, FarmError
+from farm.objects.storage import Storage
 from farm.settings import Settings
-from farm.spec import RenderSpec
-from farm.storage import Storage, checkpoint_key
-from workers import state
-from workers.device import keep_freed_memory, use_threads
-from workers.engine import Engine
-from workers.forward_sizes import ForwardSizes
-from workers.pins import Pins
+from farm.specs.object_keys import checkpoint_key
+from farm.specs.spec import RenderSpec
+from workers.engine.engine import Engine
+from workers.engine.forward_sizes import ForwardSizes
+from workers.engine.warming import warm
+from workers.models.pins import Pins
+from workers.outputs import checkpoint
 from workers.pipelines import load
-from workers.request import Rendered, RenderRequest, Snapshot
-from workers.warming import warm
+from workers.render.device import keep_freed_memory, use_threads
+from workers.render.request import Rendered, RenderRequest, Snapshot
 
 _MODEL = RenderSpec.model_fields["model"].default
 _LINE = 4096
@@ -195,7 +196,7 @@ class Farm:
 
         def write(name: str, look: Future[Snapshot]) -> None:
             began, key = time.thread_time(), checkpoint_key(name, 1, 1)
-            data = state.pack(look.result())
+            data = checkpoint.pack(look.result())
             storage.put(key, data)
             storage.delete_many([key])
             took.append(time.thread_time() - began)

@@ -15,9 +15,9 @@ from huey import RedisHuey
 from PIL import Image
 from rq import Queue
 
-from farm.broker import make_app
+from farm.objects.storage import Storage
+from farm.queue.broker import make_app
 from farm.settings import Settings
-from farm.storage import Storage
 
 # A bare worker of Celery's: `celery -A benchmarks.peers worker`.
 app: Celery = make_app(Settings.load()) if os.environ.get("FARM_BROKER_URL") else Celery()

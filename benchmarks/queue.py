@@ -28,15 +28,15 @@ from benchmarks import peers
 from benchmarks.peers import prompt
 from benchmarks.rows import Row
 from benchmarks.table import table, where
-from farm.broker import make_app
-from farm.client import Farm
-from farm.db import Database
-from farm.handles import Job
-from farm.jobs import JobStore
+from farm.client.farm import Farm
+from farm.client.job import Job
+from farm.jobs.database import Database
+from farm.jobs.states import JobState
+from farm.jobs.store import JobStore
 from farm.local import LocalFarm
+from farm.queue.broker import make_app
 from farm.settings import Settings
-from farm.spec import RenderSpec
-from farm.states import JobState
+from farm.specs.spec import RenderSpec
 
 log = logging.getLogger("benchmarks")
 

@@ -37,9 +37,9 @@ import redis
 
 from benchmarks.rows import Row
 from benchmarks.table import table, where
-from farm.client import Farm
-from farm.db import Database
-from farm.environment import variables
+from farm.cli.environment import variables
+from farm.client.farm import Farm
+from farm.jobs.database import Database
 from farm.local import LocalFarm
 from farm.settings import Settings
 
@@ -238,7 +238,7 @@ class Turns:
         }
         drawn = threading.Event()
         with (
-            self._process(settings, "farm.flower", **flower) as looking,
+            self._process(settings, "farm.queue.flower", **flower) as looking,
             self._process(settings, "farm", "watch", terminal=drawn, COLUMNS=120, LINES=40, TERM="xterm") as watching,
             _scraped(dispatcher, gate),
         ):

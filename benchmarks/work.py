@@ -4,7 +4,7 @@ import random
 from dataclasses import dataclass
 from itertools import accumulate
 
-from farm.spec import RenderSpec
+from farm.specs.spec import RenderSpec
 
 STEPS, GUIDANCE = 25, 5.0
 SAMPLERS = ("ddim", "euler", "dpmpp_2m", "euler_a")

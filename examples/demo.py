@@ -11,7 +11,7 @@ from rich.text import Text
 from farm import Farm, FarmError, JobState
 from farm.local import LocalFarm, running
 from farm.settings import Settings
-from farm.sources import rows
+from farm.specs.sources import rows
 
 HERE = Path(__file__).parent
 

@@ -14,37 +14,32 @@ from typing import TYPE_CHECKING, Any
 from farm.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from farm.client import Farm
-    from farm.errors import (
-        FarmError,
-        InvalidInput,
-        JobNotSucceeded,
-        NotConfigured,
-        NotFound,
-        ServiceUnavailable,
-    )
-    from farm.handles import Batch, Job, Owner
-    from farm.previews import Preview
-    from farm.records import AttemptInfo, BatchStatus
+    from farm.client.batch import Batch
+    from farm.client.farm import Farm
+    from farm.client.job import Job
+    from farm.client.owner import Owner
+    from farm.client.previews import Preview
+    from farm.errors import FarmError, InvalidInput, JobNotSucceeded, NotConfigured, NotFound, ServiceUnavailable
+    from farm.jobs.records import AttemptInfo, BatchStatus
+    from farm.jobs.states import JobState
     from farm.settings import Settings
-    from farm.spec import RenderSpec
-    from farm.states import JobState
+    from farm.specs.spec import RenderSpec
 
 _HOMES = {
-    "AttemptInfo": "records",
-    "Batch": "handles",
-    "BatchStatus": "records",
-    "Farm": "client",
+    "AttemptInfo": "jobs.records",
+    "Batch": "client.batch",
+    "BatchStatus": "jobs.records",
+    "Farm": "client.farm",
     "FarmError": "errors",
     "InvalidInput": "errors",
-    "Job": "handles",
+    "Job": "client.job",
     "JobNotSucceeded": "errors",
-    "JobState": "states",
+    "JobState": "jobs.states",
     "NotConfigured": "errors",
     "NotFound": "errors",
-    "Owner": "handles",
-    "Preview": "previews",
-    "RenderSpec": "spec",
+    "Owner": "client.owner",
+    "Preview": "client.previews",
+    "RenderSpec": "specs.spec",
     "ServiceUnavailable": "errors",
     "Settings": "settings",
 }

@@ -1,5 +1,5 @@
 """`python -m farm`: the same as the command `farm`."""
 
-from farm.cli import main
+from farm.cli.main import main
 
 main()

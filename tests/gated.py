@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from farm.spec import RenderSpec
-from workers.engine import Engine
-from workers.null import NullPipeline, colour
-from workers.pins import Pins
-from workers.pipelines import Pipeline
-from workers.request import RenderRequest
+from farm.specs.spec import RenderSpec
+from workers.engine.engine import Engine
+from workers.models.pins import Pins
+from workers.pipelines.null import NullPipeline, colour
+from workers.render.pipeline import Pipeline
+from workers.render.request import RenderRequest
 
 SOON = 30.0
 """Seconds after which a test that waits in vain gives up."""

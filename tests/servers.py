@@ -16,11 +16,11 @@ import pytest
 import redis
 import sqlalchemy as sa
 
-from farm.db import Database
 from farm.errors import NotConfigured
+from farm.jobs.database import Database
 from farm.local import LocalFarm
+from farm.objects.storage import Storage
 from farm.settings import Settings
-from farm.storage import Storage
 
 TEMPLATE = "farm_template"
 

@@ -23,11 +23,11 @@ def main() -> None:
         os.environ["FARM_ENV_FILE"] = env_file
     # Torch comes with the one, and must not come with the other, which would hold memory on every GPU.
     if gpus is not None or workers is not None:
-        from workers.supervising import supervise
+        from workers.service.supervisor import supervise
 
         supervise(name, given, gpus=gpus, workers=workers)
     else:
-        from workers.serving import serve
+        from workers.consumer.serve import serve
 
         serve(name, given)
 

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING
 import redis
 
 from farm.errors import FarmError, NotConfigured, ServiceUnavailable
-from farm.jobs import JobStore
+from farm.jobs.store import JobStore
 from farm.local.home import GRPC, LOOPBACK, SERVICE_VARIABLES, Access, Home, write_private
+from farm.objects.storage import Storage
 from farm.settings import Settings
-from farm.storage import Storage
 
 if TYPE_CHECKING:
     from farm.local.process import Process
@@ -242,7 +242,7 @@ def flower(home: Home, access: Access) -> Part:
         shown="Flower",
         address=url,
         login=f"user {access.flower_user}, password {access.flower_password}",
-        command=(*PYTHON, "farm.flower"),
+        command=(*PYTHON, "farm.queue.flower"),
         env={
             **{name: value for name, value in _farm_env(home).items() if not name.startswith("FLOWER_")},
             "FLOWER_ADDRESS": LOOPBACK,

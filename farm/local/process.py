@@ -11,7 +11,7 @@ from pathlib import Path
 
 from farm.local.home import Home, write_private
 from farm.local.parts import Part
-from farm.local.tethered import Tethered
+from farm.runtime.tethered import Tethered
 
 LOG_BYTES = 16 * 2**20
 _SAME_SECONDS = 1.5

@@ -13,15 +13,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from farm.db import Database
 from farm.errors import NotConfigured, PartFailed
-from farm.jobs import JobStore
+from farm.jobs.database import Database
+from farm.jobs.store import JobStore
 from farm.local import parts
 from farm.local.home import SERVICE_VARIABLES, Home
 from farm.local.keeping import Kept
 from farm.local.process import end_leftovers, rotate_log
+from farm.runtime.stopping import stop_signals
 from farm.settings import EMBEDDED_FILE, Settings
-from farm.stopping import stop_signals
 
 POLL_SECONDS = 0.1
 

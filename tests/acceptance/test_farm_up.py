@@ -14,10 +14,10 @@ import redis
 from PIL import Image
 
 from farm import Farm, JobState, RenderSpec, Settings
-from farm.storage import manifest_key
+from farm.specs.object_keys import manifest_key
 from tests.acceptance.conftest import ROOT, UserFarm
 from tests.integration.conftest import wait_until
-from workers import png
+from workers.outputs import png
 from workers.tiny import checker
 
 PROMPTS = ROOT / "examples" / "prompts.csv"

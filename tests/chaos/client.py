@@ -11,10 +11,10 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from farm.client import Farm
+from farm.client.farm import Farm
 from farm.errors import ServiceUnavailable
 from farm.log import configure
-from farm.spec import RenderSpec
+from farm.specs.spec import RenderSpec
 from tests.chaos.orders import Journal, Order, Scale, order
 
 LARGE = 4001

@@ -15,18 +15,18 @@ from typing import Self
 
 import sqlalchemy as sa
 
-from farm.client import Farm
-from farm.db import Database
+from farm.client.farm import Farm
 from farm.errors import ServiceUnavailable
-from farm.jobs import JobStore
+from farm.jobs.database import Database
+from farm.jobs.queries import ACCEPTED
+from farm.jobs.schema import BatchRow, JobRow, LeaderRow
+from farm.jobs.states import ACTIVE, JobState
+from farm.jobs.store import JobStore
 from farm.local import parts
 from farm.local.home import Home
 from farm.local.parts import Part
 from farm.local.process import Process
-from farm.queries import ACCEPTED
-from farm.schema import BatchRow, JobRow, LeaderRow
-from farm.states import ACTIVE, JobState
-from farm.storage import Storage
+from farm.objects.storage import Storage
 from tests.chaos import moves
 from tests.chaos.orders import Journal, Scale
 from tests.chaos.postgres import Postgres

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import redis
 import sqlalchemy as sa
 
-from farm import leadership
 from farm.errors import ServiceUnavailable
-from farm.queries import ACCEPTED
-from farm.schema import BatchRow, JobRow
-from farm.spec import URGENT
-from farm.states import ACTIVE
+from farm.jobs import leadership
+from farm.jobs.queries import ACCEPTED
+from farm.jobs.schema import BatchRow, JobRow
+from farm.jobs.states import ACTIVE
+from farm.specs.spec import URGENT
 from tests.chaos.client import hand_in
 from tests.chaos.farm import LEASE_SECONDS, ChaosFarm
 from tests.chaos.orders import order

@@ -4,8 +4,8 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from farm.db import Database
-from farm.states import JobState
+from farm.jobs.database import Database
+from farm.jobs.states import JobState
 
 _TERMINAL = ", ".join(f"'{state.value}'" for state in JobState if state.terminal)
 _RESULT = ("error", "worker", "finished_at", "started_at", "image_key", "image_sha256", "image_bytes", "tries")

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from farm.spec import RenderSpec
+from farm.specs.spec import RenderSpec
 
 OWNERS = ("ann", "bob", "eve")
 SIZES = ((64, 64), (64, 128))

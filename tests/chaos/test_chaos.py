@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from farm.broker import Broker
-from farm.dispatch import Dispatcher
+from farm.dispatch.dispatcher import Dispatcher
+from farm.queue.broker import Broker
 from tests.chaos import verify
 from tests.chaos.farm import ChaosFarm
 from tests.chaos.faults import FAULTS, Fault, strike, strokes

@@ -7,23 +7,24 @@ from pathlib import Path
 import pytest
 import torch
 
-from farm.broker import Broker
-from farm.client import Farm
-from farm.db import Database
-from farm.dispatch import Dispatcher
+from farm.client.farm import Farm
+from farm.dispatch.dispatcher import Dispatcher
 from farm.errors import DatabaseUnavailable
-from farm.jobs import JobStore
-from farm.records import Claim, Picture
+from farm.jobs.database import Database
+from farm.jobs.records import Claim, Picture
+from farm.jobs.states import JobState
+from farm.jobs.store import JobStore
+from farm.objects.storage import Storage
+from farm.queue.broker import Broker
 from farm.settings import Settings
-from farm.spec import RenderSpec
-from farm.states import JobState
-from farm.storage import Storage, checkpoint_key, image_key, manifest_key
+from farm.specs.object_keys import checkpoint_key, image_key, manifest_key
+from farm.specs.spec import RenderSpec
 from tests.integration.conftest import Crew, wait_until
-from workers.engine import Engine
-from workers.null import NullPipeline
-from workers.observing import Held, Observer
-from workers.pins import Pins
-from workers.request import Snapshot
+from workers.engine.engine import Engine
+from workers.models.pins import Pins
+from workers.pipelines.null import NullPipeline
+from workers.render.request import Snapshot
+from workers.service.observer import Held, Observer
 
 pytestmark = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 

@@ -10,10 +10,10 @@ import psutil
 import pytest
 import sqlalchemy as sa
 
-from farm.handles import Batch
-from farm.schema import BatchRow
-from farm.states import JobState
-from farm.storage import manifest_key
+from farm.client.batch import Batch
+from farm.jobs.schema import BatchRow
+from farm.jobs.states import JobState
+from farm.specs.object_keys import manifest_key
 from tests.chaos.farm import LEASE_SECONDS, ROOT, SLOTS, ChaosFarm, Standing
 from tests.chaos.orders import Scale
 from tests.chaos.test_chaos import sweep

@@ -11,16 +11,17 @@ import sqlalchemy as sa
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from farm.copies import Copier
-from farm.db import Database, now
+from farm.dispatch.copier import Copier
+from farm.dispatch.retention import Retention
 from farm.errors import ErrorClass
-from farm.jobs import JobStore
-from farm.records import Claim, Picture
-from farm.retention import Retention
-from farm.schema import AttemptRow, BatchRow, JobCountRow, JobRow
+from farm.jobs.database import Database, now
+from farm.jobs.records import Claim, Picture
+from farm.jobs.schema import AttemptRow, BatchRow, JobCountRow, JobRow
+from farm.jobs.store import JobStore
+from farm.objects.storage import Storage
 from farm.settings import Settings
-from farm.spec import RenderSpec
-from farm.storage import Storage, checkpoint_key, image_key, manifest_key
+from farm.specs.object_keys import checkpoint_key, image_key, manifest_key
+from farm.specs.spec import RenderSpec
 from tests.chaos import moves, verify
 from tests.chaos.orders import Journal, Order, Scale, order
 from tests.gated import pixel

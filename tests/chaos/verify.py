@@ -14,18 +14,19 @@ from typing import Any
 import sqlalchemy as sa
 from PIL import Image
 
-from farm.db import Database
 from farm.errors import NotFound
-from farm.model_store import PREFIX
-from farm.schema import AttemptRow, BatchRow, JobCountRow, JobRow
-from farm.spec import RenderSpec
-from farm.states import TRANSITIONS, JobState, Outcome
-from farm.storage import Storage, manifest_key
+from farm.jobs.database import Database
+from farm.jobs.schema import AttemptRow, BatchRow, JobCountRow, JobRow
+from farm.jobs.states import TRANSITIONS, JobState, Outcome
+from farm.objects.model_store import PREFIX
+from farm.objects.storage import Storage
+from farm.specs.object_keys import manifest_key
+from farm.specs.spec import RenderSpec
 from tests.chaos import moves
 from tests.chaos.moves import Move
 from tests.chaos.orders import Journal, Order
 from tests.gated import pixel
-from workers import png
+from workers.outputs import png
 
 _ENDINGS = frozenset({Outcome.SUCCEEDED, Outcome.FAILED, Outcome.CANCELLED})
 _READERS = 8

@@ -7,14 +7,14 @@ from itertools import pairwise
 import pytest
 import sqlalchemy as sa
 
-from farm.db import Database, now_plus
 from farm.errors import ErrorClass
-from farm.jobs import JobStore
-from farm.records import Claim, Pace, Picture, WorkerInfo
-from farm.schema import JobRow
+from farm.jobs.database import Database, now_plus
+from farm.jobs.records import Claim, Pace, Picture, WorkerInfo
+from farm.jobs.schema import JobRow
+from farm.jobs.states import JobState, Outcome
+from farm.jobs.store import JobStore
 from farm.settings import Settings
-from farm.spec import RenderSpec
-from farm.states import JobState, Outcome
+from farm.specs.spec import RenderSpec
 
 PICTURE = Picture("b/1.png", "f" * 64, 123, 64, 64, "e" * 64, 1.5, (), device_seconds=0.75)
 SMALL = WorkerInfo("small@host", "cuda", "float16", 8, "0", ({"name": "tiny"},))

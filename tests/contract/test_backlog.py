@@ -7,14 +7,14 @@ from dataclasses import replace
 import pytest
 import sqlalchemy as sa
 
-from farm import backlog
-from farm.db import Database, now_plus
-from farm.jobs import JobStore
-from farm.records import Picture
-from farm.schema import BatchRow, JobRow, OwnerRow
+from farm.jobs import backlog
+from farm.jobs.database import Database, now_plus
+from farm.jobs.records import Picture
+from farm.jobs.schema import BatchRow, JobRow, OwnerRow
+from farm.jobs.states import JobState
+from farm.jobs.store import JobStore
 from farm.settings import Settings
-from farm.spec import RenderSpec
-from farm.states import JobState
+from farm.specs.spec import RenderSpec
 
 PICTURE = Picture("b/1.png", "f" * 64, 123, 64, 64, "e" * 64, 1.0)
 

@@ -11,15 +11,15 @@ import pytest
 import sqlalchemy as sa
 from celery.events.state import State
 
-from farm import batch_rows
-from farm.batch_rows import AGAIN_SECONDS, BatchRows, Event
-from farm.db import Database
+from farm.dispatch import batch_rows
+from farm.dispatch.batch_rows import AGAIN_SECONDS, BatchRows, Event
 from farm.errors import BrokerUnavailable, ErrorClass
-from farm.jobs import JobStore
-from farm.records import Pace, Picture
+from farm.jobs.database import Database
+from farm.jobs.records import Pace, Picture
+from farm.jobs.states import JobState
+from farm.jobs.store import JobStore
 from farm.settings import Settings
-from farm.spec import RenderSpec
-from farm.states import JobState
+from farm.specs.spec import RenderSpec
 
 SETTINGS = Settings(database_url="", broker_url="", s3_bucket="farm", retry_seconds=0, window=4096)
 PICTURE = Picture("b/1.png", "f" * 64, 123, 64, 64, "e" * 64, 1.0)

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from farm.db import Database
-from farm.demand import Demand, demands
-from farm.jobs import JobStore
-from farm.records import Picture, WorkerInfo
+from farm.jobs.database import Database
+from farm.jobs.demand import Demand, demands
+from farm.jobs.records import Picture, WorkerInfo
+from farm.jobs.states import JobState
+from farm.jobs.store import JobStore
 from farm.settings import Settings
-from farm.spec import RenderSpec
-from farm.states import JobState
+from farm.specs.spec import RenderSpec
 
 SQL = (Path(__file__).parents[2] / "infra" / "keda" / "device_seconds.sql").read_text()
 LEASE = 10.0

@@ -6,14 +6,14 @@ import re
 import pytest
 import sqlalchemy as sa
 
-from farm.db import Database, now_plus
 from farm.errors import ErrorClass, NotEnded, NotFound
-from farm.jobs import JobStore
-from farm.records import Claim, Picture
-from farm.schema import AttemptRow, BatchRow, JobCountRow, JobRow
+from farm.jobs.database import Database, now_plus
+from farm.jobs.records import Claim, Picture
+from farm.jobs.schema import AttemptRow, BatchRow, JobCountRow, JobRow
+from farm.jobs.states import JobState
+from farm.jobs.store import JobStore
 from farm.settings import Settings
-from farm.spec import RenderSpec
-from farm.states import JobState
+from farm.specs.spec import RenderSpec
 
 DATA = b"a picture"
 

@@ -3,12 +3,12 @@
 import pytest
 import sqlalchemy as sa
 
-from farm.db import Database, now
-from farm.estimates import dry_run, speeds
-from farm.jobs import JobStore
-from farm.schema import JobRow
+from farm.jobs.database import Database, now
+from farm.jobs.estimates import dry_run, speeds
+from farm.jobs.schema import JobRow
+from farm.jobs.store import JobStore
 from farm.settings import Settings
-from farm.spec import RenderSpec
+from farm.specs.spec import RenderSpec
 
 
 @pytest.fixture

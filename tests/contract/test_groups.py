@@ -7,14 +7,14 @@ from dataclasses import replace
 import pytest
 import sqlalchemy as sa
 
-from farm.db import Database
-from farm.jobs import JobStore
-from farm.records import Picture
-from farm.schema import JobRow
+from farm.jobs.database import Database
+from farm.jobs.records import Picture
+from farm.jobs.schema import JobRow
+from farm.jobs.states import JobState, Outcome
+from farm.jobs.store import JobStore
 from farm.settings import Settings
-from farm.spec import RenderSpec
-from farm.states import JobState, Outcome
-from workers.lifecycle import Worker
+from farm.specs.spec import RenderSpec
+from workers.service.worker import Worker
 
 PICTURE = Picture("b/1.png", "f" * 64, 123, 64, 64, "e" * 64, 1.5, ("cut off",), device_seconds=0.75)
 

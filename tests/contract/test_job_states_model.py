@@ -20,15 +20,15 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from farm.db import Database, now_plus
 from farm.errors import ErrorClass
-from farm.jobs import JobStore
-from farm.queries import in_state
-from farm.records import Claim, Pace, Picture, WorkerInfo
-from farm.schema import AttemptRow, BatchRow, JobCountRow, JobRow, OwnerRow
+from farm.jobs.database import Database, now_plus
+from farm.jobs.queries import in_state
+from farm.jobs.records import Claim, Pace, Picture, WorkerInfo
+from farm.jobs.schema import AttemptRow, BatchRow, JobCountRow, JobRow, OwnerRow
+from farm.jobs.states import TRANSITIONS, JobState
+from farm.jobs.store import JobStore
 from farm.settings import Settings
-from farm.spec import RenderSpec
-from farm.states import TRANSITIONS, JobState
+from farm.specs.spec import RenderSpec
 
 MAX_TRIES, MAX_LOST = 3, 3
 PICTURE = Picture("key", "f" * 64, 123, 64, 64, "e" * 64, 1.5)

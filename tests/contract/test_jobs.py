@@ -6,15 +6,15 @@ from dataclasses import replace
 import pytest
 import sqlalchemy as sa
 
-from farm.db import Database, now_plus
 from farm.errors import ErrorClass, NotFound
-from farm.jobs import JobStore
-from farm.records import Claim, Pace, Picture, WorkerInfo
-from farm.schema import JobRow
+from farm.jobs.database import Database, now_plus
+from farm.jobs.records import Claim, Pace, Picture, WorkerInfo
+from farm.jobs.schema import JobRow
+from farm.jobs.states import TRANSITIONS, JobState
+from farm.jobs.store import JobStore
 from farm.settings import Settings
-from farm.spec import RenderSpec
-from farm.states import TRANSITIONS, JobState
-from farm.storage import checkpoint_key, image_key, trajectory_keys
+from farm.specs.object_keys import checkpoint_key, image_key, trajectory_keys
+from farm.specs.spec import RenderSpec
 
 PICTURE = Picture("b/1.png", "f" * 64, 123, 64, 64, "e" * 64, 1.5, ("cut at 77 tokens",))
 WORKER = WorkerInfo("w1@host", "cpu", "float32", 8, "0", ({"name": "tiny", "sha256": "e" * 64},))

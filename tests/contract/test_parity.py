@@ -17,14 +17,14 @@ import numpy as np
 import pytest
 import torch
 
-from farm.samplers import SAMPLERS, find_sampler
-from farm.spec import RenderSpec
+from farm.specs.samplers import SAMPLERS, find_sampler
+from farm.specs.spec import RenderSpec
 from tests.checkpoints import build_checkpoint, build_flux, build_sd3, build_sdxl
-from workers import decoder
-from workers.engine import Engine
-from workers.pins import Pins
+from workers.engine import decoder
+from workers.engine.engine import Engine
+from workers.models.pins import Pins
 from workers.pipelines import load
-from workers.request import RenderRequest
+from workers.render.request import RenderRequest
 
 TOLERANCE = 1e-5
 MAGNIFIED_TOLERANCE = 5e-5

@@ -10,12 +10,12 @@ import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
 from PIL import Image
 
-from farm.spec import RenderSpec
+from farm.specs.spec import RenderSpec
 from tests.checkpoints import t5_encoder, t5_tokenizer
 from workers import pipelines
-from workers.engine import Engine
-from workers.pins import Pins
-from workers.request import RenderRequest
+from workers.engine.engine import Engine
+from workers.models.pins import Pins
+from workers.render.request import RenderRequest
 
 PAGE = Path(__file__).parents[2] / "docs" / "pipelines.md"
 _HALF_A_SHADE = 1.01

@@ -8,18 +8,18 @@ from dataclasses import replace
 import pytest
 import sqlalchemy as sa
 
-from farm import backlog, reuse
-from farm.db import Database
 from farm.errors import ErrorClass
-from farm.jobs import JobStore
-from farm.leadership import Leadership
-from farm.records import Claim, Picture, WorkerInfo
-from farm.reuse import Copying
-from farm.schema import BatchRow, JobRow, WorkerRow
+from farm.jobs import backlog, reuse
+from farm.jobs.database import Database
+from farm.jobs.leadership import Leadership
+from farm.jobs.records import Claim, Picture, WorkerInfo
+from farm.jobs.reuse import Copying
+from farm.jobs.schema import BatchRow, JobRow, WorkerRow
+from farm.jobs.states import JobState, Outcome
+from farm.jobs.store import JobStore
 from farm.settings import Settings
-from farm.spec import RenderSpec
-from farm.states import JobState, Outcome
-from farm.storage import trajectory_keys
+from farm.specs.object_keys import trajectory_keys
+from farm.specs.spec import RenderSpec
 
 WEIGHTS, OTHER = "e" * 64, "d" * 64
 PICTURE = Picture("b/1.png", "f" * 64, 123, 64, 64, WEIGHTS, 1.5, ("cut at 77 tokens",), 0.75)

@@ -12,15 +12,15 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
 from farm import __version__
-from farm.db import Database, _alembic, now, now_plus
 from farm.errors import DatabaseUnavailable, NotConfigured, SchemaMismatch
-from farm.jobs import JobStore
-from farm.queries import STALE, VISIBLE, in_state
-from farm.records import Pace
-from farm.schema import Base, BatchRow, JobCountRow, JobRow, ReleaseRow
+from farm.jobs.database import Database, _alembic, now, now_plus
+from farm.jobs.queries import STALE, VISIBLE, in_state
+from farm.jobs.records import Pace
+from farm.jobs.schema import Base, BatchRow, JobCountRow, JobRow, ReleaseRow
+from farm.jobs.states import JobState
+from farm.jobs.store import JobStore
 from farm.settings import Settings
-from farm.spec import RenderSpec
-from farm.states import JobState
+from farm.specs.spec import RenderSpec
 
 
 def test_the_migrated_schema_is_the_declared_one(database: Database) -> None:

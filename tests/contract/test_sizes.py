@@ -5,13 +5,13 @@ from datetime import UTC, datetime
 import pytest
 import sqlalchemy as sa
 
-from farm.db import Database
-from farm.jobs import JobStore
-from farm.records import WorkerInfo
-from farm.room import MOST, OWN_ROWS, Room
-from farm.schema import WorkerRow
+from farm.jobs.database import Database
+from farm.jobs.memory import MOST, OWN_ROWS, Room
+from farm.jobs.records import WorkerInfo
+from farm.jobs.schema import WorkerRow
+from farm.jobs.store import JobStore
 from farm.settings import Settings
-from farm.spec import RenderSpec
+from farm.specs.spec import RenderSpec
 
 SETTINGS = Settings.load(database_url="sqlite://", broker_url="redis://", s3_bucket="farm")
 ROOM = 2 * 512 * 512

@@ -4,15 +4,15 @@ from collections.abc import Iterator
 
 import pytest
 
-from farm import steering
-from farm.db import Database
 from farm.errors import ErrorClass
-from farm.jobs import JobStore
-from farm.leadership import Leadership
-from farm.records import Claim, Pace
+from farm.jobs import steering
+from farm.jobs.database import Database
+from farm.jobs.leadership import Leadership
+from farm.jobs.records import Claim, Pace
+from farm.jobs.states import JobState
+from farm.jobs.store import JobStore
 from farm.settings import Settings
-from farm.spec import RenderSpec
-from farm.states import JobState
+from farm.specs.spec import RenderSpec
 
 
 @pytest.fixture

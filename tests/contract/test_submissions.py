@@ -10,14 +10,14 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from farm.db import Database, now_plus
 from farm.errors import DatabaseUnavailable, ErrorClass, InvalidInput, KeyUsed, NotFound
-from farm.jobs import JobStore
-from farm.records import WorkerInfo
-from farm.schema import BatchRow, JobCountRow, JobRow, WorkerRow
+from farm.jobs.database import Database, now_plus
+from farm.jobs.records import WorkerInfo
+from farm.jobs.schema import BatchRow, JobCountRow, JobRow, WorkerRow
+from farm.jobs.states import JobState
+from farm.jobs.store import JobStore
 from farm.settings import Settings
-from farm.spec import RenderSpec
-from farm.states import JobState
+from farm.specs.spec import RenderSpec
 
 
 @pytest.fixture
@@ -218,10 +218,10 @@ def test_workers_go_on_writing_while_a_large_batch_comes_in(store: JobStore) -> 
 MEMORY = """
 import re, sys
 from pathlib import Path
-from farm.db import Database
-from farm.jobs import JobStore
+from farm.jobs.database import Database
+from farm.jobs.store import JobStore
 from farm.settings import Settings
-from farm.spec import RenderSpec
+from farm.specs.spec import RenderSpec
 database = Database(sys.argv[1])
 store = JobStore(database, Settings(database_url="", broker_url="", s3_bucket=""))
 def most():  # getrusage's begins with what the parent had

@@ -8,11 +8,11 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from farm import db
-from farm.db import Database
 from farm.errors import DatabaseUnavailable
-from farm.jobs import JobStore
-from farm.schema import OwnerRow
+from farm.jobs import database as db
+from farm.jobs.database import Database
+from farm.jobs.schema import OwnerRow
+from farm.jobs.store import JobStore
 from farm.settings import Settings
 from tests.integration.conftest import wait_until
 

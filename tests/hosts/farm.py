@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from farm.schema import AttemptRow, JobRow
-from farm.states import JobState, Outcome
+from farm.jobs.schema import AttemptRow, JobRow
+from farm.jobs.states import JobState, Outcome
 from tests.chaos.farm import ROOT, ChaosFarm, OneMachine, Standing
 from tests.chaos.orders import Order, Scale, order
 from tests.chaos.test_chaos import told

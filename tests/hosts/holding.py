@@ -2,8 +2,8 @@
 
 import signal
 
-from farm import backlog
-from farm.db import Database
+from farm.jobs import backlog
+from farm.jobs.database import Database
 from farm.settings import Settings
 
 

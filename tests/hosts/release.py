@@ -6,7 +6,7 @@ from pathlib import Path
 
 import farm
 import workers
-from farm.db import _scripts
+from farm.jobs.database import _scripts
 
 VERSION = "999.0"
 _MIGRATION = '''"""A column more, which programs that are older leave alone."""
@@ -56,9 +56,9 @@ def make(folder: Path) -> Release:
     head = _scripts().get_current_head()
     assert head is not None
     revision = f"{int(head) + 1:04d}"
-    migration = folder / "farm" / "migrations" / "versions" / f"{revision}_next.py"
+    migration = folder / "farm" / "jobs" / "migrations" / "versions" / f"{revision}_next.py"
     migration.write_text(_MIGRATION.format(revision=revision, head=head))
-    with (folder / "farm" / "schema.py").open("a") as schema:
+    with (folder / "farm" / "jobs" / "schema.py").open("a") as schema:
         schema.write(_COLUMN)
     told = folder / f"diffusion_farm-{VERSION}.dist-info"
     told.mkdir()

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from farm.spec import URGENT
-from farm.states import Outcome
+from farm.jobs.states import Outcome
+from farm.specs.spec import URGENT
 from tests.chaos.client import hand_in
 from tests.chaos.farm import LEASE_SECONDS, Standing
 from tests.chaos.orders import order

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from farm import __version__
-from farm.states import Outcome
+from farm.jobs.states import Outcome
 from tests.chaos.farm import Standing
 from tests.chaos.test_chaos import look
 from tests.hosts import release

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from farm.client import Farm
-from farm.db import Database
+from farm.client.farm import Farm
+from farm.jobs.database import Database
 from farm.settings import Settings
 
 

@@ -16,10 +16,10 @@ import pytest
 import sqlalchemy as sa
 import yaml
 
-from farm.db import Database
-from farm.jobs import JobStore
+from farm.jobs.database import Database
+from farm.jobs.store import JobStore
 from farm.settings import Settings
-from farm.spec import RenderSpec
+from farm.specs.spec import RenderSpec
 from tests.servers import missing
 
 CHART = Path(__file__).parents[2] / "infra" / "helm" / "diffusion-farm"

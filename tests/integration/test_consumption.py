@@ -7,9 +7,10 @@ import pytest
 import redis
 from kombu import Consumer, Queue
 
-from farm.broker import Broker, Doorbell, make_app, queue_name
+from farm.jobs.records import Doorbell
+from farm.queue.broker import Broker, make_app, queue_name
 from farm.settings import Settings
-from workers.consumption import HeldFirst, UrgentConsumer
+from workers.consumer.queue_order import HeldFirst, UrgentConsumer
 
 
 @pytest.fixture

@@ -9,22 +9,23 @@ import pytest
 import redis
 import sqlalchemy as sa
 
-from farm import dispatch
-from farm.broker import Broker, queue_name
-from farm.client import Farm
-from farm.db import Database, now_plus
-from farm.dispatch import Dispatcher
+from farm.client.farm import Farm
+from farm.dispatch import dispatcher as dispatch
+from farm.dispatch.dispatcher import Dispatcher
+from farm.dispatch.retention import Retention
 from farm.errors import BrokerUnavailable, DatabaseUnavailable, ErrorClass, InvalidInput, KeyUsed
-from farm.fair import LEAST_WINDOW
-from farm.jobs import JobStore
-from farm.leadership import Leadership
-from farm.records import WorkerInfo
-from farm.retention import Retention
-from farm.schema import BatchRow
+from farm.jobs.database import Database, now_plus
+from farm.jobs.fair_share import LEAST_WINDOW
+from farm.jobs.leadership import Leadership
+from farm.jobs.records import WorkerInfo
+from farm.jobs.schema import BatchRow
+from farm.jobs.states import JobState
+from farm.jobs.store import JobStore
+from farm.objects.storage import Storage
+from farm.queue.broker import Broker, queue_name
 from farm.settings import Settings
-from farm.spec import RenderSpec
-from farm.states import JobState
-from farm.storage import Storage, checkpoint_key
+from farm.specs.object_keys import checkpoint_key
+from farm.specs.spec import RenderSpec
 from tests.integration.conftest import wait_until
 
 WORKER = WorkerInfo("w1@host", "cpu", "float32", 8, "0", ({"name": "tiny"},))

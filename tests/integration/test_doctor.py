@@ -13,16 +13,17 @@ import pytest
 import redis
 import sqlalchemy as sa
 
-from farm import __version__, doctor
-from farm.client import Farm
-from farm.db import Database
-from farm.doctor import Finding, check, exit_code, line
-from farm.jobs import JobStore
-from farm.records import WorkerInfo
-from farm.schema import JobRow, WorkerRow
+from farm import __version__
+from farm.cli import doctor
+from farm.cli.doctor import Finding, check, exit_code, line
+from farm.client.farm import Farm
+from farm.jobs.database import Database
+from farm.jobs.records import WorkerInfo
+from farm.jobs.schema import JobRow, WorkerRow
+from farm.jobs.states import JobState
+from farm.jobs.store import JobStore
+from farm.objects.storage import Storage
 from farm.settings import Settings
-from farm.states import JobState
-from farm.storage import Storage
 
 
 def found(settings: Settings, part: str) -> list[Finding]:

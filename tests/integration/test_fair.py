@@ -2,8 +2,8 @@
 
 import time
 
-from farm.client import Farm
-from farm.states import JobState
+from farm.client.farm import Farm
+from farm.jobs.states import JobState
 from tests.integration.conftest import Crew, wait_until
 from tests.servers import BOTH_KINDS_IN_TIME
 

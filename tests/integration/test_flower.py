@@ -19,12 +19,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from farm.client import Farm
-from farm.handles import Batch
+from farm.cli.watch import Looker, shown
+from farm.client.batch import Batch
+from farm.client.farm import Farm
+from farm.objects.storage import Storage
 from farm.settings import Settings
-from farm.storage import Storage
-from farm.tempo import steps_line
-from farm.watching import Looker, shown
+from farm.show.progress_text import steps_line
 from tests.integration.conftest import Crew, environment, wait_until
 from tests.servers import missing
 
@@ -49,7 +49,7 @@ class Flower:
             FLOWER_DB=self.folder / "flower",
         )
         with (self.folder / "flower.log").open("ab") as log:
-            self.popen = subprocess.Popen([sys.executable, "-m", "farm.flower"], env=env, stdout=log, stderr=log)
+            self.popen = subprocess.Popen([sys.executable, "-m", "farm.queue.flower"], env=env, stdout=log, stderr=log)
         wait_until(self._answers, "Flower answers")
 
     def _answers(self) -> bool:

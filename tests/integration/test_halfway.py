@@ -6,18 +6,19 @@ import pytest
 import torch
 from PIL import Image
 
-from farm.client import Farm
-from farm.handles import Job
-from farm.spec import RenderSpec
-from farm.states import JobState
-from farm.storage import Storage, manifest_key
+from farm.client.farm import Farm
+from farm.client.job import Job
+from farm.jobs.states import JobState
+from farm.objects.storage import Storage
+from farm.specs.object_keys import manifest_key
+from farm.specs.spec import RenderSpec
 from tests.checkpoints import build_checkpoint
 from tests.integration.conftest import Crew, Process, wait_until
-from workers.engine import Engine
-from workers.null import colour
-from workers.pins import Pins
+from workers.engine.engine import Engine
+from workers.models.pins import Pins
 from workers.pipelines import load
-from workers.request import RenderRequest
+from workers.pipelines.null import colour
+from workers.render.request import RenderRequest
 
 pytestmark = pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 

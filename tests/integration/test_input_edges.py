@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from farm.client import Farm
+from farm.client.farm import Farm
 from farm.errors import InvalidInput, NotFound
 from farm.settings import Settings
 

@@ -12,7 +12,7 @@ import pytest
 
 from farm.settings import Settings
 from tests.integration.conftest import wait_until
-from workers.supervising import REFUSED, STOP_MARGIN_SECONDS
+from workers.service.supervisor import REFUSED, STOP_MARGIN_SECONDS
 
 INFRA = Path(__file__).parents[2] / "infra"
 UNITS = sorted((INFRA / "systemd").glob("*.service"))

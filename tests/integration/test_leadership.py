@@ -2,12 +2,12 @@
 
 import time
 
-from farm.client import Farm
-from farm.db import Database
-from farm.jobs import JobStore
-from farm.leadership import LEASE_SECONDS, RENEW_SECONDS
-from farm.schema import LeaderRow
-from farm.spec import RenderSpec
+from farm.client.farm import Farm
+from farm.jobs.database import Database
+from farm.jobs.leadership import LEASE_SECONDS, RENEW_SECONDS
+from farm.jobs.schema import LeaderRow
+from farm.jobs.store import JobStore
+from farm.specs.spec import RenderSpec
 from tests.integration.conftest import Crew, wait_until
 from tests.servers import BOTH_KINDS_IN_TIME
 

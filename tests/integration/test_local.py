@@ -18,15 +18,15 @@ import pytest
 import redis
 from rich.console import Console
 
-from farm.db import Database
 from farm.errors import AlreadyRunning, NotConfigured, PartFailed
-from farm.jobs import JobStore
+from farm.jobs.database import Database
+from farm.jobs.store import JobStore
 from farm.local import LocalFarm, parts, running
 from farm.local.home import Home
 from farm.local.keeping import Kept
 from farm.local.process import end_leftovers
+from farm.objects.storage import Storage
 from farm.settings import Settings
-from farm.storage import Storage
 from tests.integration.conftest import wait_until
 from tests.servers import missing
 

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from farm.client import Farm
+from farm.client.farm import Farm
+from farm.jobs.states import JobState
+from farm.objects.storage import Storage
 from farm.settings import Settings
-from farm.spec import RenderSpec
-from farm.states import JobState
-from farm.storage import Storage
+from farm.specs.spec import RenderSpec
 from tests.integration.conftest import Crew, environment, wait_until
 from tests.prometheus import ROOT, SHIPPED, Prometheus, free_port, prometheus, promtool
 

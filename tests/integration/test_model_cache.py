@@ -15,16 +15,18 @@ from urllib.parse import urlsplit
 import pytest
 
 from farm.errors import ModelError, ModelUnavailable, NotFound, StorageUnavailable
-from farm.model_files import MANIFEST, needed_files
-from farm.model_store import ModelStore
+from farm.objects.model_files import MANIFEST, needed_files
+from farm.objects.model_store import ModelStore
+from farm.objects.storage import Storage
 from farm.settings import Settings
-from farm.storage import Storage
 from tests.chaos.proxy import Proxy
 from tests.integration.conftest import wait_until
 from tests.integration.test_model_store import change, grow
-from workers import model_cache, model_fetching, tiny
-from workers.checkpoints import open_checkpoint
-from workers.model_cache import ModelCache
+from workers import tiny
+from workers.models import cache as model_cache
+from workers.models import fetching as model_fetching
+from workers.models.cache import ModelCache
+from workers.models.checkpoints import open_checkpoint
 from workers.pipelines.stable_diffusion import FAMILY
 
 FAMILIES = {FAMILY.name: FAMILY}
@@ -291,9 +293,9 @@ import sys, time
 from pathlib import Path
 from farm.log import configure
 from farm.settings import Settings
-from farm.storage import Storage
+from farm.objects.storage import Storage
 from workers import model_fetching
-from workers.model_cache import ModelCache
+from workers.models.cache import ModelCache
 
 model_fetching._PIECE_BYTES = 2**18
 

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from farm import large_objects
 from farm.errors import ModelError, NotFound, StorageUnavailable
-from farm.large_objects import Outgoing, send
-from farm.model_store import PREFIX, ModelStore, check_name
+from farm.objects import large_objects
+from farm.objects.large_objects import Outgoing, send
+from farm.objects.model_store import PREFIX, ModelStore, check_name
+from farm.objects.storage import Storage
 from farm.settings import Settings
-from farm.storage import Storage
 from workers import tiny
-from workers.remote_models import find_remote
+from workers.models.remote import find_remote
 
 
 @pytest.fixture
@@ -154,9 +154,9 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from farm import large_objects
-from farm.model_store import ModelStore
+from farm.objects.model_store import ModelStore
 from farm.settings import Settings
-from farm.storage import Storage
+from farm.objects.storage import Storage
 
 large_objects._PART_BYTES, large_objects._AT_ONCE = 5 * 2**20, 2
 class Bar:

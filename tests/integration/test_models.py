@@ -12,13 +12,13 @@ from typing import ClassVar
 
 import pytest
 
-from farm.client import Farm
+from farm.client.farm import Farm
 from farm.errors import ModelError
+from farm.jobs.states import JobState
 from farm.settings import Settings
-from farm.states import JobState
 from tests.checkpoints import build_checkpoint
 from tests.integration.conftest import Crew, environment
-from workers.opening import model_sources
+from workers.models.opener import model_sources
 
 
 @pytest.fixture

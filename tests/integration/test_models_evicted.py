@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from farm.client import Farm
-from farm.states import JobState
+from farm.client.farm import Farm
+from farm.jobs.states import JobState
 from tests.checkpoints import build_checkpoint
 from tests.integration.conftest import Crew
-from workers.opening import weights_bytes
+from workers.models.opener import weights_bytes
 
 MODELS = ("a", "b", "c")
 JOBS_EACH = 20

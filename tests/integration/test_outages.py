@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from farm.client import Farm
-from farm.states import JobState
+from farm.client.farm import Farm
+from farm.jobs.states import JobState
 from tests.integration.conftest import Crew, wait_until
 
 SLOW = "tiny=null:?seconds_per_step=0.05"

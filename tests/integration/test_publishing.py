@@ -10,7 +10,8 @@ import redis
 from celery.contrib.testing.worker import start_worker
 from celery.signals import setup_logging
 
-from farm.broker import RENDER_TASK, Broker, Doorbell, make_app, priority_step, queue_name
+from farm.jobs.records import Doorbell
+from farm.queue.broker import RENDER_TASK, Broker, make_app, priority_step, queue_name
 from farm.settings import Settings
 
 

@@ -5,10 +5,11 @@ from itertools import islice
 import pytest
 import redis
 
-from farm.client import Batch, Farm
+from farm.client.farm import Batch, Farm
 from farm.errors import JobNotSucceeded
-from farm.states import JobState
-from farm.storage import Storage, manifest_key
+from farm.jobs.states import JobState
+from farm.objects.storage import Storage
+from farm.specs.object_keys import manifest_key
 from tests.integration.conftest import Crew, wait_until
 from tests.servers import BOTH_KINDS_IN_TIME
 

@@ -14,17 +14,18 @@ import pytest
 import sqlalchemy as sa
 from PIL import Image
 
-from farm.client import Farm
-from farm.db import Database, now_plus
+from farm.client.batch import Batch
+from farm.client.farm import Farm
+from farm.dispatch.retention import Retention
 from farm.errors import ErrorClass, NotEnded, NotFound, StorageUnavailable
-from farm.handles import Batch
-from farm.jobs import JobStore
-from farm.records import Picture
-from farm.retention import Retention
-from farm.schema import BatchRow, JobRow
+from farm.jobs.database import Database, now_plus
+from farm.jobs.records import Picture
+from farm.jobs.schema import BatchRow, JobRow
+from farm.jobs.states import JobState
+from farm.jobs.store import JobStore
+from farm.objects.storage import Storage
 from farm.settings import Settings
-from farm.states import JobState
-from farm.storage import Storage, image_key, manifest_key
+from farm.specs.object_keys import image_key, manifest_key
 from tests.integration.conftest import Crew, environment, wait_until
 from tests.servers import BOTH_KINDS_IN_TIME
 

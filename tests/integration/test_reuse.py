@@ -7,20 +7,21 @@ from collections.abc import Iterator
 import pytest
 import sqlalchemy as sa
 
-from farm.broker import Broker
-from farm.client import Batch, Farm
-from farm.copies import Copier
-from farm.db import Database
-from farm.dispatch import Dispatcher
+from farm.client.farm import Batch, Farm
+from farm.dispatch.copier import Copier
+from farm.dispatch.dispatcher import Dispatcher
 from farm.errors import StorageUnavailable
-from farm.jobs import JobStore
-from farm.leadership import Leadership
-from farm.records import Picture, WorkerInfo
-from farm.schema import AttemptRow, LeaderRow
+from farm.jobs.database import Database
+from farm.jobs.leadership import Leadership
+from farm.jobs.records import Picture, WorkerInfo
+from farm.jobs.schema import AttemptRow, LeaderRow
+from farm.jobs.states import JobState, Outcome
+from farm.jobs.store import JobStore
+from farm.objects.storage import Storage
+from farm.queue.broker import Broker
 from farm.settings import Settings
-from farm.spec import RenderSpec
-from farm.states import JobState, Outcome
-from farm.storage import Storage, image_key
+from farm.specs.object_keys import image_key
+from farm.specs.spec import RenderSpec
 from tests.integration.conftest import Crew, wait_until
 from tests.integration.test_render import SLOW, ended_well, running
 from tests.integration.test_steering import farm_says

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from farm.client import Farm
-from farm.model_store import ModelStore
-from farm.spec import RenderSpec
-from farm.states import JobState
-from farm.storage import Storage
+from farm.client.farm import Farm
+from farm.jobs.states import JobState
+from farm.objects.model_store import ModelStore
+from farm.objects.storage import Storage
+from farm.specs.spec import RenderSpec
 from tests.integration.conftest import Crew, environment, wait_until
 from workers import tiny
-from workers.opening import weights_bytes
+from workers.models.opener import weights_bytes
 
 
 def complaint(crew: Crew, *arguments: str) -> str:

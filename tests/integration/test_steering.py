@@ -6,10 +6,10 @@ import sys
 
 import pytest
 
-from farm.client import Farm
-from farm.handles import Job
-from farm.spec import RenderSpec
-from farm.states import JobState
+from farm.client.farm import Farm
+from farm.client.job import Job
+from farm.jobs.states import JobState
+from farm.specs.spec import RenderSpec
 from tests.integration.conftest import Crew, environment, wait_until
 from tests.integration.test_halfway import keys, resumed, rgb
 

@@ -10,8 +10,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from farm.errors import NotFound, StorageUnavailable
+from farm.objects.storage import Storage
 from farm.settings import Settings
-from farm.storage import Storage, checkpoint_key, image_key, preview_key, trajectory_keys
+from farm.specs.object_keys import checkpoint_key, image_key, preview_key, trajectory_keys
 
 
 @pytest.fixture

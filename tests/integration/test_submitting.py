@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from farm.client import Farm
+from farm.client.farm import Farm
 from farm.errors import InvalidInput
 from farm.settings import Settings
 from tests.integration.conftest import environment

@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from farm.client import Farm
-from farm.db import Database
+from farm.client.farm import Farm
 from farm.errors import AlreadyRunning
-from farm.schema import ReleaseRow
+from farm.jobs.database import Database
+from farm.jobs.schema import ReleaseRow
+from farm.jobs.states import JobState
 from farm.settings import Settings
-from farm.states import JobState
 from tests.integration.conftest import Crew, environment, wait_until
-from workers.supervising import REFUSED, _only_one
+from workers.service.supervisor import REFUSED, _only_one
 
 HOST = socket.gethostname()
 
@@ -31,7 +31,7 @@ class Supervised:
 
     def __init__(self, program: str, names: str = "a", *, until: str | None = None, **constants: object) -> None:
         code = (
-            "import signal, sys; import workers.supervising as s; from farm.backoff import Backoff\n"
+            "import signal, sys; import workers.service.supervisor as s; from farm.runtime.backoff import Backoff\n"
             "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # whoever runs the tests may be started by nohup
             f"for name, value in {constants!r}.items(): setattr(s, name, value)\n"
             "s.PATIENCE = Backoff(0.02, 0.2)\n"

@@ -15,11 +15,12 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from farm import Farm, InvalidInput, Job, JobNotSucceeded, NotFound, Settings
-from farm.db import Database
 from farm.errors import ErrorClass
-from farm.jobs import JobStore
-from farm.records import Claim, Pace, Picture, WorkerInfo
-from farm.storage import Storage, image_key, preview_key, trajectory_keys
+from farm.jobs.database import Database
+from farm.jobs.records import Claim, Pace, Picture, WorkerInfo
+from farm.jobs.store import JobStore
+from farm.objects.storage import Storage
+from farm.specs.object_keys import image_key, preview_key, trajectory_keys
 from tests.integration.conftest import environment, wait_until
 
 COLOURS = [(40 * step, 10, 200 - 40 * step) for step in range(5)]

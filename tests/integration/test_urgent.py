@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import redis
 
-from farm.broker import Broker
-from farm.client import Batch, Farm
+from farm.client.farm import Batch, Farm
+from farm.jobs.states import JobState
+from farm.queue.broker import Broker
 from farm.settings import Settings
-from farm.spec import URGENT
-from farm.states import JobState
+from farm.specs.spec import URGENT
 from tests.integration.conftest import Crew, wait_until
 
 SLOTS = 2

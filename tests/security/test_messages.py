@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import redis
 
-from farm.broker import RENDER_TASK, Broker, make_app, priority_step, queue_name
-from farm.client import Farm
+from farm.client.farm import Farm
+from farm.jobs.states import JobState
 from farm.local import LocalFarm
-from farm.states import JobState
+from farm.queue.broker import RENDER_TASK, Broker, make_app, priority_step, queue_name
 from tests.integration.conftest import wait_until
 
 QUEUE = queue_name("tiny")

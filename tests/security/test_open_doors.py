@@ -16,7 +16,7 @@ import boto3
 import pytest
 import redis
 
-from farm.doctor import Finding, check
+from farm.cli.doctor import Finding, check
 from farm.settings import Settings
 from tests.integration.conftest import wait_until
 
@@ -145,7 +145,7 @@ def test_the_farms_own_flower_refuses_to_run_without_a_password(on_sqlite: Setti
         "FARM_S3_BUCKET": on_sqlite.s3_bucket,
     }
     done = subprocess.run(
-        [sys.executable, "-m", "farm.flower"], env=env, capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-m", "farm.queue.flower"], env=env, capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 2
     assert done.stderr.strip() == "farm flower: Flower needs a password: FLOWER_BASIC_AUTH=user:password"

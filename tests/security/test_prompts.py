@@ -14,23 +14,23 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from farm import watching
-from farm.client import Farm
+from farm.cli import watch
+from farm.cli.watch import Line, View
+from farm.client.farm import Farm
 from farm.errors import InvalidInput
+from farm.jobs.records import BatchStatus, JobInfo, WorkerInfo
+from farm.jobs.states import JobState
+from farm.jobs.submissions import new_batch_id
+from farm.jobs.tempo import Tempo
 from farm.log import MOST_CHARS, Plain
-from farm.records import BatchStatus, JobInfo, WorkerInfo
 from farm.settings import Settings
-from farm.sheet import contact_sheet
-from farm.spec import MAX_PROMPT_CHARS, RenderSpec
-from farm.states import JobState
-from farm.storage import checkpoint_key, image_key, preview_key, trajectory_keys
-from farm.submissions import new_batch_id
-from farm.tables import batch_table, job_table, printable
-from farm.tempo import Tempo
-from farm.watching import Line, View
+from farm.show.contact_sheet import contact_sheet
+from farm.show.tables import batch_table, job_table, printable
+from farm.specs.object_keys import checkpoint_key, image_key, preview_key, trajectory_keys
+from farm.specs.spec import MAX_PROMPT_CHARS, RenderSpec
 from tests.security.conftest import HOSTILE
-from workers import png
-from workers.request import Rendered
+from workers.outputs import png
+from workers.render.request import Rendered
 
 each = pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE.keys())
 
@@ -135,7 +135,7 @@ def test_a_table_is_text_and_no_command_whatever_it_shows(text: str) -> None:
     worker = WorkerInfo(text, text, text, 8, text, ({"name": text},))
     view = View([Line(batch, Tempo(), text)], [worker], {}, [job(text)])
     tables = batch_table([batch]), job_table([job(text), replace(job(text), id=text)], whole=True)
-    told = shown(*tables, watching.shown(view, 4000))
+    told = shown(*tables, watch.shown(view, 4000))
     assert all(char.isprintable() or char == "\n" for char in told)
     if text == HOSTILE["formats"]:
         assert text in told  # as it is: not as markup, not as a format

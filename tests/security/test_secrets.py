@@ -16,15 +16,16 @@ import pytest
 import redis
 from rich.console import Console
 
-from farm.broker import Broker, Doorbell, priority_step, queue_name
-from farm.client import Farm
-from farm.doctor import check, line
+from farm.cli.doctor import check, line
+from farm.client.farm import Farm
 from farm.errors import FarmError
+from farm.jobs.records import Doorbell
+from farm.jobs.states import JobState
 from farm.local import LocalFarm
 from farm.local.home import Home
+from farm.objects.storage import Storage, without_login
+from farm.queue.broker import Broker, priority_step, queue_name
 from farm.settings import Settings
-from farm.states import JobState
-from farm.storage import Storage, without_login
 from tests.integration.conftest import wait_until
 from tests.security.conftest import HOSTILE
 

@@ -14,11 +14,11 @@ from botocore.config import Config
 from botocore.stub import ANY, Stubber
 
 from farm.errors import ModelError
+from farm.objects.storage import Storage
 from farm.settings import Settings
-from farm.storage import Storage
 from workers import tiny
-from workers.checkpoints import Family, open_checkpoint
-from workers.model_cache import ModelCache
+from workers.models.cache import ModelCache
+from workers.models.checkpoints import Family, open_checkpoint
 
 FAMILY = Family("StableDiffusionPipeline", ("scheduler", "text_encoder", "tokenizer", "unet", "vae"))
 PLAIN = {"text_encoder": "model.safetensors", "unet": "diffusion_pytorch_model.safetensors"}

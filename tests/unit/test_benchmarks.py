@@ -18,11 +18,11 @@ from benchmarks.ours import Farm
 from benchmarks.table import table
 from farm.errors import StorageUnavailable
 from farm.local import parts
+from farm.objects.storage import Storage
 from farm.settings import Settings
-from farm.spec import RenderSpec
-from farm.storage import Storage
+from farm.specs.spec import RenderSpec
 from tests.checkpoints import build_checkpoint
-from workers import state
+from workers.outputs import checkpoint
 
 TINY = work.Counts(
     repeats=1,
@@ -119,7 +119,7 @@ def test_a_checkpoint_is_the_state_of_a_request_in_the_object_store(
     specs = work.uniform(4, 1, side=64, steps=20)
     monkeypatch.setattr(Storage, "delete_many", lambda _self, _keys: None)
     run, done = sides[0].checkpointed(specs, 0.005, settings)
-    states = [state.unpack(storage.get(key)) for key in list(storage.keys())]
+    states = [checkpoint.unpack(storage.get(key)) for key in list(storage.keys())]
     assert {found.spec.seed for found in states} <= {spec.seed for spec in specs}
     assert run.images == 4
     assert 0 < len(states) <= done.objects <= 2 * done.rounds  # slots

@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from farm.spec import RenderSpec
-from workers.checkpoints import Family
+from farm.specs.spec import RenderSpec
+from workers.models.checkpoints import Family
 from workers.pipelines.shared import DiffusersPipeline
-from workers.request import RenderRequest
-from workers.texts import Embedding
+from workers.pipelines.texts import Embedding
+from workers.render.request import RenderRequest
 
 FAMILY = Family(
     "FluxPipeline", ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae")

@@ -10,16 +10,17 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.utils.torch_utils import randn_tensor
 
 from farm.errors import BadRequest
-from farm.spec import RenderSpec
-from workers import sampling
-from workers.checkpoints import Checkpoint
-from workers.guidance import guide
-from workers.loading import Options, Report, load_pipe
-from workers.noise_schedulers import NoiseSchedulers
-from workers.request import RenderRequest
-from workers.texts import Embedding, Embeddings, left_out, remember_texts
-from workers.traced import peak_bytes
-from workers.vae import decode, shrunk
+from farm.specs.spec import RenderSpec
+from workers.models.checkpoints import Checkpoint
+from workers.pipelines.loading import load_pipe
+from workers.pipelines.texts import Embedding, Embeddings, left_out, remember_texts
+from workers.pipelines.traced import peak_bytes
+from workers.pipelines.vae import decode, shrunk
+from workers.render.pipeline import Options, Report
+from workers.render.request import RenderRequest
+from workers.sampling import tables
+from workers.sampling.guidance import guide
+from workers.sampling.noise_schedulers import NoiseSchedulers
 
 _GRAPHS = 1024
 """How many graphs torch.compile keeps of one block's code: one for each width of a UNet and size of a forward."""
@@ -34,7 +35,7 @@ class DiffusersPipeline(ABC):
     """
 
     samplers: ClassVar[str]
-    """`diffusion` or `flow`: which recipe of a `farm.samplers.Sampler` it takes."""
+    """`diffusion` or `flow`: which recipe of a `farm.specs.samplers.Sampler` it takes."""
     token_limits: ClassVar[Mapping[str, int]] = {}
     """Where diffusers' pipeline cuts texts elsewhere than at a tokenizer's own limit."""
 
@@ -148,7 +149,7 @@ class DiffusersPipeline(ABC):
         """Embed the texts and draw the first noise, on the CPU so that every device starts equal."""
         spec = request.spec
         request.generator = torch.Generator("cpu").manual_seed(spec.seed)
-        sampling.start(request, self.noise(self.shape(*self.size(spec)), request.generator))
+        tables.start(request, self.noise(self.shape(*self.size(spec)), request.generator))
         texts = [("prompt", spec.prompt, spec.clip_skip, False)]
         if request.rows == 2:
             texts.insert(0, ("negative prompt", spec.negative_prompt, None, True))
@@ -162,15 +163,15 @@ class DiffusersPipeline(ABC):
 
     def denoise(self, requests: Sequence[RenderRequest], rows: int | None = None) -> torch.Tensor:
         """One call of the denoiser: a row for each request, two if it is guided, a timestep for each row."""
-        inputs = sampling.inputs(requests)
+        inputs = tables.inputs(requests)
         timesteps = [request.sampling.timesteps[request.step_index] for request in requests]
         places = [place for place, request in enumerate(requests) for _ in range(request.rows)]
         places += [0] * max(0, (rows or 0) - len(places))
         if len(places) > len(requests):
-            inputs = inputs[sampling.to_device(torch.tensor(places), self.device)]
+            inputs = inputs[tables.to_device(torch.tensor(places), self.device)]
         outputs = self.forward(
             inputs.to(self.dtype),
-            sampling.column([timesteps[place] for place in places], inputs).flatten(),
+            tables.column([timesteps[place] for place in places], inputs).flatten(),
             self._gather(requests, len(places)),
         ).float()
         return guide(
@@ -183,8 +184,8 @@ class DiffusersPipeline(ABC):
     def step(self, requests: Sequence[RenderRequest], outputs: torch.Tensor) -> torch.Tensor:
         """All at once, or the one request that has a noise scheduler of its own."""
         if requests[0].scheduler is not None:
-            return sampling.step_object(requests[0], outputs)
-        return sampling.step(requests, outputs)
+            return tables.step_object(requests[0], outputs)
+        return tables.step(requests, outputs)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """The VAE's decoder, over slices that it has room for; a very large picture in tiles."""

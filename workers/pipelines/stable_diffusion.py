@@ -5,10 +5,10 @@ Latent diffusion (Rombach et al. 2022), as `diffusers.StableDiffusionPipeline` d
 
 import torch
 
-from farm.spec import RenderSpec
-from workers.checkpoints import Family
+from farm.specs.spec import RenderSpec
+from workers.models.checkpoints import Family
 from workers.pipelines.shared import DiffusersPipeline
-from workers.texts import Embedding
+from workers.pipelines.texts import Embedding
 
 FAMILY = Family("StableDiffusionPipeline", ("scheduler", "text_encoder", "tokenizer", "unet", "vae"))
 

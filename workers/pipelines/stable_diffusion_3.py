@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 import torch
 
 from farm.errors import BadRequest
-from farm.spec import RenderSpec
-from workers.checkpoints import Family
+from farm.specs.spec import RenderSpec
+from workers.models.checkpoints import Family
 from workers.pipelines.shared import DiffusersPipeline
-from workers.texts import Embedding
+from workers.pipelines.texts import Embedding
 
 FAMILY = Family(
     "StableDiffusion3Pipeline",

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from farm.spec import RenderSpec
-from workers.checkpoints import Family
+from farm.specs.spec import RenderSpec
+from workers.models.checkpoints import Family
 from workers.pipelines.stable_diffusion import StableDiffusion
-from workers.texts import Embedding
+from workers.pipelines.texts import Embedding
 
 FAMILY = Family(
     "StableDiffusionXLPipeline",

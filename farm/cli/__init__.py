@@ -1,0 +1,3 @@
+"""The command `farm`: one file for each group of commands."""
+
+from farm.cli.main import main as main

@@ -1,0 +1,123 @@
+"""The commands that run a farm, beside those of `farm.cli.main` that use it."""
+
+import os
+import sys
+import threading
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from farm.cli.console import Json, complain, home, out, say_json
+from farm.errors import NotConfigured
+from farm.log import configure
+from farm.settings import Settings
+
+app = typer.Typer()
+
+
+@app.command()
+def up(workers: Annotated[int, typer.Option(min=0, help="How many workers share this machine.")] = 1) -> None:
+    """Start the embedded farm here and keep it running: Redis, S3, SQLite, dispatcher, workers, Flower."""
+    from farm.local import LocalFarm
+
+    LocalFarm(home(), workers=workers, console=out).run()
+
+
+@app.command()
+def env(
+    to: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Write it there, for you alone.")] = None,
+    export: Annotated[
+        bool, typer.Option("--export", help='As lines for a shell: eval "$(farm env --export)".')
+    ] = False,
+) -> None:
+    """Print what other machines need to join this farm, passwords and all: for `--env FILE` or FARM_ENV_FILE there."""
+    from farm.cli.environment import as_file, as_shell, reach, variables
+    from farm.local.home import write_private
+
+    settings = Settings.load()
+    values = variables(settings)
+    text = as_shell(values) if export else as_file(values)
+    if to is None:
+        print(text, end="")
+    else:
+        try:
+            write_private(to, text)
+        except OSError as error:
+            raise NotConfigured(f"can't write {to}: {error.strerror}") from error
+    complain("this holds the farm's passwords: who has it can read, change and delete everything in the farm")
+    for line in reach(settings):
+        complain(line)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def worker(context: typer.Context) -> None:
+    """Render on this machine: one worker, or with `--gpus all` one on each GPU (--help shows its options)."""
+    if find_spec("torch") is None or find_spec("diffusers") is None:
+        raise NotConfigured("a worker needs torch and diffusers: pip install 'diffusion-farm[worker]'")
+    # The farm's own packages never import what renders; and the worker gets a process without the command line's.
+    os.execv(sys.executable, [sys.executable, "-m", "workers", *context.args])  # noqa: S606
+
+
+@app.command()
+def dispatcher() -> None:
+    """Keep Redis supplied from the backlog, and bring back what was lost. Any number may run."""
+    from farm.dispatch.dispatcher import Dispatcher
+    from farm.dispatch.metrics import serve
+    from farm.jobs.database import Database
+    from farm.jobs.leadership import Leadership
+    from farm.jobs.store import JobStore
+    from farm.objects.storage import Storage
+    from farm.queue.broker import Broker
+    from farm.runtime.stopping import stop_signals
+
+    configure()
+    stop = threading.Event()
+    with stop_signals(stop):
+        settings = Settings.load()
+        db = Database(settings.database_url)
+        db.check_schema()
+        broker = Broker(settings)
+        storage = Storage(settings)
+        store, leadership = JobStore(db, settings), Leadership(db, "dispatcher")
+        dispatcher = Dispatcher(store, broker, storage, settings)
+        exposition = serve(db, store, dispatcher, leadership, settings, {"sql": db, "redis": broker, "s3": storage})
+        try:
+            dispatcher.run(stop, leadership)
+        finally:
+            if exposition is not None:
+                exposition.close()
+            broker.close()
+            storage.close()
+            db.close()
+
+
+@app.command()
+def migrate(
+    bucket: Annotated[bool, typer.Option("--bucket", help="Make the bucket too, where it is not there.")] = False,
+) -> None:
+    """Bring the database's schema up to this version's; harmless when it is."""
+    from farm.jobs.database import Database
+    from farm.objects.storage import Storage
+
+    settings = Settings.load()
+    Database(settings.database_url).migrate()
+    out.print("the schema is this version's")
+    if bucket:
+        Storage(settings).ensure_bucket()
+        out.print(f"bucket {settings.s3_bucket} is there")
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Check every part, and say in a line each what is wrong and what to do."""
+    from farm.cli import doctor as checks
+
+    findings = checks.check(Settings.load())
+    if as_json:
+        say_json([vars(finding) for finding in findings])
+    else:
+        for finding in findings:
+            out.print(checks.line(finding), soft_wrap=True)
+    raise typer.Exit(checks.exit_code(findings))

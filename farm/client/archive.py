@@ -1,0 +1,45 @@
+"""A batch's pictures in one ZIP file, with its manifest."""
+
+import json
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from farm.client import pictures
+from farm.jobs.records import JobInfo
+from farm.objects.storage import Storage
+
+_MANIFEST = "manifest.jsonl"
+
+
+def archive(
+    storage: Storage, jobs: Iterable[JobInfo], manifest: Iterable[Mapping[str, Any]], path: Path
+) -> Iterator[JobInfo]:
+    """Write the pictures of jobs that succeeded, their films, and then the manifest; yields each job that is in it.
+
+    What is compressed already is stored as it is. The file comes to stand under its name when it is complete; until
+    then, and after any error, what was there before still is. Each picture is checked against the SHA-256 in SQL.
+
+    Raises `StorageUnavailable`.
+    """
+    partial = path.with_name(path.name + ".part")
+    try:
+        with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as file:
+            for job, files in pictures.fetched(lambda job: (job, pictures.files(storage, job)), jobs):
+                for name, data in files:
+                    file.writestr(_entry(name, job), data)
+                yield job
+            with file.open(zipfile.ZipInfo(_MANIFEST), "w", force_zip64=True) as lines:
+                for entry in manifest:
+                    lines.write(json.dumps(entry).encode() + b"\n")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _entry(name: str, job: JobInfo) -> zipfile.ZipInfo:
+    ended = job.finished_at
+    entry = zipfile.ZipInfo(name, ended.timetuple()[:6] if ended is not None else (1980, 1, 1, 0, 0, 0))
+    entry.external_attr = 0o644 << 16
+    return entry

@@ -1,0 +1,236 @@
+"""A batch as whoever handed it in holds it."""
+
+import html
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+from PIL import Image
+
+from farm.client import pictures
+from farm.client.archive import archive
+from farm.client.job import Job
+from farm.client.report import report
+from farm.dispatch.deletion import Deletion
+from farm.dispatch.manifests import Manifests
+from farm.errors import StorageUnavailable
+from farm.jobs.records import BatchStatus, JobInfo
+from farm.jobs.states import JobState
+from farm.jobs.store import JobStore
+from farm.objects.storage import Storage
+from farm.runtime.polling import polls
+from farm.settings import Settings
+from farm.show import progress as bars
+from farm.show.contact_sheet import contact_sheet
+
+log = logging.getLogger(__name__)
+
+_SHEET_PICTURES = 200
+
+T = TypeVar("T")
+
+
+class Batch:
+    """One bulk submission: a name, a priority, jobs in their order."""
+
+    def __init__(self, store: JobStore, storage: Storage, settings: Settings, status: BatchStatus) -> None:
+        self._store = store
+        self._storage = storage
+        self._settings = settings
+        self.id = status.id
+        self.name = status.name
+        self.total = status.total
+
+    def status(self) -> BatchStatus:
+        """How far it is, now."""
+        return self._store.batch(self.id)
+
+    def jobs(self, *, after: int = 0, states: Sequence[JobState] = ()) -> Iterator[Job]:
+        """Its jobs as they are now, in their order: all, or those from the one after that index, or in those states.
+
+        Read a thousand at a time, however many there are.
+        """
+        return map(self._job, self._infos(after, states))
+
+    def __iter__(self) -> Iterator[Job]:
+        return self.jobs()
+
+    def _infos(self, after: int = 0, states: Sequence[JobState] = ()) -> Iterator[JobInfo]:
+        while found := self._store.jobs(self.id, after=after, states=states):
+            yield from found
+            after = found[-1].index
+
+    def _pictured(self) -> Iterator[JobInfo]:
+        return (info for info in self._infos(states=[JobState.SUCCEEDED]) if info.picture is not None)
+
+    def wrong(self, limit: int = 20) -> list[Job]:
+        """Its first jobs with an error: those that failed, and those whose last try did."""
+        return [self._job(info) for info in self._store.wrong(self.id, limit)]
+
+    def _job(self, info: JobInfo) -> Job:
+        return Job(self._store, self._storage, self._settings, info)
+
+    def __len__(self) -> int:
+        return self.total
+
+    def wait(self, timeout: float | None = None, *, progress: bool = False) -> BatchStatus:
+        """Wait until every job has ended; with `progress`, behind a bar.
+
+        Raises `TimeoutError` after `timeout` seconds; the batch goes on.
+        """
+        with bars.bar(self.name, self.total, shown=progress, told=True) as shown:
+            for _ in self._polls(timeout):
+                status = self.status()
+                steps = self._partly_done() if progress and status.counts[JobState.RUNNING] else 0.0
+                speed = self._store.tempo(status) if progress else None
+                shown.update(status.ended + steps, bars.note(status.counts), speed)
+                if status.done:
+                    return status
+        raise AssertionError("unreachable: the polls never end")
+
+    def _polls(self, timeout: float | None) -> Iterator[None]:
+        return polls(timeout, f"{self.name} has not ended in time; it goes on")
+
+    def _partly_done(self) -> float:
+        running = self._store.running(self.id)
+        return sum(min(1.0, info.steps_done / info.spec.num_inference_steps) for info in running)
+
+    def as_completed(self, timeout: float | None = None) -> Iterator[Job]:
+        """Its jobs as they end, each once: succeeded, failed and cancelled ones.
+
+        Raises `TimeoutError` after `timeout` seconds; the batch goes on.
+        """
+        seen, left = bytearray(self.total + 1), self.total
+        last = None
+        for _ in self._polls(timeout):
+            while found := self._store.finished(self.id, last):
+                for info in found:
+                    if not seen[info.index]:
+                        seen[info.index] = True
+                        left -= 1
+                        yield self._job(info)
+                last = found[-1]
+            if not left:
+                return
+            if self.status().done:
+                # Another transaction's earlier time can become visible after a later one's: look at all once more.
+                last = None
+
+    def download(self, folder: str | os.PathLike[str], *, progress: bool = False) -> list[Path]:
+        """Fetch the pictures of all jobs that succeeded so far into a folder, in order; returns their paths.
+
+        The film strips and animations of jobs with a trajectory come to lie beside them. A picture that is there
+        already, with the right SHA-256, is not fetched again. Each is checked and then put in place whole.
+
+        Raises `StorageUnavailable`.
+        """
+        return list(self.fetch(folder, progress=progress))
+
+    def fetch(self, folder: str | os.PathLike[str], *, progress: bool = False) -> Iterator[Path]:
+        """The same as `download`, a path at a time as the pictures come: of a million none is kept in memory."""
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        found = self._pictured()
+        paths = pictures.fetched(lambda job: pictures.download(self._storage, job, target), found)
+        return self._shown(paths, progress=progress)
+
+    def archive(self, path: str | os.PathLike[str], *, progress: bool = False) -> int:
+        """Write the pictures of all jobs that succeeded so far, and the manifest, into a ZIP file; returns how many.
+
+        With their films, where there are any. Each is checked, and the file is put in place whole.
+
+        Raises `StorageUnavailable`.
+        """
+        found = self._pictured()
+        packed = archive(self._storage, found, self.manifest(), Path(path))
+        return sum(1 for _ in self._shown(packed, progress=progress))
+
+    def _shown(self, found: Iterator[T], *, progress: bool) -> Iterator[T]:
+        total = self.status().counts[JobState.SUCCEEDED]
+        with bars.bar(f"{self.name}: fetching", total, shown=progress) as shown:
+            for count, one in enumerate(found, 1):
+                shown.update(count)
+                yield one
+
+    def manifest(self) -> Iterator[dict[str, Any]]:
+        """What became of each of its jobs, in order: state, spec, key, SHA-256, worker, error, and so on.
+
+        As it lies in the bucket once it has ended, `{batch}/manifest.jsonl`; as SQL has it until then.
+        """
+        return Manifests(self._store, self._storage).read(self.id)
+
+    def contact_sheet(self, columns: int | None = None) -> Image.Image:
+        """All its pictures on one page, each with its prompt; a job without one leaves an empty frame.
+
+        At most the first 200.
+        """
+        jobs = list(islice(self.jobs(), _SHEET_PICTURES))
+        images = pictures.fetched(lambda job: job.image() if job.picture else None, jobs)
+        return contact_sheet(list(zip(images, (job.spec.prompt for job in jobs), strict=True)), columns)
+
+    def report(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        full: bool = False,
+        limit: int = 1000,
+        after: int = 0,
+        progress: bool = False,
+    ) -> int:
+        """Write it as one HTML file that can be sent to somebody; returns how many pictures are in it.
+
+        Pictures, specs, times, failures, as they are now; at most `limit` pictures, those of the jobs after the index
+        `after`. They are small WebP images, or with `full` the PNG files themselves. The file is put in place whole.
+
+        Raises `StorageUnavailable`.
+        """
+        found = islice(self._infos(after, [JobState.SUCCEEDED]), limit)
+        wrong = islice(self._infos(states=[JobState.FAILED, JobState.CANCELLED]), limit)
+        written = report(
+            self._storage, self.status(), self._store.totals(self.id), found, wrong, Path(path), full=full, after=after
+        )
+        return sum(1 for _ in self._shown(written, progress=progress))
+
+    def cancel(self) -> int:
+        """Cancel what has not ended; returns how many jobs that were. A running one stops within a beat."""
+        return self._store.cancel(batch_id=self.id)
+
+    def pause(self) -> int:
+        """Render nothing of it until `resume`; returns how many jobs that holds up.
+
+        Running ones stop within a beat and go on later from the step they were at.
+        """
+        return self._store.pause(batch_id=self.id)
+
+    def resume(self) -> int:
+        """Go on with it; returns how many jobs have not ended."""
+        return self._store.resume(batch_id=self.id)
+
+    def retry(self) -> int:
+        """Give its failed jobs all their tries anew; returns how many jobs that were."""
+        return self._store.retry(batch_id=self.id)
+
+    def delete(self, *, cancel: bool = False) -> bool:
+        """Delete it, its pictures first and its jobs last; from now on it is not there, and its key is free.
+
+        Whether all of it is gone: else jobs of it are still rendered, or the object store is away, and the dispatcher
+        deletes the rest later, as it does when this is interrupted. Raises `NotEnded` if it has jobs that have not
+        ended, unless they are to be cancelled with it.
+        """
+        self._store.give_up(self.id, cancel=cancel)
+        try:
+            return Deletion(self._store, self._storage).carry_out(self.id)
+        except StorageUnavailable as error:
+            log.warning("%s is deleted when its objects can be: %s", self.id, error)
+            return False
+
+    def __repr__(self) -> str:
+        return f"<Batch {self.id}: {self.total} jobs>"
+
+    def _repr_html_(self) -> str:
+        status = self.status()
+        cells = "".join(f"<td>{count} {state}</td>" for state, count in status.counts.items() if count)
+        return f"<table><tr><th>{html.escape(self.name)}</th><td>{status.ended}/{self.total}</td>{cells}</tr></table>"

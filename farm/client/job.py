@@ -1,0 +1,168 @@
+"""A job as whoever handed it in holds it."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Self
+
+from PIL import Image
+
+from farm.client import pictures
+from farm.client.previews import Preview, watch
+from farm.jobs.records import AttemptInfo, JobInfo, Picture
+from farm.jobs.states import JobState
+from farm.jobs.store import JobStore
+from farm.objects.storage import Storage
+from farm.runtime.polling import polls
+from farm.settings import Settings
+from farm.specs.spec import RenderSpec
+
+
+class Job:
+    """One spec to be rendered into one image; in a notebook it shows its picture."""
+
+    def __init__(self, store: JobStore, storage: Storage, settings: Settings, info: JobInfo) -> None:
+        self._store = store
+        self._storage = storage
+        self._settings = settings
+        self._info = info
+
+    @property
+    def id(self) -> str:
+        """Its id, which Celery and Flower call the task's too."""
+        return self._info.id
+
+    @property
+    def index(self) -> int:
+        """Its place in its batch, from 1."""
+        return self._info.index
+
+    @property
+    def spec(self) -> RenderSpec:
+        """What is to be rendered."""
+        return self._info.spec
+
+    @property
+    def state(self) -> JobState:
+        """Where it was when last looked at; `refresh` looks again."""
+        return self._info.state
+
+    @property
+    def error(self) -> str | None:
+        """Why it failed, or why its last try did."""
+        return self._info.error
+
+    @property
+    def eta_seconds(self) -> float | None:
+        """How long its remaining steps take, as of when last looked at; None if unknown, or if it does not run."""
+        return self._info.eta_seconds
+
+    @property
+    def info(self) -> JobInfo:
+        """All that SQL said of it when last looked at."""
+        return self._info
+
+    @property
+    def picture(self) -> Picture | None:
+        """Key, SHA-256, size and model of its picture; None unless it succeeded."""
+        return self._info.picture
+
+    def refresh(self) -> Self:
+        """Look at it again; returns itself."""
+        self._info = self._store.job(self.id)
+        return self
+
+    def wait(self, timeout: float | None = None) -> Self:
+        """Wait until it has ended; returns itself. Raises `TimeoutError` after `timeout` seconds."""
+        for _ in polls(timeout, f"{self.id} has not ended in time; it goes on"):
+            if self.refresh().state.terminal:
+                break
+        return self
+
+    def png(self) -> bytes:
+        """Its picture's bytes, checked against the SHA-256 in SQL.
+
+        Raises `JobNotSucceeded`, or `StorageUnavailable` if what is stored is not what was rendered.
+        """
+        return pictures.png(self._storage, self._looked_at())
+
+    def image(self) -> Image.Image:
+        """Its picture, waiting for it if need be; raises `JobNotSucceeded`."""
+        return pictures.decoded(self.wait().png())
+
+    def trajectory(self) -> list[Image.Image]:
+        """How it looked after each of its steps, first to last, as RGB images, waiting for it if need be.
+
+        Raises `NotFound` if its spec did not ask for that, and `JobNotSucceeded`.
+        """
+        return pictures.frames(self._film(1), self.spec.num_inference_steps)
+
+    def film_strip(self) -> Image.Image:
+        """Its steps on one page, waiting for it if need be; raises as `trajectory` does."""
+        return pictures.decoded(self._film(0))
+
+    def _film(self, which: int) -> bytes:
+        if self.spec.trajectory:
+            self.wait()
+        return self._storage.get(pictures.film_keys(self._info)[which])
+
+    def previews(self, *, vae: bool = False, timeout: float | None = None) -> Iterator[Preview]:
+        """How it looks on its way: each new preview until it ends, rough from the latents or decoded by the VAE.
+
+        Its worker makes them while somebody watches. Raises `TimeoutError` after `timeout` seconds; the job goes on.
+        """
+        return watch(
+            self._store,
+            self._storage,
+            self.id,
+            vae=vae,
+            timeout=timeout,
+            recent_steps=self._settings.preview_steps,
+        )
+
+    def preview(self, *, vae: bool = False, timeout: float | None = 60) -> Preview:
+        """How it looks now, or its picture if it ends meanwhile.
+
+        Raises `TimeoutError` after `timeout` seconds, and `JobNotSucceeded` if it ended without a picture.
+        """
+        shown = next(self.previews(vae=vae, timeout=timeout), None)
+        steps = self.spec.num_inference_steps
+        return shown or Preview(self.image(), steps, steps)
+
+    def url(self, seconds: int = 3600) -> str:
+        """A presigned address of its picture that anybody can open for that long; raises `JobNotSucceeded`."""
+        return self._storage.url(pictures.succeeded(self._looked_at()).key, seconds)
+
+    def download(self, folder: str | os.PathLike[str]) -> Path:
+        """Fetch its picture, and its film if it has one, into a folder; returns the picture's path."""
+        return pictures.download(self._storage, self._looked_at(), Path(folder))
+
+    def cancel(self) -> bool:
+        """Cancel it; False if it had ended. If it is running, it stops within a beat."""
+        return bool(self._store.cancel(job_id=self.id))
+
+    def pause(self) -> bool:
+        """Do not render it until `resume`; False if it had ended. If it is running, it stops within a beat."""
+        return bool(self._store.pause(job_id=self.id))
+
+    def resume(self) -> bool:
+        """Go on with it, from the step it was at; False if it had ended."""
+        return bool(self._store.resume(job_id=self.id))
+
+    def retry(self) -> bool:
+        """Give it all its tries anew; False unless it had failed."""
+        return bool(self._store.retry(job_id=self.id))
+
+    def attempts(self) -> list[AttemptInfo]:
+        """What became of each attempt that has ended: its worker, its times, its outcome and the reason."""
+        return self._store.attempts(self.id)
+
+    def _looked_at(self) -> JobInfo:
+        """What SQL says of it, again unless it had ended."""
+        return self._info if self.state.terminal else self.refresh().info
+
+    def __repr__(self) -> str:
+        return f"<Job {self.id} {self.state}: {self.spec.prompt!r:.60}>"
+
+    def _repr_png_(self) -> bytes | None:
+        return self.png() if self.picture is not None else None

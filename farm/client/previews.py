@@ -1,0 +1,61 @@
+"""How a render that is under way looks: what its worker shows in the object store while somebody watches."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from PIL import Image
+
+from farm.client.pictures import decoded
+from farm.errors import NotFound
+from farm.jobs.states import JobState
+from farm.jobs.store import JobStore
+from farm.objects.storage import Storage
+from farm.runtime.polling import polls
+from farm.specs.object_keys import preview_key
+
+_WANTED_SECONDS, _RENEW_SECONDS = 30.0, 10.0
+"""For how long a watcher asks for previews, and how often again."""
+
+
+@dataclass(frozen=True)
+class Preview:
+    """How a job looks after some of its steps."""
+
+    image: Image.Image
+    """Small and rough from the latents, or as the VAE decodes it."""
+    step: int
+    """How many steps are done."""
+    steps: int
+    """How many there are."""
+
+
+def watch(
+    store: JobStore, storage: Storage, job_id: str, *, vae: bool, timeout: float | None, recent_steps: int
+) -> Iterator[Preview]:
+    """Each new preview of a job until it ends, waiting for it to begin if need be.
+
+    The first may be one that lies there from whoever watched before, if it is less than `recent_steps` behind.
+    Raises `TimeoutError` after `timeout` seconds, and `NotFound` if there is no such job.
+    """
+    asked: float | None = None
+    etag = None
+    for _ in polls(timeout, f"{job_id} has shown nothing new in time; it goes on"):
+        if asked is None or time.monotonic() - asked >= _RENEW_SECONDS:
+            asked = time.monotonic()
+            store.want_preview(job_id, vae=vae, seconds=_WANTED_SECONDS)
+        job = store.job(job_id)
+        if job.state.terminal:
+            return
+        if job.state is not JobState.RUNNING:
+            continue
+        try:
+            found = storage.newer(preview_key(job.batch_id, job.index, job.attempt), etag)
+        except NotFound:
+            continue
+        if found is not None:
+            data, etag = found
+            image = decoded(data)
+            preview = Preview(image, int(image.info["step"]), int(image.info["steps"]))
+            if preview.step > job.steps_done - recent_steps:
+                yield preview

@@ -1,0 +1,55 @@
+"""A batch's manifest: what became of each of its jobs, a JSON line a job, beside its pictures."""
+
+import json
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+from farm.errors import NotFound
+from farm.jobs.store import JobStore
+from farm.objects.large_objects import abort
+from farm.objects.storage import Storage
+from farm.specs.object_keys import manifest_key
+
+log = logging.getLogger(__name__)
+
+
+class Manifests:
+    """The manifests of batches that have ended, each written once for each time that its batch ended."""
+
+    def __init__(self, store: JobStore, storage: Storage) -> None:
+        self._store = store
+        self._storage = storage
+
+    def write(self, batch_id: str) -> bool:
+        """Write the manifest of a batch that has ended, and note that; False if it has not, or goes on meanwhile.
+
+        In constant memory. Written first, noted second: what fails between is only done again. Raises
+        `StorageUnavailable`.
+        """
+        ended_at = self._store.last_ended_at(batch_id)
+        if ended_at is None:
+            return False
+        key = manifest_key(batch_id)
+        abort(self._storage, key)  # a dispatcher that died halfway through a long one left parts that no listing shows
+        self._storage.put_stream(key, self.lines(batch_id), "application/jsonl")
+        return self._store.note_end(batch_id, ended_at)
+
+    def lines(self, batch_id: str) -> Iterator[bytes]:
+        """A manifest's lines as SQL has them now."""
+        for entry in self._store.entries(batch_id):
+            yield json.dumps(entry).encode() + b"\n"
+
+    def read(self, batch_id: str) -> Iterator[dict[str, Any]]:
+        """What became of each job of a batch, in order; from SQL while its manifest is not written.
+
+        Raises `StorageUnavailable`.
+        """
+        if self._store.end_is_noted(batch_id):
+            try:
+                yield from map(json.loads, self._storage.lines(manifest_key(batch_id)))
+            except NotFound:
+                log.warning("the manifest of batch_id=%s is gone from the bucket", batch_id)
+            else:
+                return
+        yield from self._store.entries(batch_id)

@@ -1,0 +1,184 @@
+"""What a dispatcher tells Prometheus: how the farm is, as SQL has it, what the dispatcher itself does, and who works.
+
+Every dispatcher tells all of it, whether it leads or not, so that no number is lost with the one that does. What is of
+the farm is the same from each, so that queries take the largest (`max`); what is of the dispatcher adds up.
+"""
+
+import http
+import json
+import logging
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+from wsgiref.types import StartResponse, WSGIEnvironment
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.process_collector import ProcessCollector
+from prometheus_client.registry import Collector
+
+from farm.dispatch.dispatcher import Dispatcher
+from farm.errors import ServiceUnavailable
+from farm.jobs.database import Database
+from farm.jobs.demand import Demands, demands
+from farm.jobs.leadership import Leadership
+from farm.jobs.states import JobState
+from farm.jobs.store import JobStore
+from farm.runtime.metrics_server import Exposition, Service, plain
+from farm.settings import Settings
+
+log = logging.getLogger(__name__)
+
+_FRESH_SECONDS = 4.0
+"""How long an answer of the database serves: however many ask, it is asked no more often."""
+_PATIENCE_SECONDS = 3.0
+"""How long a scrape waits for the database. Prometheus gives it ten seconds by default."""
+
+
+class FarmCollector(Collector):
+    """The farm as SQL has it; without what it does not say in time, so that a scrape always has an answer."""
+
+    def __init__(self, db: Database, settings: Settings) -> None:
+        self._db = db
+        self._lease_seconds = settings.lease_seconds
+        self._one_at_a_time = ThreadPoolExecutor(1, thread_name_prefix="metrics-sql")
+        self._lock = threading.Lock()
+        self._asked: Future[Demands] | None = None
+        self._asked_at = 0.0
+
+    def collect(self) -> Iterator[Metric]:
+        """Called with every scrape."""
+        found = self._answer()
+        yield GaugeMetricFamily("farm_sql_up", "Whether the database answered in time.", value=found is not None)
+        if found is None:
+            return
+        yield GaugeMetricFamily("farm_workers", "Workers that live.", value=found.workers)
+        jobs = GaugeMetricFamily("farm_jobs", "Jobs of all batches that are kept, by state.", labels=["state"])
+        for state, count in found.jobs.items():
+            jobs.add_metric([state.value], count)
+        yield jobs
+        yield from _by_model(found)
+
+    def _answer(self) -> Demands | None:
+        with self._lock:
+            due = time.monotonic() - self._asked_at >= _FRESH_SECONDS
+            if self._asked is None or (due and self._asked.done()):
+                self._asked = self._one_at_a_time.submit(demands, self._db, self._lease_seconds)
+                self._asked_at = time.monotonic()
+            asked = self._asked
+        try:
+            return asked.result(_PATIENCE_SECONDS)
+        except (ServiceUnavailable, TimeoutError):
+            return None
+
+
+def _by_model(found: Demands) -> Iterator[Metric]:
+    active = GaugeMetricFamily(
+        "farm_active_jobs", "Jobs that have not ended, by state and model.", labels=["state", "model"]
+    )
+    gauges = {
+        name: GaugeMetricFamily(f"farm_{name}", shown, labels=["model"])
+        for name, shown in (
+            ("held_up_jobs", "Jobs that wait until somebody lets them go on: their batch is paused, or its owner."),
+            ("queued_device_seconds", "Device seconds that the jobs will take which wait and are not held up."),
+            ("running_device_seconds", "Device seconds that the jobs under way take, from beginning to end."),
+            ("oldest_wait_seconds", "Age of the oldest batch of which jobs wait that are not held up; 0 if none do."),
+            ("model_workers", "Live workers that serve the model."),
+            ("model_slots", "Slots of the live workers that serve the model."),
+        )
+    }
+    for model, demand in found.models.items():
+        for state in (JobState.PENDING, JobState.QUEUED, JobState.RUNNING):
+            active.add_metric([state.value, model], demand.jobs[state])
+        waited = 0.0 if demand.waits_since is None else (found.asked_at - demand.waits_since).total_seconds()
+        for name, value in (
+            ("held_up_jobs", demand.held_up),
+            ("queued_device_seconds", demand.queued_seconds),
+            ("running_device_seconds", demand.running_seconds),
+            ("oldest_wait_seconds", max(0.0, waited)),
+            ("model_workers", demand.workers),
+            ("model_slots", demand.slots),
+        ):
+            gauges[name].add_metric([model], value)
+    yield active
+    yield from gauges.values()
+
+
+class DispatcherCollector(Collector):
+    """What one dispatcher has done since it began."""
+
+    def __init__(self, dispatcher: Dispatcher, leadership: Leadership, services: Mapping[str, Service]) -> None:
+        self._dispatcher = dispatcher
+        self._leadership = leadership
+        self._services = services
+
+    def collect(self) -> Iterator[Metric]:
+        """Called with every scrape."""
+        tally = self._dispatcher.tally
+        leads = self._leadership.leads
+        yield GaugeMetricFamily("farm_dispatcher_leads", "Whether this dispatcher is the one that acts.", value=leads)
+        for name, shown, value in (
+            ("dispatch_passes", "Passes over the backlog.", tally.passes),
+            ("dispatch_pass_seconds", "Seconds that passes took.", tally.pass_seconds),
+            ("dispatched_jobs", "Jobs it moved into Redis; clients move their first.", tally.dispatched),
+            ("lost_leases", "Jobs taken from workers that gave no sign of life.", tally.lost_leases),
+            ("lost_messages", "Jobs brought back whose message was gone from Redis.", tally.lost_messages),
+        ):
+            yield CounterMetricFamily(f"farm_{name}", shown, value=value)
+        errors = CounterMetricFamily(
+            "farm_dispatcher_service_errors", "Times that a service did not answer the dispatcher.", labels=["service"]
+        )
+        for name, service in self._services.items():
+            errors.add_metric([name], service.outages)
+        yield errors
+
+
+@dataclass(frozen=True)
+class WorkerTargets:
+    """The live workers that have metrics, for Prometheus' `http_sd_configs`: one address finds all nodes."""
+
+    store: JobStore
+
+    def __call__(self, _environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        """Called with each refresh. Without an answer Prometheus keeps the targets that it has."""
+        try:
+            found = [target(one.name, one.metrics_url) for one in self.store.workers() if one.alive and one.metrics_url]
+        except ServiceUnavailable as error:
+            return plain(start_response, http.HTTPStatus.SERVICE_UNAVAILABLE, f"{error}\n")
+        return plain(start_response, http.HTTPStatus.OK, json.dumps(found), "application/json")
+
+
+def target(worker: str, url: str) -> dict[str, Any]:
+    """A worker as Prometheus discovers it."""
+    where = urlsplit(url)
+    return {
+        "targets": [where.netloc],
+        "labels": {"worker": worker, "__scheme__": where.scheme, "__metrics_path__": where.path},
+    }
+
+
+def serve(
+    db: Database,
+    store: JobStore,
+    dispatcher: Dispatcher,
+    leadership: Leadership,
+    settings: Settings,
+    services: Mapping[str, Service],
+) -> Exposition | None:
+    """Begin to answer for a dispatcher, if a port is set. Raises `NotConfigured` if it is taken."""
+    if settings.metrics_port is None:
+        return None
+    registry = CollectorRegistry()
+    with suppress(ValueError):  # there is none where there is no /proc
+        ProcessCollector(registry=registry)
+    registry.register(FarmCollector(db, settings))
+    registry.register(DispatcherCollector(dispatcher, leadership, services))
+    exposition = Exposition(settings, registry, {"/workers": WorkerTargets(store)})
+    exposition.start()
+    log.info("metrics at %s", exposition.url)
+    return exposition

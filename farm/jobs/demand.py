@@ -1,0 +1,196 @@
+"""What is asked of the farm, by model: jobs that wait and run, and how many device seconds they will take.
+
+Each costs by the batches that have jobs on their way, and not by the jobs: those that wait are counted per batch
+already. The same number for one model, in plain SQL for an autoscaler, is `infra/keda/device_seconds.sql`.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
+
+from farm.jobs.backlog import batches_waiting
+from farm.jobs.database import Database, now, now_plus
+from farm.jobs.fair_share import UNKNOWN_SECONDS
+from farm.jobs.queries import VISIBLE, in_state, models_in
+from farm.jobs.schema import BatchRow, JobCountRow, JobRow, OwnerRow, WorkerRow
+from farm.jobs.states import JobState
+
+_OF_BATCH, _OF_MODEL, _BATCHES = 16, 40, 50
+"""From how many of a batch's last jobs it is learnt what one costs; and for a batch that has none, from how many of
+each of how many newest batches."""
+_CHUNK = 500
+
+
+@dataclass
+class Demand:
+    """What is asked of one model, and who serves it."""
+
+    jobs: Counter[JobState] = field(default_factory=Counter)
+    """Pending, queued and running."""
+    held_up: int = 0
+    """How many of these wait until somebody lets them go on: their batch is paused, or its owner."""
+    queued_seconds: float = 0.0
+    """What those that wait, and are not held up, will take a device."""
+    running_seconds: float = 0.0
+    """What those that run take it, from their first step to their last."""
+    waits_since: datetime | None = None
+    """When the oldest batch was handed in of which jobs wait that are not held up."""
+    workers: int = 0
+    """Live ones that serve it."""
+    slots: int = 0
+
+
+@dataclass(frozen=True)
+class Demands:
+    """One look at the farm."""
+
+    jobs: Mapping[JobState, int]
+    """Of all batches there are, by state."""
+    models: Mapping[str, Demand]
+    """Of every model that a live worker serves or that jobs wait for."""
+    workers: int
+    """How many live."""
+    asked_at: datetime
+    """By the database's clock."""
+
+
+def demands(db: Database, lease_seconds: float) -> Demands:
+    """What is asked of the farm now."""
+    models: defaultdict[str, Demand] = defaultdict(Demand)
+    with db.read() as session:
+        asked_at: Any = session.scalar(sa.select(now()))
+        rows = session.execute(
+            sa.select(JobCountRow.state, sa.func.sum(JobCountRow.n))
+            .join(BatchRow, BatchRow.id == JobCountRow.batch_id)
+            .where(VISIBLE)
+            .group_by(JobCountRow.state)
+        )
+        jobs = {JobState(state): int(count) for state, count in rows}
+        alive = WorkerRow.seen_at > now_plus(sa.literal(-lease_seconds))
+        living = session.execute(sa.select(WorkerRow.slots, WorkerRow.models).where(alive)).all()
+        for slots, served in living:
+            for name in {model["name"] for model in served}:
+                models[name].workers += 1
+                models[name].slots += slots
+        _add_waiting(session, models)
+        _add_in_flight(session, models)
+    return Demands({state: jobs.get(state, 0) for state in JobState}, dict(models), len(living), asked_at)
+
+
+def _add_waiting(session: Session, models: Mapping[str, Demand]) -> None:
+    lines = {model: session.execute(_line(model)).all() for model in models_in(session, JobState.PENDING)}
+    of_models = Counter(row.id for line in lines.values() for row in line)
+    whole = _counted(session, list(of_models))
+    for model, line in lines.items():
+        demand = models[model]
+        new = any(row.seconds is None for row in line)
+        usual = (_usual_seconds(session, model) if new else None) or UNKNOWN_SECONDS
+        for row in line:
+            count = whole[row.id] if of_models[row.id] == 1 else _count(session, model, row.id)
+            demand.jobs[JobState.PENDING] += count
+            if row.held_up:
+                demand.held_up += count
+                continue
+            demand.queued_seconds += count * (usual if row.seconds is None else row.seconds)
+            demand.waits_since = min(filter(None, (demand.waits_since, row.accepted_at)))
+
+
+def _add_in_flight(session: Session, models: Mapping[str, Demand]) -> None:
+    usual: dict[str, float] = {}
+    for state in (JobState.QUEUED, JobState.RUNNING):
+        found = (
+            sa.select(JobRow.model, JobRow.batch_id, sa.func.count().label("jobs"))
+            .where(in_state(state))
+            .group_by(JobRow.model, JobRow.batch_id)
+            .subquery()
+        )
+        rows = session.execute(
+            sa.select(found.c.model, found.c.jobs, BatchRow.accepted_at, _batch_seconds(found.c.model).label("seconds"))
+            .join(found, found.c.batch_id == BatchRow.id)
+            .where(VISIBLE)
+        ).all()
+        for row in rows:
+            demand, seconds = models[row.model], row.seconds
+            demand.jobs[state] += row.jobs
+            if seconds is None:
+                if row.model not in usual:
+                    usual[row.model] = _usual_seconds(session, row.model) or UNKNOWN_SECONDS
+                seconds = usual[row.model]
+            if state is JobState.RUNNING:
+                demand.running_seconds += row.jobs * seconds
+            else:
+                demand.queued_seconds += row.jobs * seconds
+                demand.waits_since = min(filter(None, (demand.waits_since, row.accepted_at)))
+
+
+def _line(model: str) -> sa.Select[*tuple[Any, ...]]:
+    waiting = batches_waiting(model)
+    held_up = sa.or_(BatchRow.paused, sa.func.coalesce(OwnerRow.paused, sa.false()))
+    return (
+        sa.select(
+            BatchRow.id,
+            BatchRow.accepted_at,
+            held_up.label("held_up"),
+            _batch_seconds(sa.literal(model)).label("seconds"),
+        )
+        .join(waiting, waiting.c.batch_id == BatchRow.id)
+        .outerjoin(OwnerRow, OwnerRow.name == BatchRow.owner)
+        .where(VISIBLE)
+    )
+
+
+def _batch_seconds(model: sa.ColumnElement[str], last: int = _OF_BATCH) -> sa.ScalarSelect[float | None]:
+    """The mean device seconds of those of a batch's last jobs that are of a model, and were rendered."""
+    jobs = (
+        sa.select(
+            JobRow.model,
+            JobRow.reused_from,
+            sa.func.coalesce(JobRow.device_seconds, JobRow.render_seconds).label("seconds"),
+        )
+        .where(JobRow.batch_id == BatchRow.id, JobRow.finished_at.is_not(None))
+        .order_by(JobRow.finished_at.desc())
+        .limit(last)
+        .correlate(BatchRow)
+        .subquery()
+    )
+    # Outside, where they cost nothing: a batch may have a million jobs of other models, or copies.
+    mean = sa.select(sa.func.avg(jobs.c.seconds)).where(jobs.c.model == model, jobs.c.reused_from.is_(None))
+    return mean.scalar_subquery()
+
+
+def _usual_seconds(session: Session, model: str) -> float | None:
+    """What a job of a model took lately, in any batch; None if nobody knows."""
+    newest = (
+        sa.select(_batch_seconds(sa.literal(model), _OF_MODEL).label("seconds"))
+        .where(VISIBLE)
+        .order_by(BatchRow.created_at.desc())
+        .limit(_BATCHES)
+        .subquery()
+    )
+    return session.scalar(sa.select(sa.func.avg(newest.c.seconds)))
+
+
+def _counted(session: Session, batch_ids: Sequence[str]) -> dict[str, int]:
+    """How many jobs of these batches are pending."""
+    found: dict[str, int] = {}
+    for start in range(0, len(batch_ids), _CHUNK):
+        some = batch_ids[start : start + _CHUNK]
+        rows = session.execute(
+            sa.select(JobCountRow.batch_id, sa.func.sum(JobCountRow.n))
+            .where(JobCountRow.batch_id.in_(some), JobCountRow.state == JobState.PENDING.value)
+            .group_by(JobCountRow.batch_id)
+        )
+        found.update({batch_id: int(count) for batch_id, count in rows})
+    return found
+
+
+def _count(session: Session, model: str, batch_id: str) -> int:
+    query = sa.select(sa.func.count()).where(
+        in_state(JobState.PENDING), JobRow.model == model, JobRow.batch_id == batch_id
+    )
+    return session.scalar(query) or 0

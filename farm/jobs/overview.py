@@ -1,0 +1,167 @@
+"""`Overview`: what somebody who watches the farm asks, again and again; each costs by what goes on, not by jobs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
+
+from farm.jobs.database import now, now_plus
+from farm.jobs.queries import VISIBLE, JobQueries, in_state, models_in
+from farm.jobs.records import BatchStatus, JobInfo, job_info
+from farm.jobs.schema import BatchRow, JobCountRow, JobRow, OwnerRow
+from farm.jobs.states import JobState
+from farm.jobs.tempo import MOST_ENDINGS, Tempo, tempo
+
+_FIRST_JOBS = 100
+_RUNNING = 256
+_LAST_ENDED = 1000
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a worker does now."""
+
+    renders: int
+    """How many jobs it has claimed."""
+    seconds_per_step: float | None
+    """The mean over these."""
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What is said of a whole batch, beside how far it is."""
+
+    began_at: datetime | None
+    """When the first of the attempts began that its jobs had last."""
+    device_seconds: float | None
+    models: Sequence[tuple[str, str]]
+    """Name and SHA-256 of each model that made pictures of it."""
+
+
+class Overview(JobQueries):
+    """Batches on their way, how fast they go, and who works on them."""
+
+    def open_batches(self, limit: int, after: tuple[datetime, str] | None = None) -> list[tuple[datetime, str]]:
+        """When batches were accepted that have not ended, and their ids, in that order, from the one after that one.
+
+        One that has ended is among them until its manifest is written.
+        """
+        query = sa.select(BatchRow.accepted_at, BatchRow.id).where(VISIBLE, BatchRow.ended_at.is_(None))
+        if after is not None:
+            query = query.where(
+                BatchRow.accepted_at >= after[0],
+                sa.or_(BatchRow.accepted_at > after[0], BatchRow.id > after[1]),
+            )
+        with self._db.read() as session:
+            rows = session.execute(query.order_by(BatchRow.accepted_at, BatchRow.id).limit(limit))
+            return [(accepted_at, batch_id) for accepted_at, batch_id in rows if accepted_at is not None]
+
+    def moving(self, limit: int) -> list[str]:
+        """The batches that have jobs in Redis or under way."""
+        with self._db.read() as session:
+            found: dict[str, None] = {}
+            for state in (JobState.RUNNING, JobState.QUEUED):
+                query = sa.select(JobRow.batch_id).join(BatchRow).where(in_state(state), VISIBLE).distinct()
+                found.update(dict.fromkeys(session.scalars(query.limit(limit))))
+        return list(found)[:limit]
+
+    def just_ended(self, seconds: float, limit: int) -> list[str]:
+        """The batches that ended within that time, newest first."""
+        query = sa.select(BatchRow.id).where(
+            VISIBLE, BatchRow.ended_at.is_not(None), BatchRow.ended_at > now_plus(sa.literal(-seconds))
+        )
+        with self._db.read() as session:
+            return list(session.scalars(query.order_by(BatchRow.ended_at.desc()).limit(limit)))
+
+    def statuses(self, batch_ids: Sequence[str]) -> dict[str, BatchStatus]:
+        """How far these batches are, by id; one that was deleted is not among them."""
+        with self._db.read() as session:
+            rows = session.execute(
+                sa.select(BatchRow, OwnerRow.paused)
+                .outerjoin(OwnerRow, OwnerRow.name == BatchRow.owner)
+                .where(BatchRow.id.in_(batch_ids), VISIBLE)
+            ).all()
+            counts: dict[str, dict[JobState, int]] = {}
+            for batch_id, state, count in session.execute(
+                sa.select(JobCountRow.batch_id, JobCountRow.state, sa.func.sum(JobCountRow.n))
+                .where(JobCountRow.batch_id.in_(batch_ids))
+                .group_by(JobCountRow.batch_id, JobCountRow.state)
+            ):
+                counts.setdefault(batch_id, {})[JobState(state)] = int(count)
+            return {row.id: self._told(session, row, counts.get(row.id, {}), bool(paused)) for row, paused in rows}
+
+    def tempo(self, batch: BatchStatus) -> Tempo:
+        """How fast a batch goes: from its last endings, or while it has none from its running jobs' measured steps."""
+        if batch.done:
+            return Tempo()
+        last = (
+            sa.select(JobRow.finished_at)
+            .where(JobRow.batch_id == batch.id, JobRow.finished_at.is_not(None))
+            .order_by(JobRow.finished_at.desc())
+            .limit(MOST_ENDINGS)
+        )
+        with self._db.read() as session:
+            endings = [moment for moment in session.scalars(last) if moment is not None]
+            paces = [] if len(endings) > 1 else self._paces(session, batch.id)
+            moment: Any = session.scalar(sa.select(now()))
+        return tempo(batch.total - batch.ended, endings, moment, paces, paused=batch.paused)
+
+    def _paces(self, session: Session, batch_id: str) -> list[float]:
+        steps = JobRow.spec["num_inference_steps"].as_integer()
+        rows = session.execute(
+            sa.select(JobRow.seconds_per_step, steps)
+            .where(JobRow.batch_id == batch_id, in_state(JobState.RUNNING), JobRow.seconds_per_step > 0)
+            .limit(_RUNNING)
+        )
+        return [1 / (seconds * count) for seconds, count in rows if seconds and count]
+
+    def models_of(self, batch_id: str) -> list[str]:
+        """The models of a batch: of its first hundred jobs, and of all that wait in the backlog."""
+        first = sa.select(JobRow.model).where(JobRow.batch_id == batch_id, JobRow.index <= _FIRST_JOBS).distinct()
+        with self._db.read() as session:
+            found = set(session.scalars(first))
+            for model in models_in(session, JobState.PENDING):
+                waits = in_state(JobState.PENDING), JobRow.model == model, JobRow.batch_id == batch_id
+                if model not in found and session.scalar(sa.select(JobRow.id).where(*waits).limit(1)):
+                    found.add(model)
+        return sorted(found)
+
+    def loads(self) -> dict[str, Load]:
+        """What each worker that has claimed jobs does now, by name."""
+        query = (
+            sa.select(JobRow.worker, sa.func.count(), sa.func.avg(JobRow.seconds_per_step))
+            .where(in_state(JobState.RUNNING), JobRow.worker.is_not(None))
+            .group_by(JobRow.worker)
+        )
+        with self._db.read() as session:
+            return {str(worker): Load(renders, seconds) for worker, renders, seconds in session.execute(query)}
+
+    def failed(self, batch_id: str, limit: int = 10) -> list[JobInfo]:
+        """A batch's jobs that failed last, newest first, of the last thousand that ended."""
+        last = (
+            sa.select(JobRow.id)
+            .where(JobRow.batch_id == batch_id, JobRow.finished_at.is_not(None))
+            .order_by(JobRow.finished_at.desc())
+            .limit(_LAST_ENDED)
+        )
+        query = (
+            sa.select(JobRow)
+            .where(JobRow.id.in_(last), JobRow.state == JobState.FAILED.value)
+            .order_by(JobRow.finished_at.desc())
+            .limit(limit)
+        )
+        with self._db.read() as session:
+            return [job_info(row) for row in session.scalars(query)]
+
+    def totals(self, batch_id: str) -> Totals:
+        """What all jobs of a batch come to: reads each of them once."""
+        jobs = JobRow.batch_id == batch_id
+        made_by = sa.select(JobRow.model, JobRow.model_sha256).where(jobs, JobRow.model_sha256.is_not(None)).distinct()
+        sums = sa.select(sa.func.min(JobRow.started_at), sa.func.sum(JobRow.device_seconds)).where(jobs)
+        with self._db.read() as session:
+            began_at, device_seconds = session.execute(sums).one()
+            models = sorted((model, str(sha256)) for model, sha256 in session.execute(made_by))
+        return Totals(began_at, device_seconds, models)

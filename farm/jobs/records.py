@@ -1,0 +1,238 @@
+"""What SQL says about batches, jobs and workers, as plain data that outlives its session."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from farm.errors import ErrorClass
+from farm.jobs.schema import JobRow
+from farm.jobs.states import JobState, Outcome
+from farm.specs.spec import RenderSpec
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A worker's right to render one attempt of a job, until its lease runs out."""
+
+    job_id: str
+    attempt: int
+    spec: RenderSpec
+    batch_id: str
+    batch_name: str
+    index: int
+    total: int
+    priority: int
+    checkpoint_key: str | None
+    """What an earlier attempt left to go on from; None means from the first step."""
+    tries: int = 0
+    """Errors before this attempt."""
+    waited_seconds: float = 0.0
+    """Since its batch was handed in."""
+
+
+@dataclass(frozen=True)
+class Doorbell:
+    """What a worker is told of a job: that it is there. What it is, SQL says."""
+
+    job_id: str
+    model: str
+    priority: int
+    """0 to 100, the higher the sooner."""
+    shown: str
+    """How Flower names it: batch, place, prompt."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How far one render is, and how fast it goes."""
+
+    steps_done: int
+    seconds_per_step: float | None
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What a finished render left in the object store."""
+
+    key: str
+    sha256: str
+    bytes: int
+    width: int
+    height: int
+    model_sha256: str
+    render_seconds: float
+    warnings: Sequence[str] = ()
+    device_seconds: float | None = None
+    """Its own part of the device's time."""
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What a worker learns when it renews its leases."""
+
+    cancelled: frozenset[str]
+    """Jobs somebody wants stopped."""
+    paused: frozenset[str]
+    """Jobs to be handed back with their state, until somebody lets them go on."""
+    lost: frozenset[str]
+    """Jobs whose lease was no longer this worker's."""
+    previews: Mapping[str, bool]
+    """Jobs somebody watches now, and whether their previews are to be decoded by the VAE."""
+
+
+@dataclass(frozen=True)
+class BatchStatus:
+    """How far a batch is."""
+
+    id: str
+    name: str
+    owner: str
+    priority: int
+    total: int
+    created_at: datetime
+    counts: Mapping[JobState, int]
+    """Every state's number of jobs."""
+    finished_at: datetime | None = None
+    """When its last job ended; None while one is active."""
+    paused: bool = False
+    """Whether nothing of it is rendered until somebody lets it go on: it is paused, or its owner is."""
+
+    @property
+    def ended(self) -> int:
+        """How many jobs are in a terminal state."""
+        return sum(n for state, n in self.counts.items() if state.terminal)
+
+    @property
+    def done(self) -> bool:
+        """Whether every job has ended."""
+        return self.ended == self.total
+
+
+@dataclass(frozen=True)
+class JobInfo:
+    """One job as SQL has it."""
+
+    id: str
+    batch_id: str
+    index: int
+    spec: RenderSpec
+    state: JobState
+    attempt: int
+    tries: int
+    worker: str | None
+    steps_done: int
+    seconds_per_step: float | None
+    error: str | None
+    queued_at: datetime | None
+    started_at: datetime | None
+    finished_at: datetime | None
+    picture: Picture | None
+    """Set when it succeeded."""
+    lost_leases: int = 0
+    not_before: datetime | None = None
+    """Until then it stays in the backlog."""
+    avoid_worker: str | None = None
+    """Where there was no memory for it."""
+    paused: bool = False
+    """Whether it is paused by itself; its batch or its owner may be as well."""
+    reused_from: str | None = None
+    """The job whose picture its own is a copy of."""
+
+    @property
+    def eta_seconds(self) -> float | None:
+        """How long its remaining steps will take at its latest pace; None while that is unknown or it does not run."""
+        if self.state is not JobState.RUNNING or self.seconds_per_step is None:
+            return None
+        return max(0, self.spec.num_inference_steps - self.steps_done) * self.seconds_per_step
+
+
+@dataclass(frozen=True)
+class AttemptInfo:
+    """What became of one attempt of a job."""
+
+    attempt: int
+    worker: str | None
+    started_at: datetime | None
+    ended_at: datetime
+    outcome: Outcome
+    error_class: ErrorClass | None
+    reason: str | None
+    steps_done: int
+    device_seconds: float | None
+
+    @property
+    def seconds(self) -> float | None:
+        """How long it took."""
+        return None if self.started_at is None else (self.ended_at - self.started_at).total_seconds()
+
+
+HELD, MEMORY = "held", "memory"
+"""In a worker's description of a model: whether it is loaded now; bytes used, and in all, of the worker's device."""
+
+
+@dataclass(frozen=True)
+class WorkerInfo:
+    """One worker as it introduced itself."""
+
+    name: str
+    device: str
+    dtype: str
+    slots: int
+    version: str
+    models: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
+    started_at: datetime | None = None
+    alive: bool = True
+    """Whether it has given a sign of life within one lease time."""
+    metrics_url: str | None = None
+    """Where Prometheus finds its metrics, if anywhere."""
+
+    @property
+    def held(self) -> tuple[str, ...]:
+        """The models that are loaded there, as it said last."""
+        return tuple(model["name"] for model in self.models if model.get(HELD, "sha256" in model))
+
+    @property
+    def memory(self) -> tuple[int, int] | None:
+        """Bytes used, and bytes in all, of its device's memory, as it said last; None if it has not."""
+        said = next((model[MEMORY] for model in self.models if MEMORY in model), None)
+        return None if said is None else (int(said[0]), int(said[1]))
+
+
+def job_info(row: JobRow) -> JobInfo:
+    """A job's row as plain data."""
+    picture = None
+    if row.state == JobState.SUCCEEDED and row.image_key:
+        picture = Picture(
+            key=row.image_key,
+            sha256=row.image_sha256 or "",
+            bytes=row.image_bytes or 0,
+            width=row.width or 0,
+            height=row.height or 0,
+            model_sha256=row.model_sha256 or "",
+            render_seconds=row.render_seconds or 0.0,
+            warnings=tuple(row.warnings or ()),
+            device_seconds=row.device_seconds,
+        )
+    return JobInfo(
+        id=row.id,
+        batch_id=row.batch_id,
+        index=row.index,
+        spec=RenderSpec.model_validate(row.spec),
+        state=JobState(row.state),
+        attempt=row.attempt,
+        tries=row.tries,
+        worker=row.worker,
+        steps_done=row.steps_done,
+        seconds_per_step=row.seconds_per_step,
+        error=row.error,
+        queued_at=row.queued_at,
+        started_at=row.started_at,
+        finished_at=row.finished_at,
+        picture=picture,
+        lost_leases=row.lost_leases,
+        not_before=row.not_before,
+        avoid_worker=row.avoid_worker,
+        paused=row.paused,
+        reused_from=row.reused_from,
+    )

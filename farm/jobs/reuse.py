@@ -1,0 +1,308 @@
+"""The same work once: a job whose picture another job has already gets a copy of it, and twins wait for each other.
+
+The same work is the same spec, seed included, by a model of the same weights. Copies are begun and recorded here, and
+made by `farm.dispatch.copier`.
+"""
+
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.orm import Session, aliased
+
+from farm.jobs.database import now, now_plus
+from farm.jobs.queries import JobQueries, in_state
+from farm.jobs.schema import AttemptRow, BatchRow, JobRow, LeaderRow, WorkerRow
+from farm.jobs.states import JobState, Outcome
+from farm.specs.object_keys import image_key, trajectory_keys
+
+log = logging.getLogger(__name__)
+
+_LEADER = "dispatcher"
+"""Under which name the standing dispatchers elect the one that acts."""
+_FURTHER = 1000
+
+
+@dataclass(frozen=True)
+class Copying:
+    """A copy that was begun: from which keys to which, under an attempt that is nobody else's."""
+
+    job_id: str
+    attempt: int
+    source_id: str
+    bytes: int
+    """How large the picture is, which is the first of the keys."""
+    keys: Mapping[str, str]
+    """The keys of the copies, by those of the sources."""
+
+
+@dataclass
+class _Twin:
+    """A job that is queued or running."""
+
+    job_id: str
+    state: JobState
+    priority: int
+
+
+class Works:
+    """What one pass of the dispatcher knows of work that is done or under way; asked in its transaction, when needed.
+
+    `copies` takes, by job, the jobs whose pictures are to be copied: these are not to be rendered. Without it nothing
+    is copied, and what is under way is still waited for. While no standing dispatcher leads, nobody would make the
+    copies, nor go on with who waited, and every job is rendered.
+    """
+
+    def __init__(self, session: Session, lease_seconds: float, copies: dict[str, str] | None) -> None:
+        self._session = session
+        self._lease_seconds = lease_seconds
+        self._copies = copies
+        self._passed_by: list[str] = []
+        self.further = _FURTHER
+        """How many jobs the pass may still read beyond those whose turn it is."""
+
+    def to_render(
+        self, rows: Sequence[sa.Row[Any]], model: str, priority: int, most: int
+    ) -> tuple[list[str], int | None]:
+        """Which of these jobs of a model are to be rendered now, and the place of the last one that was decided on."""
+        chosen: list[str] = []
+        last, decided = None, True
+        works = {row.work_sha256 for row in rows} - {None}
+        done = self._done(model, works) if works and self._led and self._copies is not None else {}
+        for row in rows:
+            work = row.work_sha256
+            if work in done:
+                if (source := done[work]) is not None and self._copies is not None:
+                    self._copies[row.id] = source
+            elif len(chosen) == most:
+                decided = False
+            elif work is None or not self._led or self._goes_first(row.id, work, priority):
+                chosen.append(row.id)
+            last = row.place if decided else last
+        return chosen, last
+
+    def put_back(self) -> None:
+        """Return to the backlog what was queued, and is to wait for a twin of a higher priority now."""
+        if self._passed_by:
+            self._session.execute(
+                sa.update(JobRow)
+                .where(in_state(JobState.QUEUED), JobRow.id.in_(self._passed_by))
+                .values(state=JobState.PENDING.value, queued_at=None)
+            )
+            log.info("put back behind twins of a higher priority: %s", ", ".join(self._passed_by))
+            self._passed_by = []
+
+    def _goes_first(self, job_id: str, work: str, priority: int) -> bool:
+        """Whether no twin is under way, but for one that still lies in Redis at a lower priority."""
+        twin = self._under_way.get(work)
+        if twin is not None:
+            if twin.state is JobState.RUNNING or twin.priority >= priority:
+                return False
+            self._passed_by.append(twin.job_id)
+        self._under_way[work] = _Twin(job_id, JobState.QUEUED, priority)
+        return True
+
+    def _done(self, model: str, works: Collection[str]) -> dict[str, str | None]:
+        """The job whose picture serves, by work; None where only the worker that comes up can tell."""
+        weights = self._weights.get(model)
+        if weights is not None and len(weights) != 1:
+            return {}  # nobody has loaded it, or not everybody the same
+        rows = self._session.execute(pictures_of(works)).all()
+        return {
+            row.work_sha256: None if weights is None else row.id
+            for row in rows
+            if weights is None or row.model_sha256 in weights
+        }
+
+    @cached_property
+    def _led(self) -> bool:
+        leader = sa.select(LeaderRow.holder).where(LeaderRow.name == _LEADER, LeaderRow.until > now())
+        return self._session.scalar(leader) is not None
+
+    @cached_property
+    def _under_way(self) -> dict[str, _Twin]:
+        found: dict[str, _Twin] = {}
+        for state in (JobState.QUEUED, JobState.RUNNING):
+            for row in self._session.execute(works_in(state)):
+                twin = found.get(row.work_sha256)
+                if twin is None or state is JobState.RUNNING or row.priority > twin.priority:
+                    found[row.work_sha256] = _Twin(row.id, state, row.priority)
+        return found
+
+    @cached_property
+    def _weights(self) -> dict[str, set[str]]:
+        """The hashes of each model's weights that the live workers which serve it report."""
+        alive = WorkerRow.seen_at > now_plus(sa.literal(-self._lease_seconds))
+        found: dict[str, set[str]] = {}
+        for models in self._session.scalars(sa.select(WorkerRow.models).where(alive)):
+            for model in models:
+                found.setdefault(model["name"], set()).update(filter(None, [model.get("sha256")]))
+        return found
+
+
+def works_in(state: JobState) -> sa.Select[*tuple[Any, ...]]:
+    """The work of the jobs that are queued, or running: as many as a window, or as the workers hold."""
+    return sa.select(JobRow.work_sha256, JobRow.id, JobRow.priority).where(
+        in_state(state), JobRow.work_sha256.is_not(None)
+    )
+
+
+def pictures_of(works: Collection[str]) -> sa.Select[*tuple[Any, ...]]:
+    """The jobs that have pictures of these works, one of each weights' hash; copies are none, so that they are few."""
+    return (
+        sa.select(JobRow.work_sha256, JobRow.model_sha256, sa.func.min(JobRow.id).label("id"))
+        .join(BatchRow)
+        .where(
+            in_state(JobState.SUCCEEDED),
+            JobRow.work_sha256.is_not(None),
+            JobRow.work_sha256.in_(works),
+            JobRow.image_key.is_not(None),
+            BatchRow.deleted_at.is_(None),
+        )
+        .group_by(JobRow.work_sha256, JobRow.model_sha256)
+    )
+
+
+class Reuse(JobQueries):
+    """Copies of pictures, begun and recorded.
+
+    A job stays pending while a copy is made, so that nothing has to be undone when that breaks off. But the copy has
+    an attempt of its own: no worker writes to its key, and it is no longer recorded once the job has gone elsewhere.
+    """
+
+    def begin_copies(self, wanted: Mapping[str, str]) -> list[Copying]:
+        """Take an attempt of each of these pending jobs for a copy of the picture of the job that it is mapped to."""
+        source = aliased(JobRow)
+        with self._db.write() as session:
+            sources = {
+                row.id: row
+                for row in session.execute(
+                    sa.select(source.id, source.image_key, source.image_bytes)
+                    .join(BatchRow, BatchRow.id == source.batch_id)
+                    .where(
+                        source.id.in_(set(wanted.values())),
+                        source.state == JobState.SUCCEEDED.value,
+                        source.image_key.is_not(None),
+                        BatchRow.deleted_at.is_(None),
+                    )
+                )
+            }
+            taken = session.execute(
+                sa.update(JobRow)
+                .where(
+                    in_state(JobState.PENDING),
+                    JobRow.id.in_([job_id for job_id, source_id in wanted.items() if source_id in sources]),
+                    ~JobRow.paused,
+                )
+                .values(
+                    attempt=JobRow.attempt + 1,
+                    started_at=now(),
+                    # So that what it leaves is swept when the job has ended, unless this is how it ends.
+                    checkpoint_key=sa.func.coalesce(JobRow.checkpoint_key, ""),
+                )
+                .returning(JobRow.id, JobRow.attempt, JobRow.batch_id, JobRow.index.label("place"), JobRow.spec)
+            ).all()
+            if taken:
+                session.execute(sa.insert(AttemptRow).values([_begun(row, wanted[row.id]) for row in taken]))
+        return [_copying(row, sources[wanted[row.id]]) for row in taken]
+
+    def end_copies(self, made: Sequence[Copying]) -> list[Copying]:
+        """Record copies whose objects are there; returns those that came too late, and whose objects are nobody's.
+
+        All that is known of the picture comes with it, what it took to render included; a copy of its own serves
+        nobody, so that what may serve is few however often it did.
+        """
+        late = []
+        with self._db.write() as session:
+            for one in made:
+                attempt = (AttemptRow.job_id == one.job_id, AttemptRow.attempt == one.attempt)
+                if session.scalar(_recorded(one)) is None:
+                    late.append(one)
+                    continue
+                session.execute(
+                    sa.update(AttemptRow)
+                    .where(*attempt)
+                    .values(ended_at=now(), outcome=Outcome.SUCCEEDED.value, reason=f"a copy of {one.source_id}")
+                )
+        for one in made:
+            if one in late:
+                log.warning("too late job_id=%s attempt=%d", one.job_id, one.attempt)
+            else:
+                log.info("ended job_id=%s attempt=%d now=succeeded copy_of=%s", one.job_id, one.attempt, one.source_id)
+        return late
+
+    def withdraw(self, job_id: str) -> None:
+        """Let the picture of a job serve no other any more: it is not what SQL says."""
+        with self._db.write() as session:
+            session.execute(
+                sa.update(JobRow).where(JobRow.id == job_id, in_state(JobState.SUCCEEDED)).values(work_sha256=None)
+            )
+
+
+def _begun(row: sa.Row[Any], source_id: str) -> dict[str, Any]:
+    return {
+        "job_id": row.id,
+        "attempt": row.attempt,
+        "started_at": now(),
+        "ended_at": now(),
+        "outcome": Outcome.HANDED_BACK.value,
+        "reason": f"a copy of {source_id} was begun",
+        "steps_done": 0,
+    }
+
+
+def _copying(row: sa.Row[*tuple[Any, ...]], source: sa.Row[*tuple[Any, ...]]) -> Copying:
+    key = image_key(row.batch_id, row.place, row.attempt, row.spec["prompt"])
+    keys = {source.image_key: key}
+    if row.spec.get("trajectory"):
+        keys.update(zip(trajectory_keys(source.image_key), trajectory_keys(key), strict=True))
+    return Copying(row.id, row.attempt, source.id, source.image_bytes or 0, keys)
+
+
+_FACTS = (
+    "steps_done",
+    "image_sha256",
+    "image_bytes",
+    "width",
+    "height",
+    "model_sha256",
+    "render_seconds",
+    "device_seconds",
+    "warnings",
+)
+"""What a job has from the one whose picture it copies."""
+
+
+def _recorded(one: Copying) -> sa.Executable:
+    source = aliased(JobRow)
+    facts = {
+        name: sa.select(getattr(source, name)).where(source.id == one.source_id).scalar_subquery() for name in _FACTS
+    }
+    return (
+        sa.update(JobRow)
+        .where(
+            JobRow.id == one.job_id,
+            JobRow.attempt == one.attempt,
+            in_state(JobState.PENDING),
+            sa.exists().where(source.id == one.source_id, source.image_key.is_not(None)),
+            # Its own batch may have been given up meanwhile, and its objects deleted.
+            sa.exists().where(BatchRow.id == JobRow.batch_id, BatchRow.deleted_at.is_(None)).correlate(JobRow),
+        )
+        .values(
+            state=JobState.SUCCEEDED.value,
+            finished_at=now(),
+            not_before=None,
+            error=None,
+            worker=None,
+            image_key=next(iter(one.keys.values())),
+            reused_from=one.source_id,
+            work_sha256=None,
+            # Nothing lies beside it if it never was attempted otherwise.
+            checkpoint_key=None if one.attempt == 1 else JobRow.checkpoint_key,
+            **facts,
+        )
+        .returning(JobRow.id)
+    )

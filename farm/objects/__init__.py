@@ -1,0 +1,1 @@
+"""S3: the object store, objects of many gigabytes, and the models in it."""

@@ -1,0 +1,286 @@
+"""The object store: put, get, list, delete and presign over S3."""
+
+import io
+import re
+import socket
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import boto3
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+
+from farm.errors import NotFound, StorageUnavailable
+from farm.settings import Settings
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+PRESIGN_SECONDS = 7 * 24 * 3600
+"""The longest that signature version 4 allows."""
+_DELETE_CHUNK = 1000
+"""The most that DeleteObjects takes."""
+_LINES_BYTES = 256 * 1024
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def without_login(url: str) -> str:
+    """An address as it may be shown: no user, no password."""
+    return re.sub(r"(^|(?<=//))[^/?#]*@", "", url)
+
+
+class Storage:
+    """One bucket of an S3 service; every method raises `StorageUnavailable` when it does not answer.
+
+    Safe to use from many threads.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.bucket = settings.s3_bucket
+        self._endpoint = settings.s3_endpoint_url
+        self._settings = settings
+        self._public = settings.s3_public_endpoint_url or settings.s3_endpoint_url
+        self._made: dict[tuple[str | None, bool], S3Client] = {}
+        self._making = threading.Lock()
+        self.outages = 0
+        """How often it did not answer."""
+
+    @property
+    def _s3(self) -> "S3Client":
+        return self._client(self._endpoint)
+
+    def _client(self, endpoint: str | None, *, patient: bool = True) -> "S3Client":
+        # Making a client reads boto3's data files for a third of a second: only who needs one pays.
+        with self._making:
+            if (endpoint, patient) not in self._made:
+                secret = self._settings.s3_secret_access_key
+                session = boto3.session.Session(
+                    aws_access_key_id=self._settings.s3_access_key_id,
+                    aws_secret_access_key=secret.get_secret_value() if secret else None,
+                    region_name=self._settings.s3_region,
+                )
+                made = session.client(
+                    "s3",
+                    endpoint_url=endpoint,
+                    config=Config(
+                        signature_version="s3v4",
+                        connect_timeout=3,
+                        read_timeout=20 if patient else 4,
+                        retries={"mode": "standard", "total_max_attempts": 3 if patient else 2},
+                        max_pool_connections=32,
+                        # What is signed has its SHA-256 in the signature, which S3 checks: no second sum of it.
+                        request_checksum_calculation="when_required",
+                        # A proxy from the environment can't reach the loopback interface of this machine.
+                        proxies={} if urlsplit(endpoint or "").hostname in _LOOPBACK else None,
+                        s3={"addressing_style": "path" if endpoint else "auto"},
+                    ),
+                )
+                # What is put here is small: to ask first whether it may be sent is one more way there and back.
+                made.meta.events.register_last("before-call.s3", _ask_nothing)
+                _give_up(made, self._settings.lease_seconds)
+                self._made[endpoint, patient] = made
+            return self._made[endpoint, patient]
+
+    def ensure_bucket(self) -> None:
+        """Make the bucket if it is not there."""
+        with self._reached():
+            try:
+                self._s3.create_bucket(Bucket=self.bucket)
+            except ClientError as error:
+                if error.response["Error"]["Code"] not in ("BucketAlreadyOwnedByYou", "BucketAlreadyExists"):
+                    raise
+
+    def ping(self) -> None:
+        """Raise `StorageUnavailable` unless the bucket is there and may be read; within ten seconds."""
+        with self._reached():
+            self._client(self._endpoint, patient=False).list_objects_v2(Bucket=self.bucket, MaxKeys=1)
+
+    def put(self, key: str, data: bytes, content_type: str = "application/octet-stream") -> None:
+        """Write an object, over any of that key."""
+        with self._reached(key):
+            self._s3.put_object(Bucket=self.bucket, Key=key, Body=data, ContentType=content_type)
+
+    def put_if(self, key: str, data: bytes, etag: str | None, content_type: str = "application/octet-stream") -> bool:
+        """Write an object if that of its key still has the ETag given, or if there is none and None is given.
+
+        False if it was not written.
+        """
+        with self._reached(key):
+            try:
+                if etag is None:
+                    self._s3.put_object(
+                        Bucket=self.bucket, Key=key, Body=data, ContentType=content_type, IfNoneMatch="*"
+                    )
+                else:
+                    self._s3.put_object(Bucket=self.bucket, Key=key, Body=data, ContentType=content_type, IfMatch=etag)
+            except ClientError as error:
+                if error.response["Error"]["Code"] in (
+                    "PreconditionFailed",
+                    "ConditionalRequestConflict",
+                    "412",
+                    "409",
+                ):
+                    return False
+                raise
+        return True
+
+    def copy(self, source: str, key: str, size: int | None = None) -> bool:
+        """Copy an object within the store, over any of that key; False, and no copy, if it has not that many bytes.
+
+        Raises `NotFound` if there is none.
+        """
+        with self._reached(source):
+            # Asked first: of a source that is not there, not every store says so when it is to copy it.
+            try:
+                found = self._s3.head_object(Bucket=self.bucket, Key=source)
+            except ClientError as error:
+                if error.response["Error"].get("Code") != "404":
+                    raise
+                # It has no words, and may be that of something before the store; this has, if it is the store's.
+                self._s3.get_object(Bucket=self.bucket, Key=source, Range="bytes=0-0")["Body"].close()
+                found = self._s3.head_object(Bucket=self.bucket, Key=source)
+            if size is not None and found["ContentLength"] != size:
+                return False
+            self._s3.copy_object(Bucket=self.bucket, Key=key, CopySource={"Bucket": self.bucket, "Key": source})
+        return True
+
+    def put_stream(self, key: str, lines: Iterable[bytes], content_type: str) -> None:
+        """Write an object as its bytes come, in few megabytes of memory however many they are.
+
+        It is there whole or not at all: what `lines` raises is raised, and nothing is written.
+        """
+        from boto3.s3.transfer import TransferConfig  # here, since most clients never need it
+
+        with self._reached(key):
+            self._s3.upload_fileobj(
+                io.BufferedReader(_Joined(lines)),
+                self.bucket,
+                key,
+                ExtraArgs={"ContentType": content_type},
+                Config=TransferConfig(use_threads=False),
+            )
+
+    def lines(self, key: str) -> Iterator[bytes]:
+        """An object's lines as they come; raises `NotFound` if there is none."""
+        with self._reached(key):
+            yield from self._s3.get_object(Bucket=self.bucket, Key=key)["Body"].iter_lines(_LINES_BYTES)
+
+    def get(self, key: str) -> bytes:
+        """An object's bytes; raises `NotFound` if there is none."""
+        with self._reached(key):
+            return self._s3.get_object(Bucket=self.bucket, Key=key)["Body"].read()
+
+    def newer(self, key: str, etag: str | None = None) -> tuple[bytes, str] | None:
+        """An object's bytes and its ETag; None while it still has the ETag given. Raises `NotFound`."""
+        with self._reached(key):
+            try:
+                # A condition always, since an empty one is refused: no object has this ETag.
+                found = self._s3.get_object(Bucket=self.bucket, Key=key, IfNoneMatch=etag or '"-"')
+            except ClientError as error:
+                if error.response["Error"]["Code"] in ("304", "NotModified"):
+                    return None
+                raise
+            return found["Body"].read(), found["ETag"]
+
+    def delete(self, key: str) -> None:
+        """Delete an object; one that is not there is no error."""
+        with self._reached(key):
+            self._s3.delete_object(Bucket=self.bucket, Key=key)
+
+    def delete_many(self, keys: Iterable[str]) -> None:
+        """Delete objects, a thousand in a request; ones that are not there are no error."""
+        left = iter(keys)
+        while chunk := list(islice(left, _DELETE_CHUNK)):
+            with self._reached(chunk[0]):
+                answer = self._s3.delete_objects(
+                    Bucket=self.bucket, Delete={"Objects": [{"Key": key} for key in chunk], "Quiet": True}
+                )
+            kept = [found for found in answer.get("Errors", ()) if found.get("Code") != "NoSuchKey"]
+            if kept:
+                raise StorageUnavailable(f"bucket {self.bucket} keeps {len(kept)} objects, the first: {kept[0]}")
+
+    def url(self, key: str, seconds: int = 3600) -> str:
+        """A presigned address that anybody may GET for that many seconds (at most seven days)."""
+        with self._reached(key):
+            return self._client(self._public).generate_presigned_url(
+                "get_object", Params={"Bucket": self.bucket, "Key": key}, ExpiresIn=min(seconds, PRESIGN_SECONDS)
+            )
+
+    def keys(self, prefix: str = "") -> Iterator[str]:
+        """The keys that begin so, in order."""
+        with self._reached(prefix):
+            for page in self._s3.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=prefix):
+                yield from (found["Key"] for found in page.get("Contents", ()))
+
+    @contextmanager
+    def reaching(self, what: str) -> Iterator["S3Client"]:
+        """The client itself, for what takes more than one call; its errors become the farm's, naming `what`."""
+        with self._reached(what):
+            yield self._s3
+
+    def close(self) -> None:
+        """Close every connection."""
+        for made in self._made.values():
+            made.close()
+
+    @contextmanager
+    def _reached(self, what: str = "") -> Iterator[None]:
+        shown = f"S3 at {without_login(self._endpoint) if self._endpoint else 'AWS'}, bucket {self.bucket}"
+        try:
+            yield
+        except ClientError as error:
+            code: Any = error.response["Error"].get("Code")
+            # A HEAD's answer has no words; any other 404 without them comes from something before the object store.
+            if code == "NoSuchKey" or (code == "404" and error.operation_name == "HeadObject"):
+                raise NotFound(f"{shown} has no {what}") from error
+            self.outages += 1
+            raise StorageUnavailable(f"{shown}: {self._told(error)}") from error
+        except (BotoCoreError, boto3.exceptions.Boto3Error, ValueError) as error:  # ValueError: no address at all
+            self.outages += 1
+            raise StorageUnavailable(f"{shown}: {self._told(error)}") from error
+
+    def _told(self, error: Exception) -> str:
+        # boto3 names the address as it was given.
+        return str(error).replace(self._endpoint, without_login(self._endpoint)) if self._endpoint else str(error)
+
+
+class _Joined(io.RawIOBase):
+    """Pieces of bytes as one file to read, each taken when it is needed."""
+
+    def __init__(self, pieces: Iterable[bytes]) -> None:
+        self._pieces = iter(pieces)
+        self._piece = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, into: Any, /) -> int:
+        while not self._piece:
+            piece = next(self._pieces, None)
+            if piece is None:
+                return 0
+            self._piece = memoryview(piece)
+        count = min(len(into), len(self._piece))
+        into[:count] = self._piece[:count]
+        self._piece = self._piece[count:]
+        return count
+
+
+def _give_up(client: "S3Client", seconds: float) -> None:
+    """Let the kernel drop what is not acknowledged for so long, where it can.
+
+    It would send on for minutes, after a client that has gone: what a worker wrote before its network was cut would be
+    there when the network is back, after the sweep.
+    """
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        # botocore has no setting for it.
+        options = client._endpoint.http_session._socket_options  # type: ignore[attr-defined]  # noqa: SLF001
+        options.append((socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * seconds)))
+
+
+def _ask_nothing(params: dict[str, Any], **_: Any) -> None:
+    params["headers"].pop("Expect", None)

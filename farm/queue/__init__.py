@@ -1,0 +1,1 @@
+"""Celery on Redis: the app, the messages, and Flower."""

@@ -1,0 +1,99 @@
+"""Choices in prompts: `{red|blue}`, and `__animal__` for a line of animal.txt; the same submission draws the same."""
+
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from random import Random
+
+from farm.specs.sources.texts import BadText, Nodes, Pick, parse, walk
+
+_MAX_FILES_DEEP = 10
+_MAX_DRAWS = 10_000
+_SHOWN = 20
+
+
+class Wildcards:
+    """A folder of choices: text files, one choice a line; empty lines and those that begin with # are passed over."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._read: dict[str, Sequence[Nodes] | BadText] = {}
+        self._reading: list[str] = []
+        self._there: str | None = None
+
+    def parse(self, text: str, *, variables: bool = False) -> Nodes:
+        """The tree of a text, all of whose files are there; raises `BadText`."""
+        nodes = parse(text, variables=variables, choices=True)
+        for node in walk(nodes):
+            if isinstance(node, Pick):
+                self.choices(node.name)
+        return nodes
+
+    def choices(self, name: str) -> Sequence[Nodes]:
+        """The lines of a file, which may hold choices themselves; raises `BadText`."""
+        found = self._read.get(name)
+        if found is None:
+            path = self.folder / f"{name}.txt"
+            if not path.is_file():
+                raise BadText(f"there is no {path} for __{name}__; {self._what_is_there()}")
+            if name in self._reading:
+                raise BadText(f"{path} is read while it is being read: {' → '.join([*self._reading, name])}")
+            if len(self._reading) >= _MAX_FILES_DEEP:
+                raise BadText(f"files of choices name each other more than {_MAX_FILES_DEEP} deep, down to {path}")
+            self._reading.append(name)
+            try:
+                found = self._lines(path)
+            except BadText as error:
+                if len(self._reading) > 1:  # it may be the way to it that is wrong
+                    raise
+                found = error
+            finally:
+                self._reading.pop()
+            self._read[name] = found
+        if isinstance(found, BadText):
+            raise found
+        return found
+
+    def _lines(self, path: Path) -> Sequence[Nodes]:
+        try:
+            lines = path.read_text("utf-8-sig").split("\n")
+        except UnicodeDecodeError:
+            raise BadText(f"{path} is not UTF-8; save the file as UTF-8") from None
+        except OSError as error:
+            raise BadText(f"{path} can't be read: {error.strerror}") from None
+        found = []
+        for number, line in enumerate(lines, 1):
+            choice = line.strip()
+            if choice and not choice.startswith("#"):
+                try:
+                    found.append(self.parse(choice))
+                except BadText as error:
+                    raise BadText(f"{path}:{number}: {error}") from None
+        if not found:
+            raise BadText(f"{path} has no choices in it")
+        return found
+
+    def _what_is_there(self) -> str:
+        if self._there is None:
+            paths = self.folder.rglob("*.txt") if self.folder.is_dir() else iter(())
+            found = [path.relative_to(self.folder).with_suffix("").as_posix() for path in islice(paths, _SHOWN + 1)]
+            names = ", ".join(sorted(found)[:_SHOWN]) + ", …" * (len(found) > _SHOWN)
+            self._there = f"the folder has {names or 'no .txt files'}" if self.folder.is_dir() else "nor such a folder"
+        return self._there
+
+
+class Draws:
+    """The choices of one text, drawn from a key: the same key draws the same."""
+
+    def __init__(self, wildcards: Wildcards, key: str) -> None:
+        self.wildcards = wildcards
+        # Not `choice`: one `random()` a draw, so that an option more in one place leaves the other places alone.
+        self._random = Random(key)  # noqa: S311
+        self._left = _MAX_DRAWS
+
+    def one(self, options: Sequence[Nodes]) -> Nodes:
+        """One of the options; raises `BadText` when the text never ends."""
+        self._left -= 1
+        if self._left < 0:
+            raise BadText(f"draws more than {_MAX_DRAWS:,} choices")
+        return options[int(self._random.random() * len(options))]

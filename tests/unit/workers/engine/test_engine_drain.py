@@ -1,0 +1,300 @@
+"""What can be seen of a render while it runs, and what is left of it when its worker drains."""
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import CancelledError, Future, wait
+
+import pytest
+import torch
+
+from farm.errors import RenderHandedBack
+from tests.gated import SOON, Gated, fail, in_thread, pixel, request, running
+from workers.engine.engine import Engine
+from workers.outputs import checkpoint
+from workers.pipelines.null import NullPipeline
+from workers.render.request import HandedBack, Rendered, Snapshot
+
+
+@pytest.fixture
+def gated() -> Gated:
+    return Gated()
+
+
+@pytest.fixture
+def engine(gated: Gated) -> Iterator[Engine]:
+    with running(gated) as engine:
+        yield engine
+
+
+def drain_and_see(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Future[None]:
+    """Begin to drain, and wait until it hands somebody back."""
+    seen, hand_back = threading.Event(), engine.hand_back
+
+    def hand_back_and_tell(request_id: str, why: str) -> bool:
+        known = hand_back(request_id, why)
+        seen.set()
+        return known
+
+    monkeypatch.setattr(engine, "hand_back", hand_back_and_tell)
+    draining = in_thread(lambda: engine.drain(SOON))
+    assert seen.wait(SOON)
+    return draining
+
+
+def handed_back(future: Future[Rendered]) -> Snapshot | None:
+    """The state that a request was handed back with."""
+    error = future.exception(SOON)
+    assert isinstance(error, HandedBack)
+    return error.snapshot
+
+
+# --- looking
+
+
+def test_a_look_shows_the_state_after_the_next_step(engine: Engine, gated: Gated) -> None:
+    engine.submit(request("a", steps=4))
+    gated.begun()
+    look = engine.look("a")
+    assert not look.done()
+    gated.next()
+    snapshot = look.result(SOON)
+    assert (snapshot.step_index, snapshot.steps_done, snapshot.model_sha256) == (1, 1, gated.sha256)
+    assert snapshot.spec == request("a", steps=4).spec
+    expected = torch.tensor(pixel(1)) / 255 / 4
+    assert torch.allclose(snapshot.latents[0, :, 0, 0], expected, atol=1e-3)
+
+
+def test_a_look_may_wait_for_a_number_of_steps(engine: Engine, gated: Gated) -> None:
+    engine.submit(request("a", steps=5))
+    gated.begun()
+    later, sooner = engine.look("a", 3), engine.look("a", 2)
+    gated.next()
+    assert not sooner.done()
+    gated.next()
+    assert sooner.result(SOON).steps_done == 2
+    assert not later.done()
+    gated.next()
+    assert later.result(SOON).steps_done == 3
+
+
+@pytest.mark.parametrize("how", ["done", "cancelled", "replaced", "failed"])
+def test_a_look_is_cancelled_when_its_request_ends_before(engine: Engine, gated: Gated, how: str) -> None:
+    engine.submit(request("a", steps=1))
+    gated.begun()
+    look = engine.look("a", 5)
+    if how == "cancelled":
+        engine.cancel("a")
+    if how == "replaced":
+        engine.submit(request("a"))
+    if how == "failed":
+        gated.faults["denoise"] = fail(RuntimeError("oops"))
+    gated.allow()
+    assert wait([look], SOON).done
+    with pytest.raises(CancelledError):
+        look.result(0)
+
+
+def test_a_look_at_what_is_not_here_is_cancelled(engine: Engine) -> None:
+    look = engine.look("never here")
+    assert wait([look], SOON).done
+    assert look.cancelled()
+
+
+def test_who_stops_looking_hurts_nobody(engine: Engine, gated: Gated) -> None:
+    futures = [engine.submit(request("a", steps=3))]
+    gated.begun()
+    assert engine.look("a").cancel()
+    assert engine.look("a", 9).cancel()
+    gated.allow()
+    assert futures[0].result(SOON).image.getpixel((0, 0)) == pixel(1)
+
+
+def test_a_snapshot_can_be_drawn_small_or_by_the_decoder(engine: Engine, gated: Gated) -> None:
+    engine.submit(request("a", steps=2, width=128))
+    gated.begun()
+    look = engine.look("a")
+    gated.next()
+    small, large = engine.picture(look.result(SOON)), engine.picture(look.result(SOON), vae=True)
+    assert (small.size, large.size) == ((16, 8), (128, 64))
+    half = tuple(value / 2 for value in pixel(1))
+    assert small.getpixel((0, 0)) == large.getpixel((5, 5)) == pytest.approx(half, abs=1)
+
+
+# --- going on from a snapshot
+
+
+def snapshot_of(steps_done: int, **spec: object) -> Snapshot:
+    gated = Gated()
+    with running(gated) as engine:
+        engine.submit(request("a", steps=5, **spec))
+        look = engine.look("a", steps_done)
+        gated.allow()
+        return look.result(SOON)
+
+
+@pytest.mark.parametrize("steps_done", [1, 4])
+def test_a_render_goes_on_from_a_snapshot_that_was_written_down(engine: Engine, gated: Gated, steps_done: int) -> None:
+    kept = checkpoint.unpack(checkpoint.pack(snapshot_of(steps_done)))
+    gated.allow()
+    future = engine.submit(request("a", steps=5, resume=kept))
+    assert future.result(SOON).image.getpixel((0, 0)) == pixel(1)
+    assert len(gated.forwards) == 5 - steps_done
+
+
+@pytest.mark.parametrize("other", ["spec", "model"])
+def test_a_snapshot_of_something_else_is_left_aside_and_told(
+    engine: Engine, gated: Gated, caplog: pytest.LogCaptureFixture, other: str
+) -> None:
+    kept = snapshot_of(3, seed=2 if other == "spec" else 1)
+    gated.null = NullPipeline(sha256="1" * 64) if other == "model" else gated.null
+    gated.allow()
+    future = engine.submit(request("a", steps=5, resume=kept))
+    assert future.result(SOON).image.getpixel((0, 0)) == pixel(1)
+    assert len(gated.forwards) == 5
+    assert "a starts afresh" in caplog.text
+
+
+# --- draining
+
+
+def test_a_drain_hands_back_who_waits_at_once_and_ends_when_the_rest_is_done(engine: Engine, gated: Gated) -> None:
+    first = engine.submit(request("running", steps=3))
+    gated.begun()
+    waiting = engine.submit(request("waiting"))
+    draining = in_thread(lambda: engine.drain(SOON))
+    assert handed_back(waiting) is None
+    with pytest.raises(RenderHandedBack, match="takes no more"):
+        engine.submit(request("late"))
+    assert not first.done()
+    assert not engine._accepting
+    gated.allow()
+    draining.result(SOON)
+    assert isinstance(first.result(0), Rendered)
+
+
+def test_who_waits_for_room_in_line_is_handed_back_too(engine: Engine, gated: Gated) -> None:
+    engine.submit(request("0"))
+    gated.begun()
+    for name in "12":
+        engine.submit(request(name))
+    late = in_thread(lambda: engine.submit(request("3")))
+    engine.drain(0)
+    with pytest.raises(RenderHandedBack):
+        late.result(SOON)
+
+
+def test_who_was_put_aside_is_handed_back_with_its_state(gated: Gated) -> None:
+    with running(gated, slots=1) as engine:
+        bulk = engine.submit(request("bulk", steps=5))
+        gated.begun()
+        engine.submit(request("urgent", priority=90, steps=3))
+        assert gated.next() == ["urgent"]
+        draining = in_thread(lambda: engine.drain(SOON))
+        snapshot = handed_back(bulk)
+        gated.allow()
+        draining.result(SOON)
+    assert snapshot is not None
+    assert snapshot.steps_done == 1
+    with running(again := Gated()) as engine:
+        again.allow()
+        future = engine.submit(request("bulk", steps=5, resume=snapshot))
+        assert future.result(SOON).image.getpixel((0, 0)) == pixel(1)
+    assert len(again.forwards) == 4
+
+
+def test_what_can_not_finish_in_time_is_handed_back_after_its_next_step(
+    engine: Engine, gated: Gated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long, short = engine.submit(request("long", steps=1000)), engine.submit(request("short", steps=1000))
+    gated.begun()
+    while engine.progress()["short"].steps_done < 1:
+        gated.next()
+    with engine._changed:  # their measured pace: a second a step, and as good as nothing
+        for request_id, pace in (("long", 1.0), ("short", 1e-6)):
+            engine._renders[request_id].request.seconds_per_forward = pace
+            engine._renders[request_id].request.stepped = None  # and no more is measured
+    began = time.monotonic()
+    draining = drain_and_see(engine, monkeypatch)
+    gated.next()
+    snapshot = handed_back(long)
+    assert snapshot is not None
+    assert snapshot.steps_done >= 2
+    assert not short.done()
+    gated.allow()
+    draining.result(SOON)
+    assert short.result(0).image.getpixel((0, 0)) == pixel(1)
+    assert time.monotonic() - began < SOON / 2
+
+
+def test_what_is_not_done_in_time_after_all_is_handed_back_with_its_state() -> None:
+    with running(NullPipeline(seconds_per_step=0.02)) as engine:
+        future = engine.submit(request("a", steps=1000))
+        engine.look("a").result(SOON)
+        with engine._changed:
+            engine._renders["a"].request.seconds_per_forward = 1e-6  # it was faster before
+        began = time.monotonic()
+        engine.drain(4.0)
+        assert 2.5 < time.monotonic() - began < 4.0
+        snapshot = handed_back(future)
+        assert snapshot is not None
+        assert snapshot.steps_done > 1
+
+
+@pytest.mark.parametrize("paces", [(None, None), (60.0, 60.0), (60.0, 1e-6)], ids=["new", "late", "late and early"])
+def test_a_drain_ends_in_time_even_when_a_forward_hangs(
+    engine: Engine, gated: Gated, paces: tuple[float | None, float | None]
+) -> None:
+    first = engine.submit(request("first", steps=1))
+    gated.begun()
+    futures = [engine.submit(request(name, steps=1000)) for name in "ab"]
+    assert gated.next() == ["a", "b"]
+    for name, pace in zip("ab", paces, strict=True):
+        engine._renders[name].request.seconds_per_forward = pace
+    began = time.monotonic()
+    engine.drain(0.4)
+    assert 0.3 < time.monotonic() - began < SOON / 2
+    assert [handed_back(future) for future in futures] == [None, None]
+    assert engine.progress() == {}
+    first.result(0)
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_one_is_handed_back_while_its_neighbours_go_on(engine: Engine, gated: Gated, begun: bool) -> None:
+    stays = engine.submit(request("stays", steps=4))
+    gated.begun()
+    leaves = engine.submit(request("leaves", steps=9))
+    assert gated.next() == ["stays", "leaves"]
+    if begun:
+        gated.next()
+    assert engine.hand_back("leaves", "its batch is paused")
+    assert not leaves.done()  # the forward under way has rows of it
+    assert engine.cancel("leaves")  # too late: it leaves already
+    gated.allow()
+    snapshot = handed_back(leaves)
+    assert snapshot is not None
+    assert snapshot.steps_done == 1 + begun
+    assert stays.result(SOON).image.getpixel((0, 0)) == pixel(1)
+    assert not engine.hand_back("leaves", "it is gone")
+
+
+def test_who_is_denoised_is_not_handed_back_but_finished(engine: Engine, gated: Gated) -> None:
+    decoding, decoded = threading.Event(), threading.Event()
+
+    def wait_for_it(_: object) -> None:
+        decoding.set()
+        assert decoded.wait(SOON)
+
+    gated.faults["decode"] = wait_for_it
+    future = engine.submit(request("a", steps=1))
+    gated.allow()
+    assert decoding.wait(SOON)
+    assert engine.hand_back("a", "too late")
+    decoded.set()
+    assert future.result(SOON).image.getpixel((0, 0)) == pixel(1)
+
+
+def test_an_idle_engine_drains_at_once(engine: Engine) -> None:
+    began = time.monotonic()
+    engine.drain(SOON)
+    assert time.monotonic() - began < 1

@@ -1,0 +1,72 @@
+"""What many threads ask at the same time is asked once, and each gets its own answer."""
+
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import pytest
+
+from farm.errors import DatabaseUnavailable
+from workers.service.group_commit import Gathered
+
+
+class Doubling:
+    """Doubles numbers, and holds up its first call until `go` is set."""
+
+    def __init__(self) -> None:
+        self.calls: list[list[int]] = []
+        self.begun, self.go = threading.Event(), threading.Event()
+
+    def __call__(self, numbers: Sequence[int]) -> list[int]:
+        self.calls.append(sorted(numbers))
+        self.begun.set()
+        assert self.go.wait(10)
+        if 13 in numbers:
+            raise ValueError("13")
+        if 99 in numbers:
+            raise DatabaseUnavailable("away")
+        return [2 * number for number in numbers]
+
+
+@pytest.fixture
+def doubling() -> Doubling:
+    return Doubling()
+
+
+@pytest.fixture
+def gathered(doubling: Doubling) -> Gathered[int, int]:
+    return Gathered(doubling, "doubling")
+
+
+def ask(gathered: Gathered[int, int], doubling: Doubling, *numbers: int) -> list[Future[int]]:
+    """Ask for 1, and for these while that is under way; all of them have ended when it returns."""
+    with ThreadPoolExecutor(1 + len(numbers)) as threads:
+        first = threads.submit(gathered, 1)
+        assert doubling.begun.wait(10)
+        others = [threads.submit(gathered, number) for number in numbers]
+        while gathered._line.qsize() < len(numbers):
+            threading.Event().wait(0.001)
+        doubling.go.set()
+    return [first, *others]
+
+
+def test_what_is_asked_while_a_call_is_under_way_goes_into_one_call(
+    gathered: Gathered[int, int], doubling: Doubling
+) -> None:
+    answers = ask(gathered, doubling, 2, 3, 4)
+    assert [answer.result() for answer in answers] == [2, 4, 6, 8]
+    assert doubling.calls == [[1], [2, 3, 4]]
+
+
+def test_what_breaks_breaks_alone(gathered: Gathered[int, int], doubling: Doubling) -> None:
+    _, two, thirteen, four = ask(gathered, doubling, 2, 13, 4)
+    assert (two.result(), four.result()) == (4, 8)
+    with pytest.raises(ValueError, match="13"):
+        thirteen.result()
+
+
+def test_an_outage_is_told_to_all_and_not_tried_for_each(gathered: Gathered[int, int], doubling: Doubling) -> None:
+    for answer in ask(gathered, doubling, 2, 99, 4)[1:]:
+        with pytest.raises(DatabaseUnavailable):
+            answer.result()
+    assert doubling.calls == [[1], [2, 4, 99]]

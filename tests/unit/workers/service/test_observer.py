@@ -1,0 +1,111 @@
+"""What is kept and shown of a render that runs, whatever it waits for: the object store, or its model."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import closing
+from typing import Any
+
+import pytest
+
+from farm.jobs.database import Database
+from farm.jobs.store import JobStore
+from farm.objects.storage import Storage
+from farm.settings import Settings
+from tests.gated import SOON, Gated, request, running
+from tests.integration.conftest import wait_until
+from workers.service.observer import Held, Observer
+
+SETTINGS = Settings.load(
+    database_url="sqlite://", broker_url="redis://", s3_bucket="farm", checkpoint_seconds=1e-9, home="nowhere"
+)
+
+
+class Hung(Storage):
+    """An object store that takes what it is given when it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__(SETTINGS)
+        self.begun, self.go = threading.Event(), threading.Event()
+        self.written: list[str] = []
+
+    def put(self, key: str, data: bytes, content_type: str = "") -> None:
+        self.written.append(key)
+        self.begun.set()
+        assert self.go.wait(SOON)
+
+
+def claimed(store: JobStore, steps: int) -> Held:
+    store.submit("b", "me", 50, [request("", steps=steps).spec])
+    (bell,) = store.enqueue(10)
+    claim = store.claim(bell.job_id, "w1@host")
+    assert claim is not None
+    return Held(claim)
+
+
+@pytest.fixture
+def store(sqlite_url: str) -> Iterator[JobStore]:
+    with closing(Database(sqlite_url)) as database:
+        yield JobStore(database, SETTINGS)
+
+
+def test_what_was_asked_for_while_its_model_was_loaded_is_written_all_the_same(store: JobStore) -> None:
+    gated, storage = Gated(), Hung()
+    storage.go.set()
+    with running(gated) as engine:
+        observer, held = Observer(engine, storage, store, SETTINGS), claimed(store, 100)
+        job_id = held.claim.job_id
+        observer.beat([held], {job_id: False})  # it is not in the engine yet
+        future = engine.submit(request(job_id, steps=100))
+        gated.begun()
+        observer.beat([held], {job_id: False})
+        gated.next()
+        wait_until(lambda: len(storage.written) == 2, "a checkpoint and a preview")
+        gated.allow()
+        future.result(SOON)
+    assert {key.split(".a1.")[1] for key in storage.written[:2]} == {"checkpoint.safetensors", "preview.png"}
+
+
+def test_a_preview_that_breaks_is_tried_again_after_some_steps(
+    store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gated, storage = Gated(), Hung()
+    storage.go.set()
+    with running(gated) as engine:
+        observer, held = Observer(engine, storage, store, SETTINGS), claimed(store, 100)
+        held.checkpointed = float("inf")
+        job_id, tries = held.claim.job_id, []
+        picture = engine.picture
+
+        def breaks_once(*args: Any, **kwargs: Any) -> Any:
+            tries.append(args)
+            if len(tries) == 1:
+                raise RuntimeError("no room")
+            return picture(*args, **kwargs)
+
+        monkeypatch.setattr(engine, "picture", breaks_once)
+        future = engine.submit(request(job_id, steps=100))
+        gated.begun()
+        observer.beat([held], {job_id: False})
+        gated.next()
+        wait_until(lambda: len(tries) == 1, "it breaks")
+        gated.allow()
+        future.result(SOON)
+        observer._pool.shutdown(wait=True)
+    assert storage.written
+
+
+def test_states_do_not_pile_up_while_the_object_store_hangs(store: JobStore) -> None:
+    gated, storage = Gated(), Hung()
+    with running(gated) as engine:
+        observer, held = Observer(engine, storage, store, SETTINGS), claimed(store, 100)
+        future = engine.submit(request(held.claim.job_id, steps=100))
+        gated.begun()
+        for _ in range(10):
+            observer.beat([held], {})
+            gated.next()
+        assert storage.begun.wait(SOON)
+        storage.go.set()
+        observer._pool.shutdown(wait=True)
+        gated.allow()
+        future.result(SOON)
+    assert len(storage.written) == 1

@@ -1,0 +1,92 @@
+"""One worker process, on one device: its models loaded, then Celery's messages until it is told to stop."""
+
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from typing import Any
+
+from celery import Celery, signals
+
+from farm.errors import FarmError
+from farm.log import configure
+from farm.queue.broker import make_app, queue_name
+from farm.settings import Settings
+from workers.consumer import tasks
+from workers.consumer.progress import ProgressBars
+from workers.consumer.queue_order import HeldFirst, UrgentConsumer
+from workers.consumer.reporter import Reporter
+from workers.service.worker import Worker
+
+
+def serve(name: str | None, given: dict[str, Any]) -> None:
+    """Load the models, then render until told to stop; `given` are the settings that the command line names.
+
+    The process ends with 2 where another start would end the same way, and with 3 where it may not.
+    """
+    nodename = f"{name or f'worker-{os.getpid()}'}@{socket.gethostname()}"
+    configure()
+    # Until Celery listens itself, a stop ends the loading; nothing is claimed yet.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    try:
+        settings = Settings.load(**given)
+        worker = Worker(settings, nodename)
+        worker.build()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except FarmError as error:
+        print(f"farm worker: {error}", file=sys.stderr)
+        sys.exit(3 if error.retryable else 2)
+
+    app = make_app(settings)
+    app.conf.worker_pool = "workers.consumer.pool:TaskPool"
+    app.conf.worker_consumer = "workers.consumer.message_filter:CheckedConsumer"
+    app.conf.worker_enable_remote_control = True
+    order = HeldFirst(lambda: worker.pins.held, lambda: worker.pins.failures)
+    app.conf.broker_transport_options["queue_order_strategy"] = order
+    app.steps["consumer"].add(UrgentConsumer)
+    signals.setup_logging.connect(lambda **_: None, weak=False)  # ours stands already
+    tasks.register(app, worker)
+    attach(app, worker)
+    app.worker_main(
+        [
+            "worker",
+            f"--hostname={nodename}",
+            f"--queues={','.join(queue_name(model) for model in worker.pins.names)}",
+            # More threads than slots: while some render, others encode and upload, and one waits to join.
+            f"--concurrency={worker.engine.slots + max(2, worker.engine.slots // 2)}",
+            "--without-mingle",
+            "--without-gossip",
+            "--task-events",
+        ]
+    )
+
+
+def attach(app: Celery, worker: Worker) -> None:
+    """Tie a worker's life to Celery's: known when it consumes, draining when it is told to stop, gone at the end."""
+    seconds = worker.settings.progress_seconds
+    bars = ProgressBars(worker.renders, seconds) if seconds is not None else None
+
+    def ready(sender: Any, **_: object) -> None:
+        worker.live()
+        if bars is not None:
+            bars.start(sender.reporter)
+
+    def shutting_down(**_: object) -> None:
+        # Celery sends this inside its signal handler and then waits for running tasks: draining ends them.
+        threading.Thread(target=worker.drain, name="drain", daemon=True).start()
+
+    def shut_down(**_: object) -> None:
+        if bars is not None:
+            bars.stop()
+        worker.stop()
+
+    app.steps["consumer"].add(Reporter)
+    # Each transition has its line already, where it is committed.
+    for told_anyway in ("celery.worker.strategy", "celery.app.trace"):
+        logging.getLogger(told_anyway).setLevel(logging.WARNING)
+    signals.worker_ready.connect(ready, weak=False)
+    signals.worker_shutting_down.connect(shutting_down, weak=False)
+    signals.worker_shutdown.connect(shut_down, weak=False)

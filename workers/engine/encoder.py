@@ -1,0 +1,48 @@
+"""From a request's texts to its first latents, beside the render loop."""
+
+import logging
+from collections.abc import Callable
+
+import torch
+
+from farm.errors import EngineFailed, FarmError
+from workers.render.device import Side
+from workers.render.failures import as_failure
+from workers.render.pipeline import Pipeline
+from workers.render.request import RenderRequest
+
+log = logging.getLogger(__name__)
+
+
+class Encoder:
+    """One thread that encodes texts and draws first noise; `lost` is told that the device is gone."""
+
+    def __init__(self, lost: Callable[[Exception], None]) -> None:
+        self.side = Side("encoder")
+        self._lost = lost
+
+    def prepare(self, pipeline: Pipeline, request: RenderRequest) -> tuple[int, ...]:
+        """Plan and encode a request; the shape of its latents. Raises a `FarmError` whatever goes wrong."""
+        try:
+            with torch.inference_mode():
+                shape = pipeline.plan(request)
+                self.side.run(pipeline.device, lambda: _encode(pipeline, request))
+        except torch.AcceleratorError as error:
+            self._lost(error)
+            raise EngineFailed(f"the device is lost: {error}") from error
+        except FarmError:
+            raise
+        except Exception as error:
+            raise as_failure(error, f"encode the texts of its {request.rows} rows, before step 1") from error
+        return shape
+
+
+def _encode(pipeline: Pipeline, request: RenderRequest) -> None:
+    stopped = request.resume
+    if stopped is not None and (stopped.model_sha256, stopped.spec) != (pipeline.sha256, request.spec):
+        log.warning("%s starts afresh: what was written down is of another model or spec", request.id)
+        request.resume = None
+    pipeline.encode(request)
+    if pipeline.device.type == "cuda":
+        for tensor in (request.latents, *request.history, *request.conditioning.values()):
+            tensor.record_stream(torch.cuda.default_stream(pipeline.device))

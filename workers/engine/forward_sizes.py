@@ -1,0 +1,222 @@
+"""How many rows a forward should have: measured for each (weights, shape, dtype, device), and kept on disk."""
+
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Sequence
+from copy import copy
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+
+from workers.engine.step_scheduler import ForwardKey
+from workers.render.pipeline import Pipeline
+from workers.render.request import RenderRequest
+
+log = logging.getLogger(__name__)
+
+GAIN = 0.02
+"""By how much more rows a second a larger forward must bring: below that it only makes everybody wait longer."""
+_MEASURE_SECONDS = 30.0
+_REPEATS = 3
+_SLOW_SECONDS = 1.0
+"""From this long on one repeat is enough."""
+NO_LIMIT = 2**31
+FIXED_ROWS = 8
+"""Rows of a deterministic forward: one number for all workers, so that all draw the same bytes."""
+
+
+@dataclass
+class Curve:
+    """What is known of forwards of one kind."""
+
+    seconds: dict[int, float] = field(default_factory=dict)
+    """Of one forward, by its rows."""
+    most: int = NO_LIMIT
+    """More rows than this did not fit into memory."""
+
+    @property
+    def best(self) -> int:
+        """The rows that give most of them a second; fewer where more bring next to nothing."""
+        sizes = sorted(rows for rows in self.seconds if rows <= self.most)
+        if not sizes:
+            return self.most
+        best = sizes[0]
+        for rows in sizes[1:]:
+            if rows * self.seconds[best] > (1 + GAIN) * best * self.seconds[rows]:
+                best = rows
+        return best
+
+    def bucket(self, rows: int) -> int:
+        """The smallest measured size that holds so many rows; as they are if none does."""
+        return min((size for size in self.seconds if rows <= size <= self.most), default=rows)
+
+
+class ForwardSizes:
+    """Curves by what they were measured for, in memory and in a JSON file that workers of one machine may share.
+
+    A file that can't be read or written costs measuring again, nothing else. Without `measured` forwards take all the
+    rows there are. Safe to use from many threads, measuring from the one that owns the model.
+    """
+
+    def __init__(self, path: Path | None = None, most_rows: int = 32, *, measured: bool = True) -> None:
+        self._path = path
+        self._most_rows = most_rows
+        self._measured = measured
+        self._curves: dict[str, Curve] = {}
+        self._fixed: dict[ForwardKey, bool] = {}
+        self._limits: dict[ForwardKey, int] = {}
+        self._lock = threading.Lock()
+
+    def __contains__(self, key: ForwardKey) -> bool:
+        """Whether its limit is known."""
+        return key in self._limits
+
+    @property
+    def largest(self) -> int:
+        """The largest limit known; 0 if none is."""
+        return max(self._limits.values(), default=0)
+
+    def limit(self, key: ForwardKey) -> int:
+        """The most rows a forward of this key should have; 1 until that is known."""
+        return self._limits.get(key, 1)
+
+    def measure(self, pipeline: Pipeline, key: ForwardKey, request: RenderRequest) -> int:
+        """Find that limit, by timing forwards unless they were timed before; `request` is any of this key."""
+        self._limits[key] = self._found(pipeline, key, request)
+        return self._limits[key]
+
+    def _found(self, pipeline: Pipeline, key: ForwardKey, request: RenderRequest) -> int:
+        template = copy(request)
+        template.rows = 1
+        template.conditioning = {name: part[-1:] for name, part in template.conditioning.items()}
+        try:
+            if key.deterministic:
+                self._fixed[key] = _same_everywhere(pipeline, template)
+                return FIXED_ROWS if self._fixed[key] else 1
+            if not self._measured:
+                return NO_LIMIT
+            kind = _kind(pipeline, key)
+            return (self._curve(kind) or self._measure(kind, pipeline, template)).best
+        except torch.AcceleratorError:
+            raise
+        except Exception:
+            log.warning("can't measure forwards of %s: one request a forward", key, exc_info=True)
+            return request.rows
+
+    def parts(self, key: ForwardKey, rows: Sequence[int]) -> list[slice]:
+        """Which requests of a key share a forward, given the rows of each: all, unless the limit has shrunk since."""
+        cuts, room = list[int](), 0
+        for place, count in enumerate(rows):
+            if count > room:
+                cuts.append(place)
+                room = max(count, self.limit(key))
+            room -= count
+        return [slice(begin, end) for begin, end in pairwise([*cuts, len(rows)])]
+
+    def filled(self, pipeline: Pipeline, key: ForwardKey, requests: Sequence[RenderRequest]) -> int | None:
+        """How many rows a forward of these is filled up to: always the same if deterministic, measured if compiled."""
+        if key.deterministic:
+            return FIXED_ROWS if self._fixed.get(key) else None
+        if not pipeline.compiled:
+            return None
+        curve = self._curve(_kind(pipeline, key))
+        return curve.bucket(sum(request.rows for request in requests)) if curve else None
+
+    def too_large(self, pipeline: Pipeline, key: ForwardKey, rows: int) -> None:
+        """So many rows did not fit after all: half of them is the limit now, and the curve is corrected."""
+        self._limits[key] = max(1, min(self.limit(key), rows // 2))
+        with self._lock:
+            curve = self._curves.setdefault(_kind(pipeline, key), Curve())
+            curve.most = max(1, min(curve.most, rows - 1))
+            self._write()
+
+    def _curve(self, kind: str) -> Curve | None:
+        with self._lock:
+            if kind not in self._curves and (kept := self._read().get(kind)):
+                self._curves[kind] = kept
+            curve = self._curves.get(kind)
+            return curve if curve and curve.seconds else None
+
+    def _measure(self, kind: str, pipeline: Pipeline, template: RenderRequest) -> Curve:
+        """Time forwards of 1, 2, 4, … rows until more bring nothing."""
+        known = self._curves.get(kind, Curve())  # of which nothing is but what was too large
+        curve, began, rows = Curve(most=known.most), time.monotonic(), 1
+        while rows <= min(self._most_rows, curve.most) and time.monotonic() - began < _MEASURE_SECONDS:
+            try:
+                curve.seconds[rows] = _timed(pipeline, [template] * rows)
+            except torch.OutOfMemoryError:
+                curve.most = max(1, rows // 2)
+                break
+            if curve.best <= rows // 4:  # two doublings without a gain
+                break
+            rows *= 2
+        with self._lock:
+            self._curves[kind] = curve
+            self._write()
+        shown = " ".join(f"{rows}:{1000 * seconds / rows:.1f}" for rows, seconds in curve.seconds.items())
+        log.info("measured forward=%s best=%d rows, ms a row: %s", kind, curve.best, shown)
+        return curve
+
+    def _read(self) -> dict[str, Curve]:
+        if self._path is None:
+            return {}
+        try:
+            kept = json.loads(self._path.read_text())
+            return {
+                kind: Curve({int(rows): float(took) for rows, took in found["seconds"].items()}, int(found["most"]))
+                for kind, found in kept.items()
+            }
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            log.warning("can't read the measured forward sizes in %s (%s): measuring again", self._path, error)
+            return {}
+
+    def _write(self) -> None:
+        if self._path is None:
+            return
+        everything = {
+            kind: {"seconds": {str(rows): round(took, 6) for rows, took in curve.seconds.items()}, "most": curve.most}
+            for kind, curve in {**self._read(), **self._curves}.items()
+        }
+        partial = self._path.with_name(f"{self._path.name}.{os.getpid()}.part")
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_text(json.dumps(everything, indent=1, sort_keys=True))
+            partial.replace(self._path)
+        except OSError as error:
+            log.warning("can't keep the measured forward sizes in %s: %s", self._path, error)
+
+
+def _timed(pipeline: Pipeline, requests: list[RenderRequest]) -> float:
+    """Seconds of one forward, after one that warms up."""
+    took: list[float] = []
+    while len(took) <= _REPEATS and sum(took[1:]) < _SLOW_SECONDS:
+        began = time.monotonic()
+        if pipeline.denoise(requests).is_cuda:
+            torch.cuda.synchronize(pipeline.device)
+        took.append(time.monotonic() - began)
+    return min(took[1:])  # whatever else the machine does only adds to it
+
+
+def _kind(pipeline: Pipeline, key: ForwardKey) -> str:
+    where = torch.cuda.get_device_name(pipeline.device) if pipeline.device.type == "cuda" else "cpu"
+    shape = "x".join(map(str, key.shape))
+    return f"{pipeline.sha256[:16]} {shape} {key.dtype} {where} {torch.get_num_threads()} threads"
+
+
+def _same_everywhere(pipeline: Pipeline, template: RenderRequest) -> bool:
+    """Whether a row comes out the same, bit for bit, at each place of a forward, whoever is beside it."""
+    generator, other = torch.Generator().manual_seed(0), copy(template)
+    seen = []
+    for place in range(FIXED_ROWS):
+        other.latents = torch.randn(template.latents.shape, generator=generator).to(template.latents.device)
+        rows = [other] * FIXED_ROWS
+        rows[place] = template
+        seen.append(pipeline.denoise(rows, FIXED_ROWS)[place])
+    return all(torch.equal(seen[0], row) for row in seen)

@@ -1,0 +1,1 @@
+"""Models: from where they lie to loaded and pinned, within a memory budget."""

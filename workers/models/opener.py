@@ -1,0 +1,100 @@
+"""A worker's models opened from where they lie: on this machine's disk, on the hub, in the object store."""
+
+import logging
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from farm.errors import ModelError
+from farm.objects.model_store import parse_reference
+from farm.objects.storage import Storage
+from farm.settings import Settings
+from workers import tiny
+from workers.models.cache import ModelCache
+from workers.models.description import facts
+from workers.models.remote import FARM, is_remote
+from workers.render.pipeline import Load, Options, Pipeline
+
+log = logging.getLogger(__name__)
+
+
+def model_sources(models: str) -> dict[str, str]:
+    """Name and source of each model of a list like `tiny,sd15=/models/sd15,org/name,farm:sdxl,s3://bucket/prefix`.
+
+    A source is a hub id, a folder, `farm:name` or `farm:name@version` of what was pushed, an `s3://` prefix, or `tiny`;
+    a hub id names itself and a pushed model too, a folder and a prefix are named by their last part. Raises
+    `ModelError`.
+    """
+    found: dict[str, str] = {}
+    for entry in filter(None, (part.strip() for part in models.split(","))):
+        name, given, source = entry.partition("=")
+        if not given or name.startswith("null:"):
+            source = entry
+            is_place = "://" in entry or Path(entry).expanduser().is_dir()
+            name = entry.partition(":")[0] if entry.startswith("null:") else entry
+            name = parse_reference(entry.removeprefix(FARM))[0] if entry.startswith(FARM) else name
+            name = name.rstrip("/").rpartition("/")[2] if is_place and entry != "tiny" else name
+        if not name or not source:
+            raise ModelError(f"{entry!r} is not name=source")
+        if name in found:
+            raise ModelError(f"two models are called {name!r}")
+        found[name] = source
+    if not found:
+        raise ModelError("no models to pin: FARM_MODELS is empty")
+    return found
+
+
+def weights_bytes(source: str) -> int:
+    """What a model's weights take on disk, if they lie here; 0 if nobody knows yet."""
+    folder = Path(source).expanduser()
+    return sum(file.stat().st_size for file in folder.glob("*/*.safetensors"))
+
+
+class Opener:
+    """Where each model of `FARM_MODELS` lies, and how it is loaded onto this worker's device."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        storage: Storage,
+        load: Load,
+        device: torch.device,
+        dtype: torch.dtype,
+        stopping: threading.Event,
+    ) -> None:
+        """Loads nothing yet; `load` is `workers.pipelines.load`. Raises `ModelError` for an invalid list of models."""
+        self._load = load
+        named = model_sources(settings.models)
+        self.sources = {name: str(tiny.WEIGHTS) if source == "tiny" else source for name, source in named.items()}
+        """Source by name, in the order given."""
+        self.loaded: dict[str, Mapping[str, object]] = {}
+        """The `facts` of every model that was ever loaded."""
+        self._device, self._dtype = device, dtype
+        self._options = Options(compile=settings.compile and device.type == "cuda", embeddings=settings.embeddings)
+        self._cache = ModelCache(settings.model_cache, storage, settings.model_cache_size, stopping)
+
+    def open(self, name: str, source: str) -> Pipeline:
+        """Load a model. Raises `ModelError`, or `torch.OutOfMemoryError`."""
+
+        def report(part: str) -> None:
+            log.info("loading model=%s %s", name, part)
+
+        def loaded(folder: str) -> Pipeline:
+            return self._load(folder, self._device, self._dtype, report, **self._options)
+
+        pipeline = self._cache.load(source, loaded)
+        self.loaded[name] = facts(pipeline)
+        return pipeline
+
+    def outline(self, name: str) -> Pipeline:
+        """A model without its weights, which only tells what it would take. Raises `FarmError`."""
+        meta = torch.device("meta")
+        return self._cache.load_configs(
+            self.sources[name], lambda folder: self._load(folder, meta, self._dtype, **self._options)
+        )
+
+    def weights_bytes(self, source: str) -> int:
+        """What a model's weights take on disk; 0 if nobody knows yet."""
+        return self._cache.weights_bytes(source) if is_remote(source) else weights_bytes(source)

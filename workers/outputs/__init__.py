@@ -1,0 +1,1 @@
+"""What a render leaves: PNG, film strip, checkpoint."""

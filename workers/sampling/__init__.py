@@ -1,0 +1,1 @@
+"""Noise schedulers as tables, and guidance."""

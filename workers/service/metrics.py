@@ -1,0 +1,203 @@
+"""What a worker tells Prometheus: what it counts of its jobs, and what engine and models say when asked."""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.process_collector import ProcessCollector
+from prometheus_client.registry import Collector
+
+from farm.errors import ErrorClass
+from farm.jobs.records import Claim, Picture, WorkerInfo
+from farm.jobs.states import Outcome
+from farm.runtime.metrics_server import Exposition, Service
+from farm.settings import Settings
+from workers.engine.engine import Engine
+from workers.models.pins import Pins
+from workers.pipelines.texts import Embeddings
+from workers.render.device import memory
+from workers.render.pipeline import Pipeline
+from workers.render.request import RenderRequest
+from workers.service.observer import Held
+
+log = logging.getLogger(__name__)
+
+_SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1000)
+_STEP_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25)
+_WAIT_SECONDS = (0.5, 1, 2.5, 5, 10, 30, 60, 300, 900, 3600, 4 * 3600, 24 * 3600)
+_ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+class WorkerMetrics:
+    """A worker's numbers, counted whether somebody asks for them or not: it costs some microseconds a forward.
+
+    Labels are models and outcomes, never a batch, an owner or a job: there is no end to these.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # a series more for each, which nobody asks for
+        self._settings = settings
+        self._registry = registry = CollectorRegistry()
+        self._exposition: Exposition | None = None
+        self._models: tuple[str, ...] = ()
+
+        def counter(name: str, shown: str, *labels: str) -> Counter:
+            return Counter(f"farm_{name}", shown, labels, registry=registry)
+
+        def histogram(name: str, shown: str, buckets: Sequence[float]) -> Histogram:
+            return Histogram(f"farm_worker_{name}", shown, ["model"], buckets=buckets, registry=registry)
+
+        self._jobs = counter("worker_jobs", "Attempts that ended here, by what became of them.", "model", "outcome")
+        self._errors = counter("worker_errors", "Attempts that an error ended, by what it needs.", "error_class")
+        self._device_seconds = counter("worker_device_seconds", "What finished renders took the device.", "model")
+        self._lost_leases = counter("lost_leases", "Jobs that were given up for an earlier worker of this name.")
+        self._hits = counter("worker_embedding_cache_hits", "Texts whose embeddings were kept.", "model")
+        self._misses = counter("worker_embedding_cache_misses", "Texts that were encoded.", "model")
+        self._waits = histogram("wait_seconds", "From a batch's submission to a job's first claim.", _WAIT_SECONDS)
+        self._renders = histogram("render_seconds", "From a slot to the last pixel.", _SECONDS)
+        self._steps = histogram("step_seconds", "What a render took for each of its steps.", _STEP_SECONDS)
+        self._forwards = histogram("forward_rows", "Rows that share a forward.", _ROWS)
+
+    # --- where it is told
+
+    def listen(self) -> None:
+        """Take the port, if one is set. Raises `NotConfigured` if somebody has it."""
+        if self._settings.metrics_port is not None:
+            self._exposition = Exposition(self._settings, self._registry)
+
+    @property
+    def url(self) -> str | None:
+        """Where Prometheus finds all this; None if no port is set."""
+        return self._exposition.url if self._exposition else None
+
+    def start(
+        self, info: WorkerInfo, device: torch.device, engine: Engine, pins: Pins, services: Mapping[str, Service]
+    ) -> None:
+        """Answer from now on, with what these say too."""
+        self._models = pins.names
+        for model in pins.names:  # what begins at nothing is seen to rise
+            for outcome in Outcome:
+                self._jobs.labels(model, outcome.value)
+            for metric in (self._device_seconds, self._hits, self._misses, self._waits, self._renders, self._steps):
+                metric.labels(model)
+        for error_class in ErrorClass:
+            self._errors.labels(error_class.value)
+        self._registry.register(WorkerCollector(info, device, engine, pins, services))
+        ProcessCollector(registry=self._registry)
+        if self._exposition is not None:
+            self._exposition.start()
+            log.info("metrics at %s", self._exposition.url)
+
+    def stop(self) -> None:
+        """Answer no more."""
+        if self._exposition is not None:
+            self._exposition.close()
+            self._exposition = None
+
+    # --- what is counted
+
+    def counted(self, model: str, pipeline: Pipeline) -> Pipeline:
+        """A pipeline whose forwards and texts are counted."""
+        return cast(
+            "Pipeline",
+            _Counted(pipeline, self._forwards.labels(model), self._hits.labels(model), self._misses.labels(model)),
+        )
+
+    def lost(self, jobs: int) -> None:
+        """An earlier worker of this name had left so many jobs."""
+        self._lost_leases.inc(jobs)
+
+    def claimed(self, claim: Claim) -> None:
+        """An attempt begins."""
+        if claim.attempt == 1:
+            self._waits.labels(self._model(claim)).observe(claim.waited_seconds)
+
+    def rendered(self, claim: Claim, picture: Picture) -> None:
+        """A picture is recorded."""
+        model = self._model(claim)
+        self._renders.labels(model).observe(picture.render_seconds)
+        self._device_seconds.labels(model).inc(picture.device_seconds or 0.0)
+        if not claim.checkpoint_key:  # else some of its steps were done by an earlier attempt
+            self._steps.labels(model).observe(picture.render_seconds / claim.spec.num_inference_steps)
+
+    def ended(self, held: Held) -> None:
+        """An attempt is over; one of which nothing could be recorded has lost its lease, or will."""
+        self._jobs.labels(self._model(held.claim), held.outcome or Outcome.LOST).inc()
+        if held.error_class is not None:
+            self._errors.labels(held.error_class.value).inc()
+
+    def _model(self, claim: Claim) -> str:
+        # A job can be of a model that is not served here only by a message that somebody has put into a wrong queue.
+        return claim.spec.model if claim.spec.model in self._models else "other"
+
+
+class _Counted:
+    """A pipeline that counts what goes through it; all else is the pipeline's own."""
+
+    def __init__(self, pipeline: Pipeline, forwards: Histogram, hits: Counter, misses: Counter) -> None:
+        self._pipeline = pipeline
+        self._forwards, self._hits, self._misses = forwards, hits, misses
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pipeline, name)
+
+    def denoise(self, requests: Sequence[RenderRequest], rows: int | None = None) -> torch.Tensor:
+        """Called once a forward."""
+        self._forwards.observe(sum(request.rows for request in requests))
+        return self._pipeline.denoise(requests, rows)
+
+    def encode(self, request: RenderRequest) -> None:
+        """Called once a request, by one thread: what its cache counts meanwhile is this request's."""
+        cache: Embeddings | None = getattr(self._pipeline, "embeddings", None)
+        hits, misses = (cache.hits, cache.misses) if cache else (0, 0)
+        self._pipeline.encode(request)
+        if cache:
+            self._hits.inc(cache.hits - hits)
+            self._misses.inc(cache.misses - misses)
+
+
+class WorkerCollector(Collector):
+    """What engine, models and device say when they are asked."""
+
+    def __init__(
+        self, info: WorkerInfo, device: torch.device, engine: Engine, pins: Pins, services: Mapping[str, Service]
+    ) -> None:
+        self._info = info
+        self._device = device
+        self._engine = engine
+        self._pins = pins
+        self._services = services
+
+    def collect(self) -> Iterator[Metric]:
+        """Called with every scrape; waits for no step."""
+        about = GaugeMetricFamily("farm_worker_info", "What the worker is.", labels=["device", "dtype", "version"])
+        about.add_metric([self._info.device, self._info.dtype, self._info.version], 1)
+        yield about
+        seen = self._engine.progress().values()
+        slots = self._engine.slots
+        denoising = sum(one.seconds is not None and one.steps_done < one.steps_total for one in seen)
+        yield GaugeMetricFamily("farm_worker_slots", "Requests that may run at once.", value=slots)
+        yield GaugeMetricFamily("farm_worker_slots_in_use", "Requests that run.", value=min(slots, denoising))
+        waiting = sum(one.seconds is None for one in seen)
+        yield GaugeMetricFamily("farm_worker_waiting_requests", "Claimed jobs without a slot yet.", value=waiting)
+        if found := memory(self._device):
+            for name, value in zip(("used", "total"), found, strict=True):
+                shown = f"Memory of the device, {name}; on the CPU the process' part of the machine's."
+                yield GaugeMetricFamily(f"farm_worker_device_memory_{name}_bytes", shown, value=value)
+        held = GaugeMetricFamily("farm_worker_model_bytes", "Parameters of the models held.", labels=["model"])
+        for model, nbytes in self._pins.memory_used.items():
+            held.add_metric([model], nbytes)
+        yield held
+        refused = len(self._pins.failures)
+        yield GaugeMetricFamily("farm_worker_refused_models", "Models that can't be loaded.", value=refused)
+        yield CounterMetricFamily("farm_worker_model_loads", "Models loaded.", value=self._pins.loads)
+        yield CounterMetricFamily("farm_worker_model_evictions", "Models that made room.", value=self._pins.evictions)
+        errors = CounterMetricFamily(
+            "farm_worker_service_errors", "Times that a service did not answer.", labels=["service"]
+        )
+        for name, service in self._services.items():
+            errors.add_metric([name], service.outages)
+        yield errors
