@@ -1,8 +1,8 @@
 """Which samplers a spec may name: people's names and diffusers' class names, as plain data.
 
 The names are those of k-diffusion and of the web UIs; each stands for a diffusers noise scheduler and the
-config it is built with. diffusers itself is not imported here: a client has none. `python -m farm.specs.samplers` prints
-docs/samplers.md.
+config it is built with. diffusers itself is not imported here: a client has none.
+`python -m farm.specs.samplers` prints docs/samplers.md.
 """
 
 from collections.abc import Iterator, Mapping

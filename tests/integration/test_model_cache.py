@@ -294,10 +294,10 @@ from pathlib import Path
 from farm.log import configure
 from farm.settings import Settings
 from farm.objects.storage import Storage
-from workers import model_fetching
+from workers.models import fetching
 from workers.models.cache import ModelCache
 
-model_fetching._PIECE_BYTES = 2**18
+fetching._PIECE_BYTES = 2**18
 
 class Loaded:
     pass

@@ -153,7 +153,7 @@ def test_of_two_who_push_different_models_under_a_name_one_is_told(store: ModelS
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from farm import large_objects
+from farm.objects import large_objects
 from farm.objects.model_store import ModelStore
 from farm.settings import Settings
 from farm.objects.storage import Storage
