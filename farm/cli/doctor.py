@@ -62,7 +62,7 @@ def check(settings: Settings) -> list[Finding]:
         findings += _flower(settings)
         if state.level != "bad":
             try:
-                store = JobStore(database, settings)
+                store = JobStore.over(database, settings)
                 findings += _dispatcher(settings, database, embedded=embedded)
                 findings += _workers(store)
             except DatabaseUnavailable as error:
@@ -304,7 +304,7 @@ def _left_behind(settings: Settings, database: Database) -> set[str]:
 
 
 def _workers(store: JobStore) -> Iterator[Finding]:
-    workers = store.workers()
+    workers = store.workers.all()
     held = {str(model["name"]) for worker in workers if worker.alive for model in worker.models}
     for worker in workers:
         models = ", ".join(str(model["name"]) for model in worker.models)
@@ -320,7 +320,7 @@ def _workers(store: JobStore) -> Iterator[Finding]:
             yield Finding("worker", "ok", f"{worker.name} on {worker.device}, {worker.slots} slots, holds {models}")
     if not any(worker.alive for worker in workers):
         yield Finding("worker", "bad", "none is alive", "start one: `farm worker`")
-    for model, count in sorted(store.waiting_by_model().items()):
+    for model, count in sorted(store.overview.waiting_by_model().items()):
         if model not in held:
             yield Finding(
                 "models",

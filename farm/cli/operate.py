@@ -80,9 +80,11 @@ def dispatcher() -> None:
         db.check_schema()
         broker = Broker(settings)
         storage = Storage(settings)
-        store, leadership = JobStore(db, settings), Leadership(db, "dispatcher")
+        store, leadership = JobStore.over(db, settings), Leadership(db, "dispatcher")
         dispatcher = Dispatcher(store, broker, storage, settings)
-        exposition = serve(db, store, dispatcher, leadership, settings, {"sql": db, "redis": broker, "s3": storage})
+        exposition = serve(
+            db, store.workers, dispatcher, leadership, settings, {"sql": db, "redis": broker, "s3": storage}
+        )
         try:
             dispatcher.run(stop, leadership)
         finally:

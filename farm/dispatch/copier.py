@@ -6,8 +6,7 @@ import time
 from collections.abc import Mapping
 
 from farm.errors import NotFound, ServiceUnavailable
-from farm.jobs.reuse import Copying
-from farm.jobs.store import JobStore
+from farm.jobs.reuse import Copying, Reuse
 from farm.objects.storage import Storage
 
 log = logging.getLogger(__name__)
@@ -27,8 +26,8 @@ class Copier:
     dispatcher lets be rendered what could have been copied.
     """
 
-    def __init__(self, store: JobStore, storage: Storage) -> None:
-        self._store = store
+    def __init__(self, reuse: Reuse, storage: Storage) -> None:
+        self._reuse = reuse
         self._storage = storage
         self._line: dict[str, str] = {}
         self._at_work: set[str] = set()
@@ -64,17 +63,17 @@ class Copier:
         """
         made: list[Copying] = []
         error: ServiceUnavailable | None = None
-        for one in self._store.begin_copies(wanted):
+        for one in self._reuse.begin_copies(wanted):
             try:
                 if self._copied(one):
                     made.append(one)
                 else:
                     log.warning("the picture of job_id=%s is gone, or not its own: it serves no other", one.source_id)
-                    self._store.withdraw(one.source_id)
+                    self._reuse.withdraw(one.source_id)
             except ServiceUnavailable as raised:
                 error = raised
                 break
-        late = self._store.end_copies(made) if made else []
+        late = self._reuse.record_copies(made) if made else []
         self._storage.delete_many(key for one in late for key in one.keys.values())
         if error is not None:
             raise error

@@ -28,7 +28,7 @@ from farm.jobs.database import Database
 from farm.jobs.demand import Demands, demands
 from farm.jobs.leadership import Leadership
 from farm.jobs.states import JobState
-from farm.jobs.store import JobStore
+from farm.jobs.workers import Workers
 from farm.runtime.metrics_server import Exposition, Service, plain
 from farm.settings import Settings
 
@@ -142,12 +142,12 @@ class DispatcherCollector(Collector):
 class WorkerTargets:
     """The live workers that have metrics, for Prometheus' `http_sd_configs`: one address finds all nodes."""
 
-    store: JobStore
+    workers: Workers
 
     def __call__(self, _environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """Called with each refresh. Without an answer Prometheus keeps the targets that it has."""
         try:
-            found = [target(one.name, one.metrics_url) for one in self.store.workers() if one.alive and one.metrics_url]
+            found = [target(one.name, one.metrics_url) for one in self.workers.all() if one.alive and one.metrics_url]
         except ServiceUnavailable as error:
             return plain(start_response, http.HTTPStatus.SERVICE_UNAVAILABLE, f"{error}\n")
         return plain(start_response, http.HTTPStatus.OK, json.dumps(found), "application/json")
@@ -164,7 +164,7 @@ def target(worker: str, url: str) -> dict[str, Any]:
 
 def serve(
     db: Database,
-    store: JobStore,
+    workers: Workers,
     dispatcher: Dispatcher,
     leadership: Leadership,
     settings: Settings,
@@ -178,7 +178,7 @@ def serve(
         ProcessCollector(registry=registry)
     registry.register(FarmCollector(db, settings))
     registry.register(DispatcherCollector(dispatcher, leadership, services))
-    exposition = Exposition(settings, registry, {"/workers": WorkerTargets(store)})
+    exposition = Exposition(settings, registry, {"/workers": WorkerTargets(workers)})
     exposition.start()
     log.info("metrics at %s", exposition.url)
     return exposition

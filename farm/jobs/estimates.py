@@ -6,8 +6,8 @@ from itertools import chain, islice
 
 import sqlalchemy as sa
 
+from farm.jobs.conditions import ACCEPTED, in_state
 from farm.jobs.database import Database
-from farm.jobs.queries import ACCEPTED, in_state
 from farm.jobs.schema import BatchRow, JobRow
 from farm.jobs.states import JobState
 from farm.specs.spec import RenderSpec

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import redis
 
 from farm.errors import FarmError, NotConfigured, ServiceUnavailable
-from farm.jobs.store import JobStore
+from farm.jobs.workers import Workers
 from farm.local.home import GRPC, LOOPBACK, SERVICE_VARIABLES, Access, Home, write_private
 from farm.objects.storage import Storage
 from farm.settings import Settings
@@ -187,7 +187,7 @@ def dispatcher(home: Home, settings: Settings) -> Part:
     )
 
 
-def worker(home: Home, settings: Settings, number: int, of: int, store: JobStore) -> Part:
+def worker(home: Home, settings: Settings, number: int, of: int, workers: Workers) -> Part:
     """One of the workers; they share the machine's cores, and take turns on its GPUs if it has several."""
     name = f"worker-{number}"
     here = f"{name}@{socket.gethostname()}"
@@ -203,7 +203,7 @@ def worker(home: Home, settings: Settings, number: int, of: int, store: JobStore
         try:
             return any(
                 found.name == here and found.started_at is not None and found.started_at >= process.started_at
-                for found in store.workers()
+                for found in workers.all()
             )
         except ServiceUnavailable:
             return False

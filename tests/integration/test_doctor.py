@@ -42,13 +42,13 @@ def on_sqlite(sqlite_url: str, valkey: str, s3: dict[str, str], tmp_path: Path) 
 
 
 def introduce(store: JobStore, name: str, *, model: str = "tiny", version: str = __version__) -> None:
-    store.introduce(
+    store.workers.register(
         WorkerInfo(name=name, device="cpu", dtype="float32", slots=8, version=version, models=({"name": model},))
     )
 
 
 def test_a_healthy_farm_is_all_ok(settings: Settings, database: Database) -> None:
-    store = JobStore(database, settings)
+    store = JobStore.over(database, settings)
     introduce(store, "worker-1@here")
     findings = check(settings)
     assert [(finding.part, finding.level) for finding in findings] == [
@@ -62,7 +62,7 @@ def test_a_healthy_farm_is_all_ok(settings: Settings, database: Database) -> Non
 
 
 def test_what_workers_lack_is_named(settings: Settings, database: Database) -> None:
-    store = JobStore(database, settings)
+    store = JobStore.over(database, settings)
     with Farm(settings) as farm:
         farm.submit(["a red circle"] * 3, model="sd15")
         farm.submit(["a red circle"], model="tiny")
@@ -96,7 +96,9 @@ def test_jobs_that_stay_in_the_backlog_show_that_no_dispatcher_runs(
     with Farm(settings) as farm:
         farm.submit(["a red circle"] * 3)
     with database.write() as session:
-        session.execute(sa.update(JobRow).where(JobRow.index == 3).values(state=JobState.PENDING.value, queued_at=None))
+        session.execute(
+            sa.update(JobRow).where(JobRow.position == 3).values(state=JobState.PENDING.value, queued_at=None)
+        )
     finding = only(settings, "dispatcher")
     assert (finding.level, finding.do) == ("bad", "start one: `farm dispatcher`")
     assert "models tiny" in finding.what

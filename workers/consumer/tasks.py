@@ -71,7 +71,7 @@ def render_job(worker: Worker, job_id: str) -> str:
 
 def _claim(worker: Worker, job_id: str) -> Held | None:
     if worker.draining.is_set() or worker.engine.failed is not None:
-        worker.store.unqueue([job_id])
+        worker.store.backlog.unqueue([job_id])
         return None
     return worker.claim(job_id)
 
@@ -90,7 +90,7 @@ def _render(worker: Worker, held: Held) -> str | None:
     except RenderCancelled:
         if held.cancelled.is_set():
             _forget(worker, held)
-            held.outcome = Outcome.CANCELLED if _insist(lambda: store.stopped(claim)) else Outcome.LOST
+            held.outcome = Outcome.CANCELLED if _insist(lambda: store.attempts.stopped(claim)) else Outcome.LOST
             return "cancelled"
         _leave(worker, held)
         held.outcome = Outcome.LOST
@@ -125,15 +125,15 @@ def _handed_back(worker: Worker, held: Held, why: str = "its worker stops", *, e
     why = "paused" if held.paused.is_set() else why
     store, seconds = worker.store, worker.settings.drain_seconds / 4
     # If SQL is away now, the lease runs out and does the same.
-    back = _insist(lambda: store.hand_back(held.claim, why, elsewhere=elsewhere), seconds=seconds)
+    back = _insist(lambda: store.attempts.hand_back(held.claim, why, elsewhere=elsewhere), seconds=seconds)
     held.outcome = Outcome.HANDED_BACK if back else Outcome.LOST
     return Retry(f"handed back: {why}", exc=RenderHandedBack(why))
 
 
 def _fail(worker: Worker, held: Held, reason: str, error_class: ErrorClass) -> None:
     store, claim = worker.store, held.claim
-    recorded = _insist(lambda: store.fail(claim, reason, error_class))
-    again = store.tries_again(claim, error_class)
+    recorded = _insist(lambda: store.attempts.fail(claim, reason, error_class))
+    again = store.attempts.tries_again(claim, error_class)
     held.outcome = (Outcome.RETRIED if again else Outcome.FAILED) if recorded else Outcome.LOST
     held.error_class = error_class
 
@@ -213,7 +213,7 @@ def _leave(worker: Worker, held: Held) -> None:
     """
     worker.observer.end(held)
     if held.objects:
-        _insist(lambda: worker.store.left_behind(held.claim))
+        _insist(lambda: worker.store.attempts.report_leftovers(held.claim))
 
 
 def _insist(call: Callable[[], T], seconds: float = OUTAGE_SECONDS) -> T:

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from PIL.PngImagePlugin import PngInfo
 
 from farm.errors import ErrorClass, FarmError
+from farm.jobs.attempts import Attempts
 from farm.jobs.records import Claim, Pace
 from farm.jobs.states import Outcome
-from farm.jobs.store import JobStore
 from farm.objects.storage import Storage
 from farm.settings import Settings
 from farm.specs.object_keys import checkpoint_key, preview_key
@@ -62,8 +62,8 @@ class Observer:
     Beside the render loop, and harmless: what can't be written is logged, and the render goes on.
     """
 
-    def __init__(self, engine: Engine, storage: Storage, store: JobStore, settings: Settings) -> None:
-        self._engine, self._storage, self._store = engine, storage, store
+    def __init__(self, engine: Engine, storage: Storage, attempts: Attempts, settings: Settings) -> None:
+        self._engine, self._storage, self._attempts = engine, storage, attempts
         self._checkpoint_seconds = settings.checkpoint_seconds
         self._checkpoint_steps = settings.checkpoint_steps
         self._preview_steps = settings.preview_steps
@@ -114,7 +114,7 @@ class Observer:
         key = checkpoint_key(claim.batch_id, claim.index, claim.attempt)
         if self._put(held, key, checkpoint.pack(snapshot), "application/octet-stream"):
             try:
-                if not self._store.checkpointed(claim, key):
+                if not self._attempts.record_checkpoint(claim, key):
                     return  # the next attempt may go on from what lies there; all of it is swept in the end
                 if claim.checkpoint_key is not None:
                     self._storage.delete(claim.checkpoint_key)
@@ -168,7 +168,7 @@ class Observer:
             if held.ended:
                 return False
             try:
-                if not held.objects and not self._store.leaves(held.claim):
+                if not held.objects and not self._attempts.expect_objects(held.claim):
                     return False
                 held.objects.add(key)
                 self._storage.put(key, data, content_type)

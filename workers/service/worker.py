@@ -47,7 +47,7 @@ class Worker:
         self.settings = settings
         self.name = name
         self.db = Database(settings.database_url)
-        self.store = JobStore(self.db, settings)
+        self.store = JobStore.over(self.db, settings)
         self.storage = Storage(settings)
         self.draining = threading.Event()
         self.metrics = WorkerMetrics(settings)
@@ -91,7 +91,7 @@ class Worker:
         warm(self.engine, self.pins)
         held = ",".join(self.pins.held)
         log.info("warmed models=%s device=%s in %.1f s", held, device, time.monotonic() - began)
-        self.observer = Observer(self.engine, self.storage, self.store, settings)
+        self.observer = Observer(self.engine, self.storage, self.store.attempts, settings)
         self.info = WorkerInfo(
             name=self.name,
             device=str(device),
@@ -127,7 +127,8 @@ class Worker:
 
     def live(self) -> None:
         """Make the worker known and begin to renew leases."""
-        self.metrics.lost(self.store.introduce(self.info))
+        self.store.workers.register(self.info)
+        self.metrics.lost(self.store.leases.reclaim(self.name))
         self._heart.start()
         self._guard.start()
 
@@ -153,7 +154,7 @@ class Worker:
                 for model in self.info.models
             ]
             self.info = replace(self.info, models=tuple(models))
-        self.store.describe(self.info)
+        self.store.workers.describe(self.info)
 
     # --- leases ---------------------------------------------------------------------------------------------
 
@@ -198,11 +199,11 @@ class Worker:
         return recorded
 
     def _claim_all(self, job_ids: Sequence[str]) -> list[Claim | None]:
-        claims = self.store.claim_many(set(job_ids), self.name)
+        claims = self.store.leases.claim_many(set(job_ids), self.name)
         return [claims.pop(job_id, None) for job_id in job_ids]  # of two messages for one job, one claims it
 
     def _succeed_all(self, ended: Sequence[tuple[Claim, Picture]]) -> list[bool]:
-        recorded = self.store.succeed_many(ended)
+        recorded = self.store.attempts.succeed_many(ended)
         return [claim.job_id in recorded for claim, _ in ended]
 
     def _beat_on(self) -> None:
@@ -240,7 +241,7 @@ class Worker:
             news = models != self.info.models
             self.info = replace(self.info, models=models)
         if news:
-            self.store.describe(self.info)
+            self.store.workers.describe(self.info)
 
     def _guard_leases(self) -> None:
         """Stop every render whose lease is about to run out: whoever holds the clock may give its job away then.
@@ -266,7 +267,7 @@ class Worker:
             if seen := progress.get(held.claim.job_id):  # else it is not there yet, or has left
                 held.pace = Pace(seen.steps_done, seen.seconds_per_step)
             paces[held.claim.job_id, held.claim.attempt] = held.pace
-        beat = self.store.beat(self.name, paces)
+        beat = self.store.leases.beat(self.name, paces)
         for held in mine:
             if held.claim.job_id not in beat.lost:
                 held.renewed = asked
@@ -305,7 +306,7 @@ class Worker:
         self.engine.stop()
         self.observer.close()
         try:
-            self.store.leave(self.name)
+            self.store.workers.deregister(self.name)
         except ServiceUnavailable as error:
             log.warning("could not say goodbye: %s", error)
         self.metrics.stop()

@@ -34,7 +34,7 @@ def test_what_failed_alone_does_not_fit_and_nothing_larger(
     worker: Any = Worker(Settings(database_url="sqlite://", broker_url="", s3_bucket=""), "w1@host")
     told: list[WorkerInfo] = []
     worker.pins = Pins.of({"tiny": NullPipeline()})
-    worker.store = SimpleNamespace(describe=told.append)
+    worker.store = SimpleNamespace(workers=SimpleNamespace(describe=told.append))
     worker.info = WorkerInfo("w1@host", "cpu", "float32", 4, "1", ({"name": "other"}, {"name": "tiny", **before}))
     assert worker.has_room(failed) or before
     worker.no_room(failed)

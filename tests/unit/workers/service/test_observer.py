@@ -35,9 +35,9 @@ class Hung(Storage):
 
 
 def claimed(store: JobStore, steps: int) -> Held:
-    store.submit("b", "me", 50, [request("", steps=steps).spec])
-    (bell,) = store.enqueue(10)
-    claim = store.claim(bell.job_id, "w1@host")
+    store.submissions.submit("b", "me", 50, [request("", steps=steps).spec])
+    (bell,) = store.backlog.enqueue(10)
+    claim = store.leases.claim(bell.job_id, "w1@host")
     assert claim is not None
     return Held(claim)
 
@@ -45,14 +45,14 @@ def claimed(store: JobStore, steps: int) -> Held:
 @pytest.fixture
 def store(sqlite_url: str) -> Iterator[JobStore]:
     with closing(Database(sqlite_url)) as database:
-        yield JobStore(database, SETTINGS)
+        yield JobStore.over(database, SETTINGS)
 
 
 def test_what_was_asked_for_while_its_model_was_loaded_is_written_all_the_same(store: JobStore) -> None:
     gated, storage = Gated(), Hung()
     storage.go.set()
     with running(gated) as engine:
-        observer, held = Observer(engine, storage, store, SETTINGS), claimed(store, 100)
+        observer, held = Observer(engine, storage, store.attempts, SETTINGS), claimed(store, 100)
         job_id = held.claim.job_id
         observer.beat([held], {job_id: False})  # it is not in the engine yet
         future = engine.submit(request(job_id, steps=100))
@@ -71,7 +71,7 @@ def test_a_preview_that_breaks_is_tried_again_after_some_steps(
     gated, storage = Gated(), Hung()
     storage.go.set()
     with running(gated) as engine:
-        observer, held = Observer(engine, storage, store, SETTINGS), claimed(store, 100)
+        observer, held = Observer(engine, storage, store.attempts, SETTINGS), claimed(store, 100)
         held.checkpointed = float("inf")
         job_id, tries = held.claim.job_id, []
         picture = engine.picture
@@ -97,7 +97,7 @@ def test_a_preview_that_breaks_is_tried_again_after_some_steps(
 def test_states_do_not_pile_up_while_the_object_store_hangs(store: JobStore) -> None:
     gated, storage = Gated(), Hung()
     with running(gated) as engine:
-        observer, held = Observer(engine, storage, store, SETTINGS), claimed(store, 100)
+        observer, held = Observer(engine, storage, store.attempts, SETTINGS), claimed(store, 100)
         future = engine.submit(request(held.claim.job_id, steps=100))
         gated.begun()
         for _ in range(10):
