@@ -282,8 +282,9 @@ def _warn_unheld(farm: Farm, batch_id: str | None = None) -> None:
     """Say so when jobs are for a model that no worker holds, or too large for all: they would wait without a word."""
     if missing := farm.unheld(batch_id):
         complain(f"no worker holds {', '.join(missing)} now; its jobs wait until one does (farm worker --models …)")
-    for model, most in farm.too_large(batch_id).items():
-        room = f"{most:,} pixels ({most // 2:,} with guidance)"
+    for model, limit in farm.exceeded_limits(batch_id).items():
+        guided = f" ({limit.pixels // limit.guidance.factor:,} with guidance)" if limit.guidance.field else ""
+        room = f"{limit.pixels:,} pixels{guided}"
         complain(f"no worker has the memory for {model} beyond {room} now; what is larger waits until one has")
 
 

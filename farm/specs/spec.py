@@ -76,6 +76,10 @@ Text = Annotated[str, Field(max_length=MAX_PROMPT_CHARS), AfterValidator(_storab
 Size = Annotated[int | None, Field(ge=MIN_SIZE, le=MAX_SIZE), AfterValidator(_multiple_of_8)]
 
 
+class TextOption:
+    """Marks a field of `RenderSpec` that changes how a model embeds a text; None must be its default."""
+
+
 class RenderSpec(BaseModel):
     """One picture, fully described; immutable, with diffusers' own parameter names.
 
@@ -97,7 +101,7 @@ class RenderSpec(BaseModel):
     """How far the guided noise is scaled back against over-exposure (Lin et al. 2023, section 3.4)."""
     true_cfg_scale: float = Field(default=1.0, ge=1, le=1000)
     """Flux: real classifier-free guidance with the negative prompt, where `guidance_scale` is distilled; 1 is none."""
-    clip_skip: int | None = Field(default=None, ge=1, le=23)
+    clip_skip: Annotated[int | None, TextOption()] = Field(default=None, ge=1, le=23)
     """How many of CLIP's last layers are left out."""
     eta: float = Field(default=0.0, ge=0, le=1)
     """The share of noise that samplers with an eta (DDIM's, Song et al. 2020) add back at each step."""
@@ -132,18 +136,17 @@ class RenderSpec(BaseModel):
         except ValidationError as error:
             raise InvalidInput([_problem(where, detail) for detail in error.errors()]) from error
 
-    def row_pixels(self, width: int, height: int) -> int:
-        """What memory goes by: pixels, times the rows of its forward, which are two with guidance.
-
-        `width` and `height` (pixels) are the model's own, for a spec without.
-        """
-        rows = 2 if self.guidance_scale > 1 or self.true_cfg_scale > 1 else 1
-        return (self.width or width) * (self.height or height) * rows
-
     def sha256(self) -> str:
         """The hash of what is asked for; equal specs have equal hashes, however they were written."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
 
+
+TEXT_OPTIONS = tuple(
+    name
+    for name, field in RenderSpec.model_fields.items()
+    if any(isinstance(mark, TextOption) for mark in field.metadata)
+)
+"""The fields that are marked as a `TextOption`."""
 
 _BRIEF = reprlib.Repr()
 _BRIEF.maxstring = _BRIEF.maxother = _BRIEF.maxlong = 4 * _SHOWN_CHARS

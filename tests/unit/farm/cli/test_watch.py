@@ -12,7 +12,8 @@ from farm.cli import watch
 from farm.cli.watch import Looker, View, shown
 from farm.errors import DatabaseUnavailable
 from farm.jobs.overview import Load
-from farm.jobs.records import HELD, MEMORY, BatchStatus, JobInfo, WorkerInfo
+from farm.jobs.records import BatchStatus, JobInfo, WorkerInfo
+from farm.jobs.served_models import DeviceMemory, ServedModel
 from farm.jobs.states import JobState
 from farm.jobs.tempo import Tempo
 from farm.specs.spec import RenderSpec
@@ -35,7 +36,7 @@ def failure(index: int = 7, batch: str = "sea-abcd1234", error: str = "NaN in th
 
 WORKER = WorkerInfo(
     name="gpu-1@node", device="cuda:0", dtype="bfloat16", slots=16, version="1",
-    models=({"name": "sd15", HELD: True, MEMORY: [20 * 2**30, 80 * 2**30]}, {"name": "flux", HELD: False}),
+    models=(ServedModel("sd15", loaded=True), ServedModel("flux")), memory=DeviceMemory(20 * 2**30, 80 * 2**30),
 )  # fmt: skip
 
 
