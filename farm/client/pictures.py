@@ -13,6 +13,7 @@ from PIL import Image, ImageSequence
 from farm.errors import JobNotSucceeded, NotFound, StorageUnavailable
 from farm.jobs.records import JobInfo, Picture
 from farm.objects.storage import Storage
+from farm.runtime.atomic_files import write_atomic
 from farm.specs.object_keys import trajectory_keys
 
 T = TypeVar("T")
@@ -96,11 +97,11 @@ def download(storage: Storage, job: JobInfo, folder: Path) -> Path:
     picture = succeeded(job)
     path = folder / Path(picture.key).name
     if not (path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == picture.sha256):
-        _put(path, png(storage, job))
+        write_atomic(path, png(storage, job))
     for key in film_keys(job) if job.spec.trajectory else ():
         beside = folder / Path(key).name
         if not beside.is_file():
-            _put(beside, storage.get(key))
+            write_atomic(beside, storage.get(key))
     return path
 
 
@@ -108,9 +109,3 @@ def files(storage: Storage, job: JobInfo) -> list[tuple[str, bytes]]:
     """The names and bytes of a job's picture, checked, and of its film if it has one; raises `JobNotSucceeded`."""
     films = film_keys(job) if job.spec.trajectory else ()
     return [(Path(succeeded(job).key).name, png(storage, job)), *((Path(key).name, storage.get(key)) for key in films)]
-
-
-def _put(path: Path, data: bytes) -> None:
-    partial = path.with_name(path.name + ".part")
-    partial.write_bytes(data)
-    partial.replace(path)

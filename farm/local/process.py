@@ -9,8 +9,9 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-from farm.local.home import Home, write_private
+from farm.local.home import Home
 from farm.local.parts import Part
+from farm.runtime.atomic_files import write_atomic
 from farm.runtime.tethered import Tethered
 
 LOG_BYTES = 16 * 2**20
@@ -107,4 +108,4 @@ def _remember(pid_file: Path, pid: int) -> None:
 
     with contextlib.suppress(psutil.Error):  # it may be gone already
         record = {"pid": pid, "create_time": psutil.Process(pid).create_time()}
-        write_private(pid_file, json.dumps(record) + "\n")
+        write_atomic(pid_file, json.dumps(record) + "\n", private=True)
