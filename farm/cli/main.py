@@ -28,7 +28,8 @@ from farm.jobs.estimates import FIRST, DryRun
 from farm.jobs.records import JobInfo
 from farm.jobs.states import JobState
 from farm.runtime.atomic_files import atomic_file
-from farm.show.tables import batch_table, job_table, printable
+from farm.runtime.terminal_text import printable
+from farm.show.tables import batch_table, job_table
 from farm.specs.sources import MoreProblems, is_axis, is_file, rows
 from farm.specs.spec import RenderSpec
 

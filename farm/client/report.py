@@ -15,8 +15,8 @@ from farm.jobs.records import BatchStatus, JobInfo
 from farm.jobs.states import JobState
 from farm.objects.storage import Storage
 from farm.runtime.atomic_files import atomic_file
+from farm.runtime.terminal_text import printable
 from farm.show.progress_text import duration
-from farm.show.tables import printable
 from farm.specs.spec import RenderSpec
 
 _THUMBNAIL = 320

@@ -12,6 +12,7 @@ from pathlib import Path
 from farm.local.home import Home
 from farm.local.parts import Part
 from farm.runtime.atomic_files import write_atomic
+from farm.runtime.terminal_text import printable
 from farm.runtime.tethered import Tethered
 
 LOG_BYTES = 16 * 2**20
@@ -51,10 +52,7 @@ class Process(Tethered):
     def last_lines(self, count: int = 10) -> list[str]:
         """The end of its log, without what a terminal would take for a command."""
         lines = self.written()[-16_384:].decode(errors="replace").expandtabs().splitlines()
-        said = [line for line in lines if line.strip()]
-        return ["".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in line) for line in said][
-            -count:
-        ]
+        return [printable(line) for line in lines if line.strip()][-count:]
 
     def bound_log(self) -> None:
         """Move a log that has grown too long aside; it is written on from its beginning."""

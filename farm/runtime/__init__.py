@@ -1,1 +1,1 @@
-"""What every process needs: stop signals, back-off, polling, parallel fetching, atomic files, child processes, metrics."""
+"""What every process needs: stop signals, back-off, polling, parallel fetching, files, child processes, metrics."""
