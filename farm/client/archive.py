@@ -10,6 +10,7 @@ from farm.client import pictures
 from farm.jobs.records import JobInfo
 from farm.objects.storage import Storage
 from farm.runtime.atomic_files import atomic_file
+from farm.runtime.parallel import parallel_map
 
 _MANIFEST = "manifest.jsonl"
 
@@ -25,7 +26,7 @@ def archive(
     Raises `StorageUnavailable`.
     """
     with atomic_file(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as packed:
-        for job, files in pictures.fetched(lambda job: (job, pictures.files(storage, job)), jobs):
+        for job, files in parallel_map(lambda job: (job, pictures.files(storage, job)), jobs):
             for name, data in files:
                 packed.writestr(_entry(name, job), data)
             yield job

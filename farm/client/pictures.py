@@ -2,11 +2,7 @@
 
 import hashlib
 import io
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
 
 from PIL import Image, ImageSequence
 
@@ -15,31 +11,6 @@ from farm.jobs.records import JobInfo, Picture
 from farm.objects.storage import Storage
 from farm.runtime.atomic_files import write_atomic
 from farm.specs.object_keys import trajectory_keys
-
-T = TypeVar("T")
-V = TypeVar("V")
-
-_AT_ONCE = 8
-"""How many pictures are fetched at once."""
-_AHEAD = 2 * _AT_ONCE
-
-
-def fetched(fetch: Callable[[T], V], wanted: Iterable[T]) -> Iterator[V]:
-    """What is fetched for each, several at once and in order; never more than a few are held, however many there are.
-
-    Who stops early, or is stopped by an error, leaves nothing running.
-    """
-    with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="fetch") as pool:
-        under_way: deque[Future[V]] = deque()
-        try:
-            for one in wanted:
-                under_way.append(pool.submit(fetch, one))
-                if len(under_way) == _AHEAD:
-                    yield under_way.popleft().result()
-            while under_way:
-                yield under_way.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
 
 
 def succeeded(job: JobInfo) -> Picture:

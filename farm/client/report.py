@@ -15,6 +15,7 @@ from farm.jobs.records import BatchStatus, JobInfo
 from farm.jobs.states import JobState
 from farm.objects.storage import Storage
 from farm.runtime.atomic_files import atomic_file
+from farm.runtime.parallel import parallel_map
 from farm.runtime.terminal_text import printable
 from farm.show.progress_text import duration
 from farm.specs.spec import RenderSpec
@@ -62,7 +63,7 @@ def report(
     with atomic_file(path) as file, io.TextIOWrapper(file, encoding="utf-8") as page:
         page.writelines(_head(status, totals))
         page.write("<main>\n")
-        for job, source in pictures.fetched(lambda job: (job, _source(storage, job, full=full)), jobs):
+        for job, source in parallel_map(lambda job: (job, _source(storage, job, full=full)), jobs):
             page.write(_figure(job, source))
             shown, last = shown + 1, job.index
             yield job
