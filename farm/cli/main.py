@@ -28,7 +28,9 @@ from farm.errors import FarmError, InvalidInput, JobNotSucceeded, ServiceUnavail
 from farm.jobs.estimates import FIRST, DryRun
 from farm.jobs.records import JobInfo
 from farm.jobs.states import JobState
-from farm.show.tables import batch_table, job_table, printable
+from farm.runtime.atomic_files import atomic_file
+from farm.runtime.terminal_text import printable
+from farm.show.tables import batch_table, job_table
 from farm.specs.sources import MoreProblems, is_axis, is_file, rows
 from farm.specs.spec import RenderSpec
 
@@ -210,10 +212,9 @@ def preview(
 
 
 def _show(shown: Preview, path: Path) -> None:
-    # Whole files only: an image viewer may be looking.
-    partial = path.with_name(path.name + ".part")
-    shown.image.save(partial, "PNG")
-    partial.replace(path)
+    # An image viewer may read the file meanwhile.
+    with atomic_file(path) as file:
+        shown.image.save(file, "PNG")
     out.print(Text(f"step {shown.step} of {shown.steps} in {path}"), soft_wrap=True)
 
 
