@@ -11,6 +11,7 @@ from farm.client.batch import Batch
 from farm.client.previews import Preview
 from farm.errors import JobNotSucceeded
 from farm.jobs.records import JobInfo
+from farm.runtime.atomic_files import atomic_file
 
 app = typer.Typer()
 
@@ -119,22 +120,20 @@ def fetch(batch: Batch, folder: Path, *, as_json: bool) -> tuple[int, list[str]]
 def contact_sheet(batch: Batch, folder: Path) -> Path:
     """Save a batch's contact sheet in a folder; returns its path."""
     path = folder / "contact_sheet.png"
-    batch.contact_sheet().save(path)
+    with atomic_file(path) as file:
+        batch.contact_sheet().save(file, "PNG")
     return path
 
 
 def _manifest(batch: Batch, folder: Path) -> Path:
     path = folder / "manifest.jsonl"
-    partial = path.with_name(path.name + ".part")
-    with partial.open("w") as file:
-        file.writelines(json.dumps(entry) + "\n" for entry in batch.manifest())
-    partial.replace(path)
+    with atomic_file(path) as file:
+        file.writelines(json.dumps(entry).encode() + b"\n" for entry in batch.manifest())
     return path
 
 
 def _save_preview(shown: Preview, path: Path) -> None:
-    # Whole files only: an image viewer may be looking.
-    partial = path.with_name(path.name + ".part")
-    shown.image.save(partial, "PNG")
-    partial.replace(path)
+    # An image viewer may read the file meanwhile.
+    with atomic_file(path) as file:
+        shown.image.save(file, "PNG")
     print_line(f"step {shown.step} of {shown.steps} in {path}")

@@ -13,10 +13,10 @@ from rich.text import Text
 from farm.cli.console import Json, open_farm, out, print_json, print_line
 from farm.objects.model_store import ModelStore
 from farm.objects.storage import Storage
+from farm.runtime.terminal_text import printable
 from farm.runtime.transfer_progress import transfer_bar
 from farm.settings import Settings
 from farm.show.json_forms import stored_model_json
-from farm.show.tables import printable
 
 app = typer.Typer()
 models = typer.Typer()

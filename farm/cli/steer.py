@@ -12,7 +12,7 @@ from farm.client.owner import Owner
 from farm.errors import NotEnded
 from farm.jobs.records import JobInfo
 from farm.jobs.states import JobState
-from farm.show.tables import printable
+from farm.runtime.terminal_text import printable
 
 app = typer.Typer()
 

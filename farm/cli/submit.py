@@ -15,8 +15,9 @@ from farm.cli.spec_options import with_spec_options
 from farm.client.batch import Batch
 from farm.jobs.estimates import FIRST, DryRun
 from farm.jobs.states import JobState
+from farm.runtime.terminal_text import printable
 from farm.show.json_forms import batch_json, dry_run_json
-from farm.show.tables import batch_table, printable
+from farm.show.tables import batch_table
 from farm.specs.sources import SUFFIXES, is_axis, is_file, rows
 from farm.specs.spec import RenderSpec
 

@@ -17,8 +17,9 @@ from farm.client.farm import Farm
 from farm.errors import ServiceUnavailable
 from farm.jobs.records import BatchStatus, JobInfo
 from farm.jobs.states import JobState
+from farm.runtime.terminal_text import printable
 from farm.show.farm_view import BatchLine, FarmView, draw
-from farm.show.tables import batch_table, printable
+from farm.show.tables import batch_table
 
 app = typer.Typer()
 

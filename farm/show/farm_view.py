@@ -11,8 +11,9 @@ from rich.text import Text
 from farm.jobs.overview import Load
 from farm.jobs.records import BatchStatus, JobInfo, WorkerInfo
 from farm.jobs.tempo import Tempo
+from farm.runtime.terminal_text import printable
 from farm.show.progress_text import blocks, duration, rate
-from farm.show.tables import printable, state_style
+from farm.show.tables import state_style
 from farm.version import __version__
 
 T = TypeVar("T")
