@@ -23,7 +23,7 @@ EMBEDDED_FILE = "farm.json"
 _SERVICES = ("database_url", "broker_url", "s3_bucket")
 _CACHE = Path(".cache") / "diffusion-farm"
 _RENEWAL_SECONDS = 0.5
-"""How long the statement that renews a worker's leases may take before its renders stop, in the shortest valid lease."""
+"""How long the renewal of a lease may take where the lease is the shortest that is accepted."""
 
 
 class _Home(BaseSettings):
