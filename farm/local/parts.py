@@ -17,9 +17,10 @@ import redis
 
 from farm.errors import FarmError, NotConfigured, ServiceUnavailable
 from farm.jobs.store import JobStore
-from farm.local.home import GRPC, LOOPBACK, SERVICE_VARIABLES, Access, Home, write_private
+from farm.local.home import GRPC, LOOPBACK, SERVICE_VARIABLES, Access, Home
 from farm.local.process import PartProcess
 from farm.objects.storage import Storage
+from farm.runtime.atomic_files import write_atomic
 from farm.settings import Settings
 
 # -P: a folder `workers` in the current directory must not hide the package.
@@ -78,7 +79,7 @@ def valkey(home: Home, access: Access, settings: Settings) -> Part:
     data = home.data("redis")
     config = data / "valkey.conf"
     port = access.ports["redis"]
-    write_private(
+    write_atomic(
         config,
         f"bind {access.host}\nport {port}\nprotected-mode yes\nrequirepass {access.redis_password}\n"
         f'dir "{data}"\nappendonly yes\nappendfsync everysec\nsave ""\n'
@@ -86,6 +87,7 @@ def valkey(home: Home, access: Access, settings: Settings) -> Part:
         "maxmemory-policy noeviction\n"
         # What `ps` shows stays what was started, so that a leftover can be told.
         "set-proc-title no\n",
+        private=True,
     )
 
     def answers(_process: PartProcess) -> bool:

@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from farm.local.home import Home, write_private
+from farm.local.home import Home
+from farm.runtime.atomic_files import write_atomic
+from farm.runtime.terminal_text import printable
 from farm.runtime.tethered import Tethered
 
 LOG_BYTES = 16 * 2**20
@@ -60,10 +62,7 @@ class PartProcess(Tethered):
     def last_lines(self, count: int = 10) -> list[str]:
         """The end of its output, without the control characters that would steer a terminal."""
         lines = self.written()[-16_384:].decode(errors="replace").expandtabs().splitlines()
-        said = [line for line in lines if line.strip()]
-        return ["".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in line) for line in said][
-            -count:
-        ]
+        return [printable(line) for line in lines if line.strip()][-count:]
 
     def bound_log(self) -> None:
         """Move a log that is longer than `LOG_BYTES` aside, and continue with an empty one."""
@@ -117,4 +116,4 @@ def _remember(pid_file: Path, pid: int) -> None:
 
     with contextlib.suppress(psutil.Error):  # it may be gone already
         record = {"pid": pid, "create_time": psutil.Process(pid).create_time()}
-        write_private(pid_file, json.dumps(record) + "\n")
+        write_atomic(pid_file, json.dumps(record) + "\n", private=True)

@@ -17,6 +17,7 @@ from farm.jobs.database import Database
 from farm.runtime.backoff import Backoff
 from farm.runtime.stopping import stop_signals
 from farm.runtime.supervisor import POLL_SECONDS, Fault, KeptProcess, Program, RestartPolicy, stop_all
+from farm.runtime.terminal_text import printable
 from farm.runtime.tethered import Tethered
 from farm.settings import Settings
 from workers.service import gpus as driver
@@ -177,7 +178,7 @@ _writing = threading.Lock()
 
 def _say(text: str, name: str = "") -> None:
     """Write a whole line to standard error, without control characters that would steer a terminal."""
-    clean = "".join(char if char.isprintable() or char == "\t" else "\N{REPLACEMENT CHARACTER}" for char in text)
+    clean = printable(text.expandtabs())
     with _writing, contextlib.suppress(OSError):  # its reader may be gone; the workers go on
         sys.stderr.write(f"{name} | {clean}\n" if name else f"{clean}\n")
         sys.stderr.flush()
