@@ -23,7 +23,7 @@ EMBEDDED_FILE = "farm.json"
 _SERVICES = ("database_url", "broker_url", "s3_bucket")
 _CACHE = Path(".cache") / "diffusion-farm"
 _RENEWAL_SECONDS = 0.5
-"""The time that a renewal of leases may take under the shortest lease that is accepted."""
+"""How long the renewal of a lease may take where the lease is the shortest that is accepted."""
 
 
 class _Home(BaseSettings):
