@@ -13,8 +13,8 @@ from farm.client.batch import Batch
 from farm.client.farm import Farm
 from farm.errors import NotFound, ServiceUnavailable
 from farm.jobs.records import AttemptInfo, BatchStatus, JobInfo
+from farm.runtime.terminal_text import printable
 from farm.settings import Settings
-from farm.show.tables import printable
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)

@@ -12,6 +12,7 @@ from farm.cli.console import Json, find, job_json, open_farm, out, say_json
 from farm.client.batch import Batch
 from farm.jobs.records import JobInfo
 from farm.jobs.states import JobState
+from farm.runtime.atomic_files import atomic_file
 from farm.show.tables import job_table
 
 app = typer.Typer()
@@ -115,14 +116,13 @@ def fetched(batch: Batch, folder: Path, *, as_json: bool) -> tuple[int, list[str
 def sheet(batch: Batch, folder: Path) -> Path:
     """Put a batch's contact sheet into a folder; returns its path."""
     path = folder / "contact_sheet.png"
-    batch.contact_sheet().save(path)
+    with atomic_file(path) as file:
+        batch.contact_sheet().save(file, "PNG")
     return path
 
 
 def _manifest(batch: Batch, folder: Path) -> Path:
     path = folder / "manifest.jsonl"
-    partial = path.with_name(path.name + ".part")
-    with partial.open("w") as file:
-        file.writelines(json.dumps(entry) + "\n" for entry in batch.manifest())
-    partial.replace(path)
+    with atomic_file(path) as file:
+        file.writelines(json.dumps(entry).encode() + b"\n" for entry in batch.manifest())
     return path

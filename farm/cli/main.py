@@ -19,6 +19,7 @@ from farm import __version__
 from farm.cli import get, models, operate, steer, watch
 from farm.cli.console import Json, batch_json, complain, err, find, job_json, open_farm, out, say_json
 from farm.cli.get import fetched, sheet
+from farm.cli.spec_options import with_spec_options
 from farm.cli.watch import interrupted, say_wrong
 from farm.client.batch import Batch
 from farm.client.farm import Farm
@@ -27,7 +28,9 @@ from farm.errors import FarmError, InvalidInput, JobNotSucceeded, ServiceUnavail
 from farm.jobs.estimates import FIRST, DryRun
 from farm.jobs.records import JobInfo
 from farm.jobs.states import JobState
-from farm.show.tables import batch_table, job_table, printable
+from farm.runtime.atomic_files import atomic_file
+from farm.runtime.terminal_text import printable
+from farm.show.tables import batch_table, job_table
 from farm.specs.sources import MoreProblems, is_axis, is_file, rows
 from farm.specs.spec import RenderSpec
 
@@ -77,6 +80,7 @@ def _top(version: Annotated[bool, typer.Option("--version", help="Say the versio
 
 
 @app.command()
+@with_spec_options
 def submit(
     what: Annotated[list[str], typer.Argument(metavar="PROMPT|FILE...", help="Prompts, or .txt, .csv, .jsonl files.")],
     name: Annotated[str | None, typer.Option(help="The batch's name.")] = None,
@@ -87,17 +91,6 @@ def submit(
     reuse: Annotated[
         bool, typer.Option("--reuse/--no-reuse", help="Copy pictures that were rendered before, of the same spec.")
     ] = True,
-    model: Annotated[str | None, typer.Option(help="A model that a worker pins.")] = None,
-    negative_prompt: Annotated[str | None, typer.Option("--negative-prompt", "--negative")] = None,
-    num_inference_steps: Annotated[int | None, typer.Option("--num-inference-steps", "--steps")] = None,
-    guidance_scale: Annotated[float | None, typer.Option("--guidance-scale", "--guidance")] = None,
-    guidance_rescale: Annotated[float | None, typer.Option(help="0 to 1, against over-exposure.")] = None,
-    true_cfg_scale: Annotated[float | None, typer.Option(help="Flux: real guidance, from 1 for none.")] = None,
-    clip_skip: Annotated[int | None, typer.Option(help="How many of CLIP's last layers are left out.")] = None,
-    eta: Annotated[float | None, typer.Option(help="0 to 1: noise that DDIM adds back at each step.")] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels, a multiple of 8.")] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels, a multiple of 8.")] = None,
-    seed: Annotated[int | None, typer.Option(help="0 to 4294967295; drawn for each job if left out.")] = None,
     seeds: Annotated[str | None, typer.Option(help="Each prompt with each of these, such as 0..9 or 1,5,7.")] = None,
     grid: Annotated[
         list[str] | None,
@@ -124,42 +117,20 @@ def submit(
     wildcard_seed: Annotated[
         int | None, typer.Option(help="Draw from this instead of from each spec's seed (or 0, where it has none).")
     ] = None,
-    scheduler: Annotated[str | None, typer.Option("--scheduler", "--sampler", help="Such as euler_a.")] = None,
-    deterministic: Annotated[
-        bool, typer.Option("--deterministic", help="The same bytes, whatever is rendered beside it; slower.")
-    ] = False,
-    trajectory: Annotated[
-        bool, typer.Option("--trajectory", help="Keep the picture of every step; at most 200 steps.")
-    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Submit nothing; say how many pictures, which first, and how long.")
     ] = False,
     wait: Annotated[bool, typer.Option("--wait", help="Wait until every job has ended.")] = False,
     folder: Annotated[Path | None, typer.Option("--out", help="Wait, and put the pictures here.")] = None,
     as_json: Json = False,
+    **fields: Any,
 ) -> None:
     """Hand in prompts: as arguments, or from text (a prompt a line), CSV or JSONL files.
 
     Files are UTF-8. Each line or cell overrules the options for all. Everything that is wrong is said, with file and
     line, and then nothing is submitted.
     """
-    fields = {
-        "model": model,
-        "negative_prompt": negative_prompt,
-        "num_inference_steps": num_inference_steps,
-        "guidance_scale": guidance_scale,
-        "guidance_rescale": guidance_rescale,
-        "true_cfg_scale": true_cfg_scale,
-        "clip_skip": clip_skip,
-        "eta": eta,
-        "width": width,
-        "height": height,
-        "seed": seed,
-        "scheduler": scheduler,
-        "deterministic": deterministic or None,
-        "trajectory": trajectory or None,
-    }
-    options: dict[str, Any] = {key: value for key, value in fields.items() if value is not None}
+    options = dict(fields)
     if grid is not None:
         # The shell has split `--grid steps=20,30 guidance=5,7.5` into an option and an argument.
         grid += [text for text in what if is_axis(text) and not is_file(text)]
@@ -241,10 +212,9 @@ def preview(
 
 
 def _show(shown: Preview, path: Path) -> None:
-    # Whole files only: an image viewer may be looking.
-    partial = path.with_name(path.name + ".part")
-    shown.image.save(partial, "PNG")
-    partial.replace(path)
+    # An image viewer may read the file meanwhile.
+    with atomic_file(path) as file:
+        shown.image.save(file, "PNG")
     out.print(Text(f"step {shown.step} of {shown.steps} in {path}"), soft_wrap=True)
 
 

@@ -14,9 +14,9 @@ from farm.cli.console import Json, open_farm, out, say_json
 from farm.objects.model_files import Manifest
 from farm.objects.model_store import ModelStore
 from farm.objects.storage import Storage
+from farm.runtime.terminal_text import printable
 from farm.runtime.transfer_progress import transfer_bar
 from farm.settings import Settings
-from farm.show.tables import printable
 
 app = typer.Typer()
 models = typer.Typer()

@@ -34,7 +34,7 @@ def env(
 ) -> None:
     """Print what other machines need to join this farm, passwords and all: for `--env FILE` or FARM_ENV_FILE there."""
     from farm.cli.environment import as_file, as_shell, reach, variables
-    from farm.local.home import write_private
+    from farm.runtime.atomic_files import write_atomic
 
     settings = Settings.load()
     values = variables(settings)
@@ -43,7 +43,7 @@ def env(
         print(text, end="")
     else:
         try:
-            write_private(to, text)
+            write_atomic(to, text, private=True, durable=True)
         except OSError as error:
             raise NotConfigured(f"can't write {to}: {error.strerror}") from error
     complain("this holds the farm's passwords: who has it can read, change and delete everything in the farm")

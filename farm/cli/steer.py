@@ -14,8 +14,8 @@ from farm.client.owner import Owner
 from farm.errors import NotEnded
 from farm.jobs.records import JobInfo
 from farm.jobs.states import JobState
+from farm.runtime.terminal_text import printable
 from farm.show.job_history import story
-from farm.show.tables import printable
 
 app = typer.Typer()
 

@@ -21,8 +21,9 @@ from farm.jobs.overview import Load
 from farm.jobs.records import BatchStatus, JobInfo, WorkerInfo
 from farm.jobs.states import JobState
 from farm.jobs.tempo import Tempo
+from farm.runtime.terminal_text import printable
 from farm.show.progress_text import blocks, duration, rate
-from farm.show.tables import batch_table, job_table, printable, state_style
+from farm.show.tables import batch_table, job_table, state_style
 from farm.version import __version__
 
 app = typer.Typer()

@@ -18,8 +18,9 @@ import redis
 
 from farm.errors import FarmError, NotConfigured, ServiceUnavailable
 from farm.jobs.store import JobStore
-from farm.local.home import GRPC, LOOPBACK, SERVICE_VARIABLES, Access, Home, write_private
+from farm.local.home import GRPC, LOOPBACK, SERVICE_VARIABLES, Access, Home
 from farm.objects.storage import Storage
+from farm.runtime.atomic_files import write_atomic
 from farm.settings import Settings
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def valkey(home: Home, access: Access, settings: Settings) -> Part:
     data = home.data("redis")
     config = data / "valkey.conf"
     port = access.ports["redis"]
-    write_private(
+    write_atomic(
         config,
         f"bind {access.host}\nport {port}\nprotected-mode yes\nrequirepass {access.redis_password}\n"
         f'dir "{data}"\nappendonly yes\nappendfsync everysec\nsave ""\n'
@@ -85,6 +86,7 @@ def valkey(home: Home, access: Access, settings: Settings) -> Part:
         "maxmemory-policy noeviction\n"
         # What `ps` shows stays what was started, so that a leftover can be told.
         "set-proc-title no\n",
+        private=True,
     )
 
     def answers(_process: "Process") -> bool:

@@ -9,8 +9,10 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-from farm.local.home import Home, write_private
+from farm.local.home import Home
 from farm.local.parts import Part
+from farm.runtime.atomic_files import write_atomic
+from farm.runtime.terminal_text import printable
 from farm.runtime.tethered import Tethered
 
 LOG_BYTES = 16 * 2**20
@@ -50,10 +52,7 @@ class Process(Tethered):
     def last_lines(self, count: int = 10) -> list[str]:
         """The end of its log, without what a terminal would take for a command."""
         lines = self.written()[-16_384:].decode(errors="replace").expandtabs().splitlines()
-        said = [line for line in lines if line.strip()]
-        return ["".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in line) for line in said][
-            -count:
-        ]
+        return [printable(line) for line in lines if line.strip()][-count:]
 
     def bound_log(self) -> None:
         """Move a log that has grown too long aside; it is written on from its beginning."""
@@ -107,4 +106,4 @@ def _remember(pid_file: Path, pid: int) -> None:
 
     with contextlib.suppress(psutil.Error):  # it may be gone already
         record = {"pid": pid, "create_time": psutil.Process(pid).create_time()}
-        write_private(pid_file, json.dumps(record) + "\n")
+        write_atomic(pid_file, json.dumps(record) + "\n", private=True)

@@ -23,9 +23,10 @@ from farm.jobs.states import JobState
 from farm.jobs.submissions import new_batch_id
 from farm.jobs.tempo import Tempo
 from farm.log import MOST_CHARS, Plain
+from farm.runtime.terminal_text import printable
 from farm.settings import Settings
 from farm.show.contact_sheet import contact_sheet
-from farm.show.tables import batch_table, job_table, printable
+from farm.show.tables import batch_table, job_table
 from farm.specs.object_keys import checkpoint_key, image_key, preview_key, trajectory_keys
 from farm.specs.spec import MAX_PROMPT_CHARS, RenderSpec
 from tests.security.conftest import HOSTILE

@@ -3,15 +3,15 @@
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import TypeAlias, cast
+from typing import TypeAlias
 
-from farm.client.pictures import fetched
 from farm.errors import ModelError, ModelUnavailable, StorageUnavailable
 from farm.objects.large_objects import Report, read
 from farm.objects.storage import Storage
+from farm.runtime.parallel import parallel_map
 from workers.models.remote import RemoteFile, RemoteModel
 
 Piece: TypeAlias = tuple[RemoteFile, int, int]
@@ -49,7 +49,7 @@ def fetch(
             for start in range(begun[file.path][0], file.bytes, _PIECE_BYTES)
         ]
         again = []
-        with closing(cast("Generator[bytes]", fetched(_getter(storage, remote, stopping), pieces))) as coming:
+        with closing(parallel_map(_getter(storage, remote, stopping), pieces)) as coming:
             for file in left:
                 have, digest = begun[file.path]
                 _receive(folder / file.path, file, have, digest, coming, report)

@@ -15,6 +15,7 @@ from farm.errors import AlreadyRunning, FarmError, NotConfigured, ServiceUnavail
 from farm.jobs.database import Database
 from farm.runtime.backoff import Backoff
 from farm.runtime.stopping import stop_signals
+from farm.runtime.terminal_text import printable
 from farm.runtime.tethered import Tethered
 from farm.settings import Settings
 from workers.service import gpus as driver
@@ -220,7 +221,7 @@ _mouth = threading.Lock()
 
 def _say(text: str, who: str = "") -> None:
     """A whole line on standard error, whoever else writes; without what a terminal would take for a command."""
-    clean = "".join(char if char.isprintable() or char == "\t" else "\N{REPLACEMENT CHARACTER}" for char in text)
+    clean = printable(text.expandtabs())
     with _mouth, contextlib.suppress(OSError):  # who read it may be gone; the workers go on
         sys.stderr.write(f"{who} | {clean}\n" if who else f"{clean}\n")
         sys.stderr.flush()
