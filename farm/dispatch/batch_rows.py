@@ -15,9 +15,9 @@ from farm.jobs.states import JobState
 from farm.jobs.store import JobStore
 from farm.queue.broker import make_app
 from farm.runtime.backoff import Backoff
+from farm.runtime.terminal_text import printable
 from farm.settings import Settings
 from farm.show.progress_text import duration, jobs_line
-from farm.show.tables import printable
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,8 @@ from rich.text import Text
 
 from farm.jobs.records import AttemptInfo, JobInfo
 from farm.jobs.states import JobState, Outcome
-from farm.show.tables import printable, state_style
+from farm.runtime.terminal_text import printable
+from farm.show.tables import state_style
 
 _OUTCOMES = {
     Outcome.SUCCEEDED: "green",

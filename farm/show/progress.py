@@ -17,6 +17,7 @@ from rich.progress import (
 
 from farm.jobs.states import JobState
 from farm.jobs.tempo import Tempo
+from farm.runtime.terminal_text import printable
 from farm.show.progress_text import tempo_line
 
 
@@ -52,9 +53,7 @@ def bar(description: str, total: int, *, shown: bool = True, told: bool = False)
     """A bar while the block runs; an invisible one if not `shown`. `told` if every update says how fast it goes."""
     console = Console(stderr=True, quiet=not shown)
     with columns(console, told=told) as display:
-        # A batch is called what its submitter likes.
-        plain = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in description)
-        yield Bar(display, display.add_task(plain, total=total, note="", tempo=""))
+        yield Bar(display, display.add_task(printable(description), total=total, note="", tempo=""))
 
 
 def note(counts: Mapping[JobState, int]) -> str:

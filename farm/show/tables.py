@@ -9,6 +9,7 @@ from rich.text import Text
 
 from farm.jobs.records import BatchStatus, JobInfo
 from farm.jobs.states import JobState
+from farm.runtime.terminal_text import printable
 from farm.show.progress_text import blocks
 
 _STYLES = {
@@ -24,13 +25,6 @@ _STYLES = {
 def state_style(state: JobState) -> str:
     """The colour of a state."""
     return _STYLES[state]
-
-
-def printable(text: str) -> str:
-    """A text in one line, without what a terminal would take for a command or what turns the order of its letters."""
-    return "".join(
-        char if char.isprintable() else " " if char.isspace() else "\N{REPLACEMENT CHARACTER}" for char in text
-    )
 
 
 def batch_table(batches: Iterable[BatchStatus]) -> RenderableType:

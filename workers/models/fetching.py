@@ -3,15 +3,16 @@
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import TypeAlias, cast
+from typing import TypeAlias
 
-from farm.client.pictures import fetched
-from farm.errors import ModelError, ModelUnavailable, StorageUnavailable
+from farm.errors import ModelError, ModelUnavailable
 from farm.objects.large_objects import Report, read
 from farm.objects.storage import Storage
+from farm.runtime.parallel import parallel_map
+from farm.runtime.retrying import insist
 from workers.models.remote import RemoteFile, RemoteModel
 
 Piece: TypeAlias = tuple[RemoteFile, int, int]
@@ -19,8 +20,8 @@ Piece: TypeAlias = tuple[RemoteFile, int, int]
 
 _PIECE_BYTES = 8 * 2**20
 _CHUNK = 2**20
-_PAUSES = (0.5, 1.0, 2.0, 4.0)
-"""Seconds after which a piece is asked for again."""
+_OUTAGE_SECONDS = 10.0
+"""How long a piece is asked for again while the object store is away."""
 
 
 def fetch(
@@ -49,7 +50,7 @@ def fetch(
             for start in range(begun[file.path][0], file.bytes, _PIECE_BYTES)
         ]
         again = []
-        with closing(cast("Generator[bytes]", fetched(_getter(storage, remote, stopping), pieces))) as coming:
+        with closing(parallel_map(_getter(storage, remote, stopping), pieces)) as coming:
             for file in left:
                 have, digest = begun[file.path]
                 _receive(folder / file.path, file, have, digest, coming, report)
@@ -106,15 +107,12 @@ def _receive(
 def _getter(storage: Storage, remote: RemoteModel, stopping: threading.Event) -> Callable[[Piece], bytes]:
     def get(piece: Piece) -> bytes:
         file, start, length = piece
-        for pause in (*_PAUSES, None):
+
+        def read_piece() -> bytes:
             if stopping.is_set():
                 raise ModelUnavailable(f"this worker stops, and fetches no more of {remote.source}")
-            try:
-                return read(storage, remote.bucket, f"{remote.prefix}{file.path}", start, length, file.etag)
-            except StorageUnavailable:
-                if pause is None:
-                    raise
-                stopping.wait(pause)
-        raise AssertionError("unreachable")
+            return read(storage, remote.bucket, f"{remote.prefix}{file.path}", start, length, file.etag)
+
+        return insist(read_piece, _OUTAGE_SECONDS, stopping)
 
     return get

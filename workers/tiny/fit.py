@@ -19,6 +19,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from farm.runtime.atomic_files import atomic_file
+
 Module = TypeVar("Module", bound=nn.Module)
 Loss = Callable[[torch.Generator], tuple[Tensor, dict[str, float]]]
 """One batch's loss, with figures worth showing; draws its batch from the generator."""
@@ -69,15 +71,14 @@ def fit(
         done = state["done"]
 
     def save() -> None:
-        aside = path.with_suffix(".part")
         state = {
             "model": model.state_dict(),
             "average": average.state_dict(),
             "optimizer": optimizer.state_dict(),
             "done": done,
         }
-        torch.save(state, aside)
-        aside.replace(path)
+        with atomic_file(path) as file:
+            torch.save(state, file)
 
     shown: dict[str, float] = {}
     saved = time.monotonic()
