@@ -21,7 +21,7 @@ from farm.specs.samplers import find_sampler
 from farm.specs.spec import RenderSpec
 
 _FACTOR = 4
-"""Over 104 specs of Stable Diffusion 3 the farm's error was at most 2.4 times diffusers' own, whatever the sampler."""
+"""Over 1,060 specs of all families, the farm's error was at most 2.4 times diffusers' own with any sampler."""
 _FLOOR = 1e-6
 """Some last bits of a float32 near 1: diffusers' own error can be smaller by chance."""
 
