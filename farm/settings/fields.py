@@ -1,38 +1,19 @@
-"""Where the farm's services are and how it behaves: `FARM_*` variables, or what the embedded farm left."""
+"""`Settings`: every `FARM_*` variable, its default and its meaning."""
 
 import getpass
-import stat
 from pathlib import Path
 from typing import Any, Self
 
 from pydantic import ByteSize, Field, SecretStr, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
-from pydantic_settings import (
-    BaseSettings,
-    DotEnvSettingsSource,
-    JsonConfigSettingsSource,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-)
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from farm.errors import NotConfigured
+from farm.settings.sources import PREFIX, SERVICES, embedded_home, sources, variable, variables_naming_a_farm
 
-EMBEDDED_FILE = "farm.json"
-"""What `farm up` leaves in its home, mode 0600: the addresses and credentials of its parts."""
-
-_SERVICES = ("database_url", "broker_url", "s3_bucket")
 _CACHE = Path(".cache") / "diffusion-farm"
 _RENEWAL_SECONDS = 0.5
 """The time that a renewal of leases may take under the shortest lease that is accepted."""
-
-
-class _Home(BaseSettings):
-    """What must be known before the other settings: where they may be."""
-
-    model_config = SettingsConfigDict(env_prefix="FARM_")
-
-    home: Path = Path(".farm")
-    env_file: Path | None = None
 
 
 class Settings(BaseSettings):
@@ -43,7 +24,7 @@ class Settings(BaseSettings):
     """
 
     model_config = SettingsConfigDict(
-        env_prefix="FARM_", frozen=True, extra="ignore", env_parse_none_str="none", allow_inf_nan=False
+        env_prefix=PREFIX, frozen=True, extra="ignore", env_parse_none_str="none", allow_inf_nan=False
     )
 
     home: Path = Path(".farm")
@@ -155,20 +136,22 @@ class Settings(BaseSettings):
         except ValidationError as error:
             missing = [str(e["loc"][0]) for e in error.errors() if e["type"] == "missing"]
             wrong = [
-                f"FARM_{str(e['loc'][0]).upper()}: {e['msg']}, not {e['input']!r}" if e["loc"] else e["msg"]
+                f"{variable(str(e['loc'][0]))}: {e['msg']}, not {e['input']!r}" if e["loc"] else e["msg"]
                 for e in error.errors()
                 if e["type"] != "missing"
             ]
             if wrong:
                 raise NotConfigured("; ".join(wrong)) from None
-            home = _Home().home.absolute()
-            if len(missing) == len(_SERVICES):
+            naming = variables_naming_a_farm()
+            if not naming and len(missing) == len(SERVICES):
                 raise NotConfigured(
-                    f"no farm found: start one with `farm up` (its home would be {home}), or set "
+                    f"no farm found: start one with `farm up` (its home would be {embedded_home().absolute()}), or set "
                     "FARM_DATABASE_URL, FARM_BROKER_URL and FARM_S3_BUCKET"
                 ) from None
-            names = ", ".join(f"FARM_{name.upper()}" for name in missing)
-            raise NotConfigured(f"{names} not set, while others are: set all of them or none") from None
+            raise NotConfigured(
+                f"{', '.join(map(variable, missing))} not set, while {', '.join(naming) or 'others'} "
+                f"{'is' if len(naming) == 1 else 'are'}: set all of them or none"
+            ) from None
 
     @classmethod
     def settings_customise_sources(
@@ -179,51 +162,9 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Arguments, then the environment, then the file that it names, or the embedded farm's.
-
-        One service named in the environment rules the embedded farm out: half of one farm and half of another would
-        put the jobs of one into the queue of the other. A file that names other services than the environment is an
-        error for the same reason.
-        """
-        named = env_settings()
-        given = {**named, **init_settings()}
-        if any(name in init_settings() for name in _SERVICES):
-            return init_settings, env_settings
-        places = _Home()
-        if places.env_file is not None:
-            file = _env_file(settings_cls, places.env_file.expanduser())
-            held = file()
-            if differ := [name for name in _SERVICES if name in named and named[name] != held.get(name)]:
-                names = ", ".join(f"FARM_{name.upper()}" for name in differ)
-                raise NotConfigured(
-                    f"{names}: the environment says something else than {places.env_file}, which FARM_ENV_FILE names: "
-                    "unset the one or the other"
-                )
-            return init_settings, env_settings, file
-        if any(name in given for name in _SERVICES):
-            return init_settings, env_settings
-        home = Path(given.get("home", places.home))
-        return (
-            init_settings,
-            env_settings,
-            JsonConfigSettingsSource(settings_cls, json_file=home / EMBEDDED_FILE),
-        )
+        """Called by pydantic-settings; `sources` decides."""
+        return sources(settings_cls, init_settings, env_settings)
 
 
 def _impossible(why: str) -> PydanticCustomError:
     return PydanticCustomError("impossible", "{why}", {"why": why})
-
-
-def _env_file(settings_cls: type[BaseSettings], path: Path) -> DotEnvSettingsSource:
-    """What `farm env` has written; raises `NotConfigured` if it can't be read, or everybody here can read it."""
-    try:
-        if path.stat().st_mode & stat.S_IRWXO:
-            raise NotConfigured(f"{path} holds passwords, and everybody on this machine can read it: chmod 600 {path}")
-        source = DotEnvSettingsSource(settings_cls, env_file=path)
-    except OSError as error:
-        raise NotConfigured(f"FARM_ENV_FILE can't be read: {error.strerror}: {path}") from error
-    except ValueError as error:
-        raise NotConfigured(f"FARM_ENV_FILE: {path} is no file of variables: {error}") from error
-    if not any(name in source() for name in _SERVICES):
-        raise NotConfigured(f"FARM_ENV_FILE: {path} names no farm; `farm env --out FILE` writes such a file")
-    return source
