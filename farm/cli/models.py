@@ -112,8 +112,8 @@ def _say_held(*, as_json: bool) -> None:
         held: dict[str, dict[str, Any]] = {}
         for one in farm.workers():
             for model in one.models if one.alive else ():
-                entry = held.setdefault(model["name"], {"sha256": None, "workers": [], "waiting": 0})
-                entry["sha256"] = model.get("sha256") or entry["sha256"]  # not there while a worker has not loaded it
+                entry = held.setdefault(model.name, {"sha256": None, "workers": [], "waiting": 0})
+                entry["sha256"] = model.sha256 or entry["sha256"]  # None while a worker has not loaded it
                 entry["workers"].append(one.name)
         for model_name, waiting in farm.waiting().items():
             held.setdefault(model_name, {"sha256": None, "workers": []})["waiting"] = waiting

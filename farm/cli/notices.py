@@ -23,9 +23,10 @@ def warn_of_waiting(farm: Farm, batch_id: str | None = None) -> None:
     """Warn of jobs whose model no worker holds, or which are too large for every worker."""
     if missing := farm.unheld(batch_id):
         complain(f"no worker holds {', '.join(missing)} now; its jobs wait until one does (farm worker --models …)")
-    for model, most in farm.too_large(batch_id).items():
-        room = f"{most:,} pixels ({most // 2:,} with guidance)"
-        complain(f"no worker has the memory for {model} beyond {room} now; what is larger waits until one has")
+    for model, limit in farm.exceeded_limits(batch_id).items():
+        guided = f" ({limit.pixels // limit.guidance.factor:,} with guidance)" if limit.guidance.field else ""
+        most = f"{limit.pixels:,} pixels{guided}"
+        complain(f"no worker has the memory for {model} beyond {most} now; what is larger waits until one has")
 
 
 @contextmanager

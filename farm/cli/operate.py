@@ -84,12 +84,12 @@ def dispatcher() -> None:
         storage = Storage(settings)
         store, leadership = JobStore(db, settings), Leadership(db, DISPATCHER)
         dispatcher = Dispatcher(store, broker, storage, settings)
-        exposition = serve(db, store, dispatcher, leadership, settings, {"sql": db, "redis": broker, "s3": storage})
+        metrics = serve(db, store, dispatcher, leadership, settings, {"sql": db, "redis": broker, "s3": storage})
         try:
             dispatcher.run(stop, leadership)
         finally:
-            if exposition is not None:
-                exposition.close()
+            if metrics is not None:
+                metrics.close()
             broker.close()
             storage.close()
             db.close()

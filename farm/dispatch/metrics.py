@@ -29,7 +29,7 @@ from farm.jobs.demand import Demands, demands
 from farm.jobs.leadership import Leadership
 from farm.jobs.states import JobState
 from farm.jobs.store import JobStore
-from farm.runtime.metrics_server import Exposition, Service, plain
+from farm.runtime.metrics_server import MetricsServer, Service, respond
 from farm.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -149,8 +149,8 @@ class WorkerTargets:
         try:
             found = [target(one.name, one.metrics_url) for one in self.store.workers() if one.alive and one.metrics_url]
         except ServiceUnavailable as error:
-            return plain(start_response, http.HTTPStatus.SERVICE_UNAVAILABLE, f"{error}\n")
-        return plain(start_response, http.HTTPStatus.OK, json.dumps(found), "application/json")
+            return respond(start_response, http.HTTPStatus.SERVICE_UNAVAILABLE, f"{error}\n")
+        return respond(start_response, http.HTTPStatus.OK, json.dumps(found), "application/json")
 
 
 def target(worker: str, url: str) -> dict[str, Any]:
@@ -169,7 +169,7 @@ def serve(
     leadership: Leadership,
     settings: Settings,
     services: Mapping[str, Service],
-) -> Exposition | None:
+) -> MetricsServer | None:
     """Begin to answer for a dispatcher, if a port is set. Raises `NotConfigured` if it is taken."""
     if settings.metrics_port is None:
         return None
@@ -178,7 +178,7 @@ def serve(
         ProcessCollector(registry=registry)
     registry.register(FarmCollector(db, settings))
     registry.register(DispatcherCollector(dispatcher, leadership, services))
-    exposition = Exposition(settings, registry, {"/workers": WorkerTargets(store)})
-    exposition.start()
-    log.info("metrics at %s", exposition.url)
-    return exposition
+    server = MetricsServer(settings, registry, {"/workers": WorkerTargets(store)})
+    server.start()
+    log.info("metrics at %s", server.url)
+    return server

@@ -50,7 +50,7 @@ def check_workers(database: Database, settings: Settings) -> Iterator[Finding]:
     """
     workers = JobStore(database, settings).workers()
     for worker in workers:
-        models = ", ".join(str(model["name"]) for model in worker.models)
+        models = ", ".join(model.name for model in worker.models)
         if not worker.alive:
             yield Finding(
                 "worker", "warn", f"{worker.name} has not been heard of lately", "look whether it runs; restart it"
@@ -63,7 +63,7 @@ def check_workers(database: Database, settings: Settings) -> Iterator[Finding]:
             yield Finding("worker", "ok", f"{worker.name} on {worker.device}, {worker.slots} slots, holds {models}")
     if not any(worker.alive for worker in workers):
         yield Finding("worker", "bad", "none is alive", "start one: `farm worker`")
-    served = {str(model["name"]) for worker in workers if worker.alive for model in worker.models}
+    served = {model.name for worker in workers if worker.alive for model in worker.models}
     for model, count in sorted(_waiting(database).items()):
         if model not in served:
             yield Finding(

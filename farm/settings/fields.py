@@ -13,7 +13,7 @@ from farm.settings.sources import PREFIX, SERVICES, embedded_home, sources, vari
 
 _CACHE = Path(".cache") / "diffusion-farm"
 _RENEWAL_SECONDS = 0.5
-"""The time that a renewal of leases may take under the shortest lease that is accepted."""
+"""How long the renewal of a lease may take where the lease is the shortest that is accepted."""
 
 
 class Settings(BaseSettings):

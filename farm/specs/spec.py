@@ -88,6 +88,10 @@ Prompt = Annotated[str, Field(max_length=MAX_PROMPT_CHARS), _STORABLE]
 Size = Annotated[int | None, Field(ge=MIN_SIZE, le=MAX_SIZE), AfterValidator(_multiple_of_8)]
 
 
+class TextOption:
+    """Marks a field of `RenderSpec` that changes how models embed a text; None must be its default."""
+
+
 class RenderSpec(BaseModel):
     """One picture, fully described; immutable, with diffusers' own parameter names.
 
@@ -114,7 +118,7 @@ class RenderSpec(BaseModel):
     """How far guided noise is rescaled against overexposure, 0 to 1 (Lin et al. 2023, section 3.4)."""
     true_cfg_scale: float = Field(default=1.0, ge=1, le=1000)
     """Flux only: the scale of true classifier-free guidance with the negative prompt; 1 is off."""
-    clip_skip: int | None = Field(default=None, ge=1, le=23)
+    clip_skip: Annotated[int | None, TextOption()] = Field(default=None, ge=1, le=23)
     """How many of CLIP's last layers are skipped."""
     eta: float = Field(default=0.0, ge=0, le=1)
     """The share of fresh noise in each step, 0 to 1, for samplers that have an eta (DDIM, Song et al. 2020)."""
@@ -154,16 +158,8 @@ class RenderSpec(BaseModel):
         except ValidationError as error:
             raise InvalidInput([_problem(where, detail) for detail in error.errors()]) from error
 
-    def row_pixels(self, width: int, height: int) -> int:
-        """What memory goes by: pixels, times the rows of its forward, which are two with guidance.
-
-        `width` and `height` (pixels) are the model's own, for a spec without.
-        """
-        rows = 2 if self.guidance_scale > 1 or self.true_cfg_scale > 1 else 1
-        return (self.width or width) * (self.height or height) * rows
-
     def sha256(self) -> str:
-        """The hash of what is asked for; equal specs have equal hashes, however they were written."""
+        """The hash of all fields: equal specs have equal hashes."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
 
 
@@ -178,6 +174,12 @@ SHORT_NAMES: Mapping[str, str] = MappingProxyType(
 """The fields by their short names, such as `steps`."""
 PROMPT_FIELDS = tuple(name for name, field in RenderSpec.model_fields.items() if _STORABLE in field.metadata)
 """The fields of type `Prompt`."""
+TEXT_OPTIONS = tuple(
+    name
+    for name, field in RenderSpec.model_fields.items()
+    if any(isinstance(mark, TextOption) for mark in field.metadata)
+)
+"""The fields that are marked as a `TextOption`."""
 
 _BRIEF = reprlib.Repr()
 _BRIEF.maxstring = _BRIEF.maxother = _BRIEF.maxlong = 4 * _SHOWN_CHARS

@@ -23,11 +23,13 @@ from farm.jobs.database import Database, now_plus
 from farm.jobs.leadership import DISPATCHER, Leadership
 from farm.jobs.records import WorkerInfo
 from farm.jobs.schema import BatchRow, JobRow, LeaderRow, WorkerRow
+from farm.jobs.served_models import MemoryLimit, ServedModel
 from farm.jobs.states import JobState
 from farm.jobs.store import JobStore
 from farm.objects.storage import Storage
 from farm.runtime.finding import Finding
 from farm.settings import Settings
+from farm.specs.guidance import UNGUIDED
 
 
 def found(settings: Settings, part: str) -> list[Finding]:
@@ -50,7 +52,7 @@ def on_sqlite(sqlite_url: str, valkey: str, s3: dict[str, str], tmp_path: Path) 
 
 def introduce(store: JobStore, name: str, *, model: str = "tiny", version: str = __version__) -> None:
     store.introduce(
-        WorkerInfo(name=name, device="cpu", dtype="float32", slots=8, version=version, models=({"name": model},))
+        WorkerInfo(name=name, device="cpu", dtype="float32", slots=8, version=version, models=(ServedModel(model),))
     )
 
 
@@ -132,7 +134,7 @@ def submit_twins(farm: Farm, database: Database) -> None:
 
 
 def submit_what_is_too_large(farm: Farm, database: Database) -> None:
-    model = {"name": "tiny", "most_row_pixels": 128 * 128}
+    model = ServedModel("tiny", limit=MemoryLimit(128 * 128, 1, UNGUIDED))
     JobStore(database, farm.settings).describe(
         WorkerInfo(name="worker-1@here", device="cpu", dtype="float32", slots=8, version=__version__, models=(model,))
     )

@@ -17,6 +17,7 @@ from rich.console import Console
 from farm.client.farm import Farm
 from farm.errors import InvalidInput
 from farm.jobs.records import BatchStatus, JobInfo, WorkerInfo
+from farm.jobs.served_models import ServedModel
 from farm.jobs.states import JobState
 from farm.jobs.submissions import new_batch_id
 from farm.jobs.tempo import Tempo
@@ -132,7 +133,7 @@ def job(text: str) -> JobInfo:
 def test_a_table_is_text_and_no_command_whatever_it_shows(text: str) -> None:
     counts = dict.fromkeys(JobState, 0)
     batch = BatchStatus(text, text, text, 50, 1, datetime.now(UTC), counts)
-    worker = WorkerInfo(text, text, text, 8, text, ({"name": text},))
+    worker = WorkerInfo(text, text, text, 8, text, (ServedModel(text),))
     view = FarmView([BatchLine(batch, Tempo(), text)], [worker], {}, [job(text)])
     tables = batch_table([batch]), job_table([job(text), replace(job(text), id=text)], whole=True)
     told = shown(*tables, draw(view, 4000))

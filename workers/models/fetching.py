@@ -8,10 +8,11 @@ from contextlib import closing
 from pathlib import Path
 from typing import TypeAlias
 
-from farm.errors import ModelError, ModelUnavailable, StorageUnavailable
+from farm.errors import ModelError, ModelUnavailable
 from farm.objects.large_objects import Report, read
 from farm.objects.storage import Storage
 from farm.runtime.parallel import parallel_map
+from farm.runtime.retrying import insist
 from workers.models.remote import RemoteFile, RemoteModel
 
 Piece: TypeAlias = tuple[RemoteFile, int, int]
@@ -19,8 +20,8 @@ Piece: TypeAlias = tuple[RemoteFile, int, int]
 
 _PIECE_BYTES = 8 * 2**20
 _CHUNK = 2**20
-_PAUSES = (0.5, 1.0, 2.0, 4.0)
-"""Seconds after which a piece is asked for again."""
+_OUTAGE_SECONDS = 10.0
+"""How long a piece is asked for again while the object store is away."""
 
 
 def fetch(
@@ -106,15 +107,12 @@ def _receive(
 def _getter(storage: Storage, remote: RemoteModel, stopping: threading.Event) -> Callable[[Piece], bytes]:
     def get(piece: Piece) -> bytes:
         file, start, length = piece
-        for pause in (*_PAUSES, None):
+
+        def read_piece() -> bytes:
             if stopping.is_set():
                 raise ModelUnavailable(f"this worker stops, and fetches no more of {remote.source}")
-            try:
-                return read(storage, remote.bucket, f"{remote.prefix}{file.path}", start, length, file.etag)
-            except StorageUnavailable:
-                if pause is None:
-                    raise
-                stopping.wait(pause)
-        raise AssertionError("unreachable")
+            return read(storage, remote.bucket, f"{remote.prefix}{file.path}", start, length, file.etag)
+
+        return insist(read_piece, _OUTAGE_SECONDS, stopping)
 
     return get

@@ -13,7 +13,7 @@ from prometheus_client.registry import Collector
 from farm.errors import ErrorClass
 from farm.jobs.records import Claim, Picture, WorkerInfo
 from farm.jobs.states import Outcome
-from farm.runtime.metrics_server import Exposition, Service
+from farm.runtime.metrics_server import MetricsServer, Service
 from farm.settings import Settings
 from workers.engine.engine import Engine
 from workers.models.pins import Pins
@@ -41,7 +41,7 @@ class WorkerMetrics:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a series more for each, which nobody asks for
         self._settings = settings
         self._registry = registry = CollectorRegistry()
-        self._exposition: Exposition | None = None
+        self._server: MetricsServer | None = None
         self._models: tuple[str, ...] = ()
 
         def counter(name: str, shown: str, *labels: str) -> Counter:
@@ -66,12 +66,12 @@ class WorkerMetrics:
     def listen(self) -> None:
         """Take the port, if one is set. Raises `NotConfigured` if somebody has it."""
         if self._settings.metrics_port is not None:
-            self._exposition = Exposition(self._settings, self._registry)
+            self._server = MetricsServer(self._settings, self._registry)
 
     @property
     def url(self) -> str | None:
         """Where Prometheus finds all this; None if no port is set."""
-        return self._exposition.url if self._exposition else None
+        return self._server.url if self._server else None
 
     def start(
         self, info: WorkerInfo, device: torch.device, engine: Engine, pins: Pins, services: Mapping[str, Service]
@@ -87,15 +87,15 @@ class WorkerMetrics:
             self._errors.labels(error_class.value)
         self._registry.register(WorkerCollector(info, device, engine, pins, services))
         ProcessCollector(registry=self._registry)
-        if self._exposition is not None:
-            self._exposition.start()
-            log.info("metrics at %s", self._exposition.url)
+        if self._server is not None:
+            self._server.start()
+            log.info("metrics at %s", self._server.url)
 
     def stop(self) -> None:
         """Answer no more."""
-        if self._exposition is not None:
-            self._exposition.close()
-            self._exposition = None
+        if self._server is not None:
+            self._server.close()
+            self._server = None
 
     # --- what is counted
 

@@ -2,7 +2,8 @@
 
 from datetime import UTC, datetime, timedelta
 
-from farm.jobs.records import HELD, MEMORY, BatchStatus, JobInfo, WorkerInfo
+from farm.jobs.records import BatchStatus, JobInfo, WorkerInfo
+from farm.jobs.served_models import DeviceMemory, ServedModel
 from farm.jobs.states import JobState
 from farm.specs.spec import RenderSpec
 
@@ -24,5 +25,5 @@ def failure(index: int = 7, batch: str = "sea-abcd1234", error: str = "NaN in th
 
 WORKER = WorkerInfo(
     name="gpu-1@node", device="cuda:0", dtype="bfloat16", slots=16, version="1",
-    models=({"name": "sd15", HELD: True, MEMORY: [20 * 2**30, 80 * 2**30]}, {"name": "flux", HELD: False}),
+    models=(ServedModel("sd15", loaded=True), ServedModel("flux")), memory=DeviceMemory(20 * 2**30, 80 * 2**30),
 )  # fmt: skip
