@@ -17,95 +17,104 @@ _RENEWAL_SECONDS = 0.5
 
 
 class Settings(BaseSettings):
-    """Everything that can be set, from `FARM_*` in the environment, or in the file that `FARM_ENV_FILE` names.
+    """All settings: from `FARM_*` variables, the file that `FARM_ENV_FILE` names, or the embedded farm.
 
-    Without `FARM_DATABASE_URL`, `FARM_BROKER_URL` and `FARM_S3_BUCKET`, the services are those of the
-    embedded farm in `FARM_HOME`. `none` stands for None. Make one with `Settings.load()`, which says what is missing.
+    Without `FARM_DATABASE_URL`, `FARM_BROKER_URL` and `FARM_S3_BUCKET`, the services are those of the embedded farm in
+    `FARM_HOME`. The value `none` stands for None. `Settings.load()` makes one, and says what is missing. The fields'
+    docstrings are the page docs/settings.md.
     """
 
     model_config = SettingsConfigDict(
-        env_prefix=PREFIX, frozen=True, extra="ignore", env_parse_none_str="none", allow_inf_nan=False
+        env_prefix=PREFIX,
+        frozen=True,
+        extra="ignore",
+        env_parse_none_str="none",
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
     )
 
     home: Path = Path(".farm")
-    """The embedded farm's folder."""
+    """The folder of the embedded farm."""
     database_url: str = Field(repr=False)
-    """SQLAlchemy URL: `sqlite:///path` or `postgresql+psycopg://…`."""
+    """The database: `sqlite:///path` or `postgresql://user:password@host/name`."""
     broker_url: str = Field(repr=False)
-    """`redis://:password@host:port/0`, or `rediss://` with TLS."""
+    """Redis: `redis://:password@host:port/0`, or `rediss://` for TLS."""
     s3_bucket: str
+    """The bucket for pictures and all other objects."""
     s3_endpoint_url: str | None = None
-    """None means AWS itself."""
+    """The address of the S3 service; `none` is AWS."""
     s3_public_endpoint_url: str | None = None
-    """Where presigned URLs lead, for a process that reaches S3 by a name of its own; None means the same address."""
+    """The address of the S3 service in presigned URLs, if it differs from `FARM_S3_ENDPOINT_URL`."""
     s3_access_key_id: str | None = None
-    """None means boto3's own search: `AWS_*`, `~/.aws`, the instance's role."""
+    """The access key for S3; `none` leaves the choice to boto3: `AWS_*`, `~/.aws`, the role of the instance."""
     s3_secret_access_key: SecretStr | None = None
+    """The secret key that belongs to `FARM_S3_ACCESS_KEY_ID`."""
     s3_region: str = "us-east-1"
+    """The region of the bucket."""
     flower_url: str | None = None
-    metrics_port: int | None = Field(default=None, ge=0, le=65535)
-    """Where a dispatcher or worker tells Prometheus how it is; 0 is any free port, and None means nowhere."""
-    metrics_host: str = "127.0.0.1"
-    """On which address; `0.0.0.0` for a Prometheus elsewhere. Nobody is asked for a password there."""
+    """The address of Flower, for `farm doctor` and for people."""
 
     owner: str = Field(default_factory=getpass.getuser)
-    """Who new batches belong to."""
+    """The owner of new batches; your user name by default."""
     window: int = Field(default=128, ge=1)
-    """How many jobs of one model lie in Redis at once; the rest wait in SQL."""
+    """The most jobs of one model that are in Redis at once, for urgent and other jobs each; the rest waits in SQL."""
     most_queued: int | None = Field(default=None, ge=1)
-    """How many jobs of one owner lie in Redis at once, where nothing else is set for them; None means any number."""
+    """The most jobs of one owner that are in Redis at once, for owners without a limit of their own."""
     starvation_seconds: float = Field(default=300.0, gt=0)
-    """After how long without a turn a batch gets one whatever its priority."""
+    """A batch that was not served for this time is served next, whatever its priority."""
     lease_seconds: float = Field(default=10.0, gt=0)
-    """How long a worker may hold a job without a sign of life."""
+    """A worker loses its jobs when it has not renewed its leases for this time."""
     beat_seconds: float = Field(default=2.0, gt=0)
-    """How often a worker renews its leases; less than half of `lease_seconds`."""
+    """The interval at which a worker renews its leases; less than half of `FARM_LEASE_SECONDS`."""
     max_tries: int = Field(default=5, ge=1)
-    """After how many errors a job is failed."""
+    """A job fails after this many errors."""
     retry_seconds: float = Field(default=2.0, ge=0)
-    """How long a job waits after its first error, at most; four times as long after each further one."""
+    """The longest wait of a job after its first error; each further error makes it four times as long."""
     retry_max_seconds: float = Field(default=300.0, ge=0)
-    """The longest that a job waits after an error."""
+    """The longest wait of a job after any error."""
     max_lost_leases: int = Field(default=5, ge=1)
-    """After how many lost leases a job is set aside as failed: it may be what kills the workers."""
-
+    """A job fails after this many lost leases, since it may be what kills the workers."""
     retention_days: float | None = Field(default=None, ge=0)
-    """How many days after its end a batch is deleted, pictures and all; None or 0 keeps it for ever."""
+    """A batch is deleted, with its pictures, this many days after its end; `none` or 0 keeps it."""
+    metrics_port: int | None = Field(default=None, ge=0, le=65535)
+    """The port on which a dispatcher or worker serves Prometheus metrics; 0 is any free port, `none` serves nothing."""
+    metrics_host: str = "127.0.0.1"
+    """The address for the metrics; `0.0.0.0` lets other machines read them, without a password."""
+    progress_seconds: float | None = Field(default=1.0, ge=1)
+    """The interval at which Flower gets the progress of renders and batches; `none` sends it nothing."""
 
     models: str = "tiny"
-    """What a worker pins: comma-separated `name=source`, or a source alone; `tiny` ships."""
+    """The models that a worker pins: `name=source` or a source, separated by commas; `tiny` ships with the farm."""
     device: str | None = None
-    """`cuda`, `cuda:1`, `cpu`; None chooses."""
+    """The device of a worker: `cuda`, `cuda:1` or `cpu`; `none` takes a GPU if there is one."""
     dtype: str | None = None
-    """`float32`, `bfloat16`, `float16`; None chooses for the device."""
-    model_cache: Path = Field(default_factory=lambda: Path.home() / _CACHE / "models")
-    """Where models from the object store are kept, for all workers of a machine."""
-    model_cache_size: ByteSize | None = Field(default=None, gt=0)
-    """What they may take there together, such as `200GB`; None means what the disk has."""
-    memory_budget: ByteSize | None = Field(default=None, gt=0)
-    """What the pinned models may take together, such as `20GiB`; None means what the device has."""
+    """The type of the weights: `float32`, `bfloat16` or `float16`; `none` takes the best one for the device."""
     slots: int = Field(default=16, ge=1, le=256)
-    """How many requests a worker's engine renders at once, at most; how many share a forward is measured."""
+    """The most jobs that a worker renders at once; how many of them share a forward is measured."""
+    memory_budget: ByteSize | None = Field(default=None, gt=0)
+    """The device memory for the pinned models together, such as `20GiB`; `none` is the memory of the device."""
+    model_cache: Path = Field(default_factory=lambda: Path.home() / _CACHE / "models")
+    """The folder for models from the object store, shared by all workers of a machine."""
+    model_cache_size: ByteSize | None = Field(default=None, gt=0)
+    """The most disk space for that folder, such as `200GB`; `none` is the size of the disk."""
     forward_sizes: Path = Field(default_factory=lambda: Path.home() / _CACHE / "forwards.json")
-    """Where the sizes of forwards that were measured on this machine are kept, as JSON."""
+    """The JSON file for the best sizes of forwards, as measured on this machine."""
     compile: bool = True
-    """Whether the denoisers go through `torch.compile` on CUDA."""
+    """Whether the denoisers are compiled by `torch.compile` on CUDA."""
     deterministic: bool = False
-    """Whether every forward has one fixed shape, so that no picture's bytes depend on its neighbours."""
+    """Whether all forwards have one fixed shape, so that the bytes of a picture do not depend on other jobs; slower."""
     embeddings: int = Field(default=1024, ge=0)
-    """How many prompts' text embeddings a worker keeps."""
+    """The number of prompts whose text embeddings a worker keeps."""
     checkpoint_seconds: float | None = Field(default=30.0, gt=0)
-    """How often a running render's state goes to the object store; None means not by time."""
+    """The interval at which running renders are checkpointed to the object store; `none` is never by time."""
     checkpoint_steps: int | None = Field(default=None, ge=1)
-    """After how many steps it goes there; None means not by steps."""
+    """The number of steps after which a running render is checkpointed; `none` leaves it to the interval alone."""
     preview_steps: int = Field(default=5, ge=1)
-    """After how many steps each a render that somebody watches shows itself."""
-    progress_seconds: float | None = Field(default=1.0, ge=1)
-    """How often Flower is told how far each render and each batch is; None means not at all."""
+    """The number of steps between two previews of a render that is watched."""
     stuck_seconds: float = Field(default=300.0, gt=0)
-    """How long a forward may take, or on a GPU a text or a picture, before the worker takes its device for hung."""
+    """A worker ends itself when a forward takes longer; on a GPU, also when a text or a picture does."""
     drain_seconds: float = Field(default=20.0, ge=0)
-    """How long a stopping worker finishes renders before it hands the rest back."""
+    """The time that a stopping worker has to finish its renders; it hands the others back with a checkpoint."""
 
     @model_validator(mode="after")
     def _can_work_together(self) -> Self:

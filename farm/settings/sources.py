@@ -26,10 +26,11 @@ _NAMING = (*SERVICES, "s3_endpoint_url", "s3_access_key_id", "s3_secret_access_k
 class Places(BaseSettings):
     """The settings that say where the others are."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX)
+    model_config = SettingsConfigDict(env_prefix=PREFIX, use_attribute_docstrings=True)
 
     home: Path = Path(".farm")
     env_file: Path | None = None
+    """A file of settings, as `farm env --out FILE` writes it."""
 
 
 def variable(name: str) -> str:

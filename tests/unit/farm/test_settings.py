@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+import farm
 from farm.errors import NotConfigured
 from farm.settings import (
     EMBEDDED_FILE,
@@ -12,6 +13,7 @@ from farm.settings import (
     uses_embedded_farm,
     variables_naming_a_farm,
 )
+from farm.settings.__main__ import page
 
 SERVICES = {"database_url": "sqlite:///x.db", "broker_url": "redis://:pw@h/0", "s3_bucket": "b"}
 
@@ -196,3 +198,20 @@ def test_the_shortest_lease_that_two_beats_fit_into_is_accepted(home: Path, monk
     leave(home)
     monkeypatch.setenv("FARM_LEASE_SECONDS", "4.6")
     assert Settings.load().lease_seconds == 4.6
+
+
+def test_every_setting_says_what_it_means() -> None:
+    assert [name for name, field in Settings.model_fields.items() if not field.description] == []
+
+
+def test_the_page_of_all_settings_is_current() -> None:
+    written = Path(farm.__file__).parents[1] / "docs" / "settings.md"
+    assert written.read_text() == page(), "python -m farm.settings > docs/settings.md"
+
+
+def test_the_page_does_not_depend_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = page()
+    monkeypatch.setenv("HOME", "/elsewhere")
+    monkeypatch.setenv("USER", "somebody")
+    monkeypatch.setenv("FARM_SLOTS", "3")
+    assert page() == here
