@@ -1,4 +1,4 @@
-"""Objects of many gigabytes: sent in parts that go on where they were, read in ranges."""
+"""Objects of many gigabytes: uploads in parts that can be resumed, reads of ranges."""
 
 import base64
 import hashlib
@@ -15,19 +15,19 @@ if TYPE_CHECKING:
     from mypy_boto3_s3.type_defs import CompletedPartTypeDef
 
 Report = Callable[[int], None]
-"""Told how many bytes more are there; from any thread."""
+"""Called with the number of further bytes, from any thread."""
 
 _PART_BYTES = 16 * 2**20
 _MOST_PARTS = 9_000
-"""S3 takes 10,000."""
+"""S3 allows 10,000."""
 _AT_ONCE = 8
 _HASH = "sha256"
-"""The key of an object's metadata that holds the SHA-256 of its bytes."""
+"""The metadata key with the SHA-256 of an object's bytes."""
 
 
 @dataclass(frozen=True)
 class Outgoing:
-    """A file to be sent."""
+    """A file to upload."""
 
     path: Path
     key: str
@@ -37,19 +37,19 @@ class Outgoing:
 
 @dataclass
 class _Upload:
-    """A file on its way."""
+    """An upload in progress."""
 
     file: Outgoing
     id: str = ""
     parts: list[Future["CompletedPartTypeDef"]] = field(default_factory=list)
-    """In their order; none if all of it is there already, or goes in one piece."""
+    """In order; empty if the object exists already or is uploaded in one piece."""
 
 
 def send(storage: Storage, files: Sequence[Outgoing], report: Report = lambda _: None) -> int:
-    """Put files into the bucket, many parts of them at once; returns how many bytes were not there already.
+    """Upload files, many parts at once; returns how many bytes were sent.
 
-    An object is there whole or not at all. Whoever is interrupted sends, the next time, only the parts that are
-    missing. Raises `StorageUnavailable`.
+    An object appears whole or not at all. After an interruption the next call sends only the missing parts. Raises
+    `StorageUnavailable`.
     """
     sent: list[int] = []
 
@@ -76,7 +76,7 @@ def send(storage: Storage, files: Sequence[Outgoing], report: Report = lambda _:
 
 
 def abort(storage: Storage, prefix: str) -> None:
-    """Forget the parts of objects that were never completed, of all whose keys begin so."""
+    """Abort the incomplete uploads of all keys with a prefix."""
     with storage.reaching(prefix) as s3:
         for page in s3.get_paginator("list_multipart_uploads").paginate(Bucket=storage.bucket, Prefix=prefix):
             for found in page.get("Uploads", ()):
@@ -85,9 +85,9 @@ def abort(storage: Storage, prefix: str) -> None:
 
 
 def read(storage: Storage, bucket: str, key: str, start: int, length: int, etag: str | None = None) -> bytes:
-    """A range of an object's bytes, of any bucket; of an object with that ETag, if one is given.
+    """A range of bytes of an object in any bucket, with that ETag if one is given.
 
-    Raises `NotFound`, or `StorageUnavailable` if what comes is shorter.
+    Raises `NotFound`, or `StorageUnavailable` for a short answer.
     """
     if not length:
         return b""
@@ -112,7 +112,7 @@ def _begin(storage: Storage, file: Outgoing, pool: ThreadPoolExecutor, report: C
         return _Upload(file, parts=[pool.submit(_put, storage, file, report)])
     upload = _Upload(file)
     with storage.reaching(file.key) as s3:
-        # The newest: an older one may be of another time's part size.
+        # The newest: an older one may have another part size.
         begun = [
             found["UploadId"]
             for page in s3.get_paginator("list_multipart_uploads").paginate(Bucket=storage.bucket, Prefix=file.key)
@@ -171,7 +171,7 @@ def _send_part(
         stream.seek(start)
         data = stream.read(length)
     md5, hexadecimal = _md5(data)
-    # Where a store encrypts, its ETag is no MD5: the part is sent anew.
+    # If the store encrypts, its ETag is not an MD5, and the part is sent again.
     if there is not None and there.strip('"') == hexadecimal:
         report(length, False)
         return {"PartNumber": number, "ETag": there}
@@ -189,6 +189,6 @@ def _send_part(
 
 
 def _md5(data: bytes) -> tuple[str, str]:
-    """An MD5 in base64 as S3 wants to be told it, and in hexadecimal as it says it itself."""
+    """An MD5 in base64, as S3 expects it, and in hexadecimal, as S3 returns it."""
     digest = hashlib.md5(data, usedforsecurity=False)
     return base64.b64encode(digest.digest()).decode(), digest.hexdigest()
