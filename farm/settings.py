@@ -5,7 +5,8 @@ import stat
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import ByteSize, Field, SecretStr, ValidationError
+from pydantic import ByteSize, Field, SecretStr, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 from pydantic_settings import (
     BaseSettings,
     DotEnvSettingsSource,
@@ -21,6 +22,8 @@ EMBEDDED_FILE = "farm.json"
 
 _SERVICES = ("database_url", "broker_url", "s3_bucket")
 _CACHE = Path(".cache") / "diffusion-farm"
+_RENEWAL_SECONDS = 0.5
+"""How long the renewal of a lease may take where the lease is the shortest that is accepted."""
 
 
 class _Home(BaseSettings):
@@ -39,7 +42,9 @@ class Settings(BaseSettings):
     embedded farm in `FARM_HOME`. `none` stands for None. Make one with `Settings.load()`, which says what is missing.
     """
 
-    model_config = SettingsConfigDict(env_prefix="FARM_", frozen=True, extra="ignore", env_parse_none_str="none")
+    model_config = SettingsConfigDict(
+        env_prefix="FARM_", frozen=True, extra="ignore", env_parse_none_str="none", allow_inf_nan=False
+    )
 
     home: Path = Path(".farm")
     """The embedded farm's folder."""
@@ -73,7 +78,7 @@ class Settings(BaseSettings):
     lease_seconds: float = Field(default=10.0, gt=0)
     """How long a worker may hold a job without a sign of life."""
     beat_seconds: float = Field(default=2.0, gt=0)
-    """How often a worker renews its leases; well below `lease_seconds`."""
+    """How often a worker renews its leases; less than half of `lease_seconds`."""
     max_tries: int = Field(default=5, ge=1)
     """After how many errors a job is failed."""
     retry_seconds: float = Field(default=2.0, ge=0)
@@ -121,6 +126,27 @@ class Settings(BaseSettings):
     drain_seconds: float = Field(default=20.0, ge=0)
     """How long a stopping worker finishes renders before it hands the rest back."""
 
+    @model_validator(mode="after")
+    def _can_work_together(self) -> Self:
+        """Refuse values that are valid each, and impossible together."""
+        # A worker stops a render `beat_seconds` before its lease runs out, and the lease is that old one beat after
+        # its last renewal, plus the time that the next renewal takes.
+        shortest = 2 * self.beat_seconds + _RENEWAL_SECONDS
+        if self.lease_seconds <= shortest:
+            raise _impossible(
+                f"FARM_LEASE_SECONDS={self.lease_seconds:g} is too short for FARM_BEAT_SECONDS={self.beat_seconds:g}: "
+                f"make it more than {shortest:g} s, two beats and {_RENEWAL_SECONDS:g} s, or every render is stopped "
+                "before its lease is renewed"
+            )
+        if self.retry_seconds > self.retry_max_seconds:
+            raise _impossible(
+                f"FARM_RETRY_SECONDS={self.retry_seconds:g} is more than FARM_RETRY_MAX_SECONDS="
+                f"{self.retry_max_seconds:g}: the first wait can't be longer than the longest"
+            )
+        if bool(self.s3_access_key_id) != bool(self.s3_secret_access_key):
+            raise _impossible("FARM_S3_ACCESS_KEY_ID and FARM_S3_SECRET_ACCESS_KEY: set both of them or none")
+        return self
+
     @classmethod
     def load(cls, **overrides: Any) -> Self:
         """The settings in force; raises `NotConfigured` with what is missing and what to do."""
@@ -129,7 +155,7 @@ class Settings(BaseSettings):
         except ValidationError as error:
             missing = [str(e["loc"][0]) for e in error.errors() if e["type"] == "missing"]
             wrong = [
-                f"FARM_{str(e['loc'][0]).upper()}: {e['msg']}, not {e['input']!r}"
+                f"FARM_{str(e['loc'][0]).upper()}: {e['msg']}, not {e['input']!r}" if e["loc"] else e["msg"]
                 for e in error.errors()
                 if e["type"] != "missing"
             ]
@@ -182,6 +208,10 @@ class Settings(BaseSettings):
             env_settings,
             JsonConfigSettingsSource(settings_cls, json_file=home / EMBEDDED_FILE),
         )
+
+
+def _impossible(why: str) -> PydanticCustomError:
+    return PydanticCustomError("impossible", "{why}", {"why": why})
 
 
 def _env_file(settings_cls: type[BaseSettings], path: Path) -> DotEnvSettingsSource:

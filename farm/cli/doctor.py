@@ -305,9 +305,9 @@ def _left_behind(settings: Settings, database: Database) -> set[str]:
 
 def _workers(store: JobStore) -> Iterator[Finding]:
     workers = store.workers()
-    held = {str(model["name"]) for worker in workers if worker.alive for model in worker.models}
+    held = {model.name for worker in workers if worker.alive for model in worker.models}
     for worker in workers:
-        models = ", ".join(str(model["name"]) for model in worker.models)
+        models = ", ".join(model.name for model in worker.models)
         if not worker.alive:
             yield Finding(
                 "worker", "warn", f"{worker.name} has not been heard of lately", "look whether it runs; restart it"

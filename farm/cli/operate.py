@@ -1,4 +1,4 @@
-"""The commands that run a farm, beside those of `farm.cli.main` that use it."""
+"""The commands that operate a farm: its processes, its settings for other machines, its schema and its health."""
 
 import os
 import sys
@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from farm.cli.console import Json, complain, home, out, say_json
+from farm.cli.console import Json, complain, home, out, print_json
 from farm.errors import NotConfigured
 from farm.log import configure
 from farm.settings import Settings
@@ -18,8 +18,8 @@ app = typer.Typer()
 
 
 @app.command()
-def up(workers: Annotated[int, typer.Option(min=0, help="How many workers share this machine.")] = 1) -> None:
-    """Start the embedded farm here and keep it running: Redis, S3, SQLite, dispatcher, workers, Flower."""
+def up(workers: Annotated[int, typer.Option(min=0, help="The number of workers on this machine.")] = 1) -> None:
+    """Start the embedded farm and keep it running: Redis, S3, SQLite, dispatcher, workers and Flower."""
     from farm.local import LocalFarm
 
     LocalFarm(home(), workers=workers, console=out).run()
@@ -27,12 +27,14 @@ def up(workers: Annotated[int, typer.Option(min=0, help="How many workers share 
 
 @app.command()
 def env(
-    to: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Write it there, for you alone.")] = None,
+    to: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Write them to this file, readable only by you.")
+    ] = None,
     export: Annotated[
-        bool, typer.Option("--export", help='As lines for a shell: eval "$(farm env --export)".')
+        bool, typer.Option("--export", help='Print them as shell commands: eval "$(farm env --export)".')
     ] = False,
 ) -> None:
-    """Print what other machines need to join this farm, passwords and all: for `--env FILE` or FARM_ENV_FILE there."""
+    """Print the settings with which other machines join this farm, passwords included, for FARM_ENV_FILE."""
     from farm.cli.environment import as_file, as_shell, reach, variables
     from farm.runtime.atomic_files import write_atomic
 
@@ -53,16 +55,16 @@ def env(
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def worker(context: typer.Context) -> None:
-    """Render on this machine: one worker, or with `--gpus all` one on each GPU (--help shows its options)."""
+    """Render on this machine with one worker, or with `--gpus all` one for each GPU; --help shows the options."""
     if find_spec("torch") is None or find_spec("diffusers") is None:
         raise NotConfigured("a worker needs torch and diffusers: pip install 'diffusion-farm[worker]'")
-    # The farm's own packages never import what renders; and the worker gets a process without the command line's.
+    # The farm never imports torch; the worker replaces this process.
     os.execv(sys.executable, [sys.executable, "-m", "workers", *context.args])  # noqa: S606
 
 
 @app.command()
 def dispatcher() -> None:
-    """Keep Redis supplied from the backlog, and bring back what was lost. Any number may run."""
+    """Move jobs from the backlog to Redis, and requeue lost ones. Several may run; one leads."""
     from farm.dispatch.dispatcher import Dispatcher
     from farm.dispatch.metrics import serve
     from farm.jobs.database import Database
@@ -95,9 +97,9 @@ def dispatcher() -> None:
 
 @app.command()
 def migrate(
-    bucket: Annotated[bool, typer.Option("--bucket", help="Make the bucket too, where it is not there.")] = False,
+    bucket: Annotated[bool, typer.Option("--bucket", help="Create the bucket, too, if it does not exist.")] = False,
 ) -> None:
-    """Bring the database's schema up to this version's; harmless when it is."""
+    """Upgrade the schema of the database to this version; may be run again."""
     from farm.jobs.database import Database
     from farm.objects.storage import Storage
 
@@ -111,12 +113,12 @@ def migrate(
 
 @app.command()
 def doctor(as_json: Json = False) -> None:
-    """Check every part, and say in a line each what is wrong and what to do."""
+    """Check every part of the farm, and print a line for each with its state and what to do."""
     from farm.cli import doctor as checks
 
     findings = checks.check(Settings.load())
     if as_json:
-        say_json([vars(finding) for finding in findings])
+        print_json([vars(finding) for finding in findings])
     else:
         for finding in findings:
             out.print(checks.line(finding), soft_wrap=True)

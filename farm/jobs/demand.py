@@ -18,6 +18,7 @@ from farm.jobs.database import Database, now, now_plus
 from farm.jobs.fair_share import UNKNOWN_SECONDS
 from farm.jobs.queries import VISIBLE, in_state, models_in
 from farm.jobs.schema import BatchRow, JobCountRow, JobRow, OwnerRow, WorkerRow
+from farm.jobs.served_models import served_models
 from farm.jobs.states import JobState
 
 _OF_BATCH, _OF_MODEL, _BATCHES = 16, 40, 50
@@ -74,7 +75,7 @@ def demands(db: Database, lease_seconds: float) -> Demands:
         alive = WorkerRow.seen_at > now_plus(sa.literal(-lease_seconds))
         living = session.execute(sa.select(WorkerRow.slots, WorkerRow.models).where(alive)).all()
         for slots, served in living:
-            for name in {model["name"] for model in served}:
+            for name in {model.name for model in served_models(served)}:
                 models[name].workers += 1
                 models[name].slots += slots
         _add_waiting(session, models)

@@ -17,6 +17,7 @@ from farm.jobs.database import Database, now, now_plus
 from farm.jobs.queries import JobQueries, in_state
 from farm.jobs.records import Beat, Claim, Pace, WorkerInfo
 from farm.jobs.schema import AttemptRow, BatchRow, JobRow, OwnerRow, WorkerRow
+from farm.jobs.served_models import served_columns, served_models
 from farm.jobs.states import JobState, Outcome
 from farm.runtime.backoff import Backoff
 from farm.settings import Settings
@@ -64,7 +65,7 @@ class Leases(JobQueries):
             "dtype": worker.dtype,
             "slots": worker.slots,
             "version": worker.version,
-            "models": [dict(model) for model in worker.models],
+            **served_columns(worker.models, worker.memory),
             "metrics_url": worker.metrics_url,
             "started_at": now(),
             "seen_at": now(),
@@ -75,10 +76,10 @@ class Leases(JobQueries):
         return self._lose(JobRow.worker == worker.name)
 
     def describe(self, worker: WorkerInfo) -> None:
-        """Record what is known by now of the models that a worker serves."""
+        """Record the models of a worker and its device's memory as they are now."""
         with self._db.write() as session:
-            models = [dict(model) for model in worker.models]
-            session.execute(sa.update(WorkerRow).where(WorkerRow.name == worker.name).values(models=models))
+            values = served_columns(worker.models, worker.memory)
+            session.execute(sa.update(WorkerRow).where(WorkerRow.name == worker.name).values(values))
 
     def leave(self, worker: str) -> None:
         """Forget a worker that has stopped in good order."""
@@ -137,7 +138,7 @@ class Leases(JobQueries):
     def _served_elsewhere(self, session: Session, model: str, worker: str) -> bool:
         alive = WorkerRow.seen_at > now_plus(sa.literal(-self._lease_seconds))
         others = session.scalars(sa.select(WorkerRow.models).where(WorkerRow.name != worker, alive))
-        return any(served["name"] == model for models in others for served in models)
+        return any(served.name == model for models in others for served in served_models(models))
 
     def beat(self, worker: str, paces: Mapping[tuple[str, int], Pace]) -> Beat:
         """Renew the leases a worker holds, keyed by job id and attempt, and write how far each render is.

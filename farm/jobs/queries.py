@@ -8,10 +8,10 @@ from sqlalchemy.orm import Session
 
 from farm.errors import NotFound
 from farm.jobs.database import Database, now_plus
-from farm.jobs.memory import Room
-from farm.jobs.records import BatchStatus, JobInfo, WorkerInfo, job_info
+from farm.jobs.memory_limits import Limits, allowed, memory_limits
+from farm.jobs.records import BatchStatus, JobInfo, WorkerInfo, job_info, worker_info
 from farm.jobs.schema import BatchRow, JobCountRow, JobRow, OwnerRow, WorkerRow
-from farm.jobs.sizes import fits, rooms
+from farm.jobs.served_models import MemoryLimit, served_models
 from farm.jobs.states import ACTIVE, JobState
 from farm.settings import Settings
 from farm.specs.object_keys import checkpoint_key, image_key, preview_key, trajectory_keys
@@ -133,17 +133,7 @@ class JobQueries:
         alive = WorkerRow.seen_at > now_plus(sa.literal(-self._lease_seconds))
         with self._db.read() as session:
             return [
-                WorkerInfo(
-                    name=row.name,
-                    device=row.device,
-                    dtype=row.dtype,
-                    slots=row.slots,
-                    version=row.version,
-                    models=tuple(row.models),
-                    started_at=row.started_at,
-                    alive=bool(lives),
-                    metrics_url=row.metrics_url,
-                )
+                worker_info(row, alive=bool(lives))
                 for row, lives in session.execute(sa.select(WorkerRow, alive).order_by(WorkerRow.name))
             ]
 
@@ -151,7 +141,7 @@ class JobQueries:
         """How many slots the living workers that serve a model have, by model."""
         found: dict[str, int] = {}
         for worker in self.workers():
-            for name in {model["name"] for model in worker.models} if worker.alive else ():
+            for name in {model.name for model in worker.models} if worker.alive else ():
                 found[name] = found.get(name, 0) + worker.slots
         return found
 
@@ -182,18 +172,21 @@ class JobQueries:
             }
         return sorted(missing)
 
-    def rooms(self, session: Session) -> dict[str, Room]:
-        """What any living worker has room for, by model, where that is known."""
+    def memory_limits(self, session: Session) -> Limits:
+        """The limits of what any living worker may have the memory for, by model."""
         alive = WorkerRow.seen_at > now_plus(sa.literal(-self._lease_seconds))
-        return rooms(session.scalars(sa.select(WorkerRow.models).where(alive)))
+        return memory_limits(map(served_models, session.scalars(sa.select(WorkerRow.models).where(alive))))
 
-    def too_large(self, batch_id: str | None = None) -> dict[str, int]:
-        """What there is room for, in row pixels, by model of which jobs, or a batch's jobs, wait that need more."""
+    def too_large(self, batch_id: str | None = None) -> dict[str, MemoryLimit]:
+        """The models with jobs, in a batch or at all, that wait because no living worker has the memory for them.
+
+        With the highest limit of a worker of that model.
+        """
         with self._db.read() as session:
             return {
-                model: room.most
-                for model, room in self.rooms(session).items()
-                if _has(session, JobState.PENDING, model, batch_id, ~fits(room))
+                model: max(limits, key=lambda limit: limit.pixels)
+                for model, limits in self.memory_limits(session).items()
+                if _has(session, JobState.PENDING, model, batch_id, ~allowed(limits))
             }
 
     def queued_models(self) -> list[str]:

@@ -16,6 +16,7 @@ from sqlalchemy.orm import Session, aliased
 from farm.jobs.database import now, now_plus
 from farm.jobs.queries import JobQueries, in_state
 from farm.jobs.schema import AttemptRow, BatchRow, JobRow, LeaderRow, WorkerRow
+from farm.jobs.served_models import served_models
 from farm.jobs.states import JobState, Outcome
 from farm.specs.object_keys import image_key, trajectory_keys
 
@@ -138,8 +139,8 @@ class Works:
         alive = WorkerRow.seen_at > now_plus(sa.literal(-self._lease_seconds))
         found: dict[str, set[str]] = {}
         for models in self._session.scalars(sa.select(WorkerRow.models).where(alive)):
-            for model in models:
-                found.setdefault(model["name"], set()).update(filter(None, [model.get("sha256")]))
+            for model in served_models(models):
+                found.setdefault(model.name, set()).update(filter(None, [model.sha256]))
         return found
 
 

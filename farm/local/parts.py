@@ -1,4 +1,4 @@
-"""What each part of the embedded farm is: its command, its secrets, and how one sees that it answers."""
+"""What each part of the embedded farm is: its command, its secrets, and how it shows that it is ready."""
 
 import http.client
 import importlib.util
@@ -12,21 +12,18 @@ from base64 import b64encode
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import redis
 
 from farm.errors import FarmError, NotConfigured, ServiceUnavailable
 from farm.jobs.store import JobStore
 from farm.local.home import GRPC, LOOPBACK, SERVICE_VARIABLES, Access, Home
+from farm.local.process import PartProcess
 from farm.objects.storage import Storage
 from farm.runtime.atomic_files import write_atomic
 from farm.settings import Settings
 
-if TYPE_CHECKING:
-    from farm.local.process import Process
-
-# -P: a folder called `workers` where somebody stands must not be taken for ours.
+# -P: a folder `workers` in the current directory must not hide the package.
 PYTHON = (sys.executable, "-P", "-m")
 
 
@@ -46,7 +43,7 @@ class Part:
     command: tuple[str, ...]
     env: Mapping[str, str] = field(repr=False)
     cwd: Path | None
-    answers: Callable[["Process"], bool]
+    answers: Callable[[PartProcess], bool]
     """Called every 0.1 s while the part comes up; says whether it is ready for use."""
     login: str = field(default="", repr=False)
     """How a person gets in; shown to one at a terminal only, since other output may be kept as a log."""
@@ -55,7 +52,11 @@ class Part:
     ready_seconds: float = 120.0
     stop_seconds: float = 20.0
     survives_kill: bool = False
-    """Killed, it loses nothing: no word is made of it when it does not stop in time."""
+    """Whether it loses nothing when it is killed: no line reports it when it does not stop in time."""
+
+    def start(self, home: Home) -> PartProcess:
+        """Start a process of it."""
+        return PartProcess(self.name, self.command, home=home, env=self.env, cwd=self.cwd, litter=self.litter)
 
 
 def require(*, worker: bool, flower: bool) -> None:
@@ -89,7 +90,7 @@ def valkey(home: Home, access: Access, settings: Settings) -> Part:
         private=True,
     )
 
-    def answers(_process: "Process") -> bool:
+    def answers(_process: PartProcess) -> bool:
         client = redis.Redis.from_url(settings.broker_url, socket_timeout=1, socket_connect_timeout=1)
         try:
             return bool(client.ping())
@@ -116,7 +117,7 @@ def seaweed(home: Home, access: Access, settings: Settings) -> Part:
     doors = ("s3", "master", "volume", "filer", "admin")
     storage = Storage(settings)
 
-    def answers(_process: "Process") -> bool:
+    def answers(_process: PartProcess) -> bool:
         if not _listens(access.host, ports["s3"]):  # boto3 would try again for seconds
             return False
         try:
@@ -175,7 +176,7 @@ def seaweed(home: Home, access: Access, settings: Settings) -> Part:
 def dispatcher(home: Home, settings: Settings) -> Part:
     """What moves jobs from the backlog in SQL to Redis, and back again what was lost."""
 
-    def answers(process: "Process") -> bool:
+    def answers(process: PartProcess) -> bool:
         return b"dispatching" in process.written()
 
     return Part(
@@ -201,7 +202,7 @@ def worker(home: Home, settings: Settings, number: int, of: int, store: JobStore
     if gpus > 1:
         env["FARM_DEVICE"] = f"cuda:{(number - 1) % gpus}"
 
-    def answers(process: "Process") -> bool:
+    def answers(process: PartProcess) -> bool:
         try:
             return any(
                 found.name == here and found.started_at is not None and found.started_at >= process.started_at
@@ -228,7 +229,7 @@ def flower(home: Home, access: Access) -> Part:
     login = f"{access.flower_user}:{access.flower_password}"
     url = f"http://{LOOPBACK}:{access.ports['flower']}"
 
-    def answers(_process: "Process") -> bool:
+    def answers(_process: PartProcess) -> bool:
         connection = http.client.HTTPConnection(LOOPBACK, access.ports["flower"], timeout=2)
         token = b64encode(login.encode()).decode()
         try:

@@ -25,6 +25,7 @@ from farm.jobs.database import Database, now_plus
 from farm.jobs.queries import in_state
 from farm.jobs.records import Claim, Pace, Picture, WorkerInfo
 from farm.jobs.schema import AttemptRow, BatchRow, JobCountRow, JobRow, OwnerRow
+from farm.jobs.served_models import ServedModel
 from farm.jobs.states import TRANSITIONS, JobState
 from farm.jobs.store import JobStore
 from farm.settings import Settings
@@ -85,7 +86,7 @@ class Farm(RuleBasedStateMachine):
             session.execute(sa.delete(BatchRow))
             session.execute(sa.delete(OwnerRow))
         for name in WORKERS:
-            self.store.introduce(WorkerInfo(name, "cpu", "float32", 8, "0", ({"name": "tiny", "sha256": "e" * 64},)))
+            self.store.introduce(WorkerInfo(name, "cpu", "float32", 8, "0", (ServedModel("tiny", sha256="e" * 64),)))
         self.jobs: dict[str, Known] = {}
         self.seen: dict[str, JobState] = {}
         self.paused: set[str] = set()

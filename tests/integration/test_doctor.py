@@ -20,6 +20,7 @@ from farm.client.farm import Farm
 from farm.jobs.database import Database
 from farm.jobs.records import WorkerInfo
 from farm.jobs.schema import JobRow, WorkerRow
+from farm.jobs.served_models import ServedModel
 from farm.jobs.states import JobState
 from farm.jobs.store import JobStore
 from farm.objects.storage import Storage
@@ -43,7 +44,7 @@ def on_sqlite(sqlite_url: str, valkey: str, s3: dict[str, str], tmp_path: Path) 
 
 def introduce(store: JobStore, name: str, *, model: str = "tiny", version: str = __version__) -> None:
     store.introduce(
-        WorkerInfo(name=name, device="cpu", dtype="float32", slots=8, version=version, models=({"name": model},))
+        WorkerInfo(name=name, device="cpu", dtype="float32", slots=8, version=version, models=(ServedModel(model),))
     )
 
 

@@ -34,7 +34,7 @@ class Supervised:
             "import signal, sys; import workers.service.supervisor as s; from farm.runtime.backoff import Backoff\n"
             "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # whoever runs the tests may be started by nohup
             f"for name, value in {constants!r}.items(): setattr(s, name, value)\n"
-            "s.PATIENCE = Backoff(0.02, 0.2)\n"
+            "s.RESTART_BACKOFF = Backoff(0.02, 0.2)\n"
             f"seats = [s.Seat(name) for name in {names!r}.split()]\n"
             f"sys.exit(s.Crew(seats, [sys.executable, '-I', '-S', '-c', {program!r}], s.STOP_MARGIN_SECONDS).run())"
         )

@@ -11,11 +11,11 @@ from contextlib import closing
 from pathlib import Path
 from typing import TypeAlias
 
-from farm.errors import ModelError, ModelUnavailable, StorageUnavailable
+from farm.errors import ModelError, ModelUnavailable
 from farm.objects.large_objects import Report, read
 from farm.objects.storage import Storage
-from farm.runtime.backoff import Backoff
 from farm.runtime.parallel import parallel_map
+from farm.runtime.retrying import insist
 from workers.models.remote import RemoteFile, RemoteModel
 
 Piece: TypeAlias = tuple[RemoteFile, int, int]
@@ -23,9 +23,8 @@ Piece: TypeAlias = tuple[RemoteFile, int, int]
 
 _PIECE_BYTES = 8 * 2**20
 _CHUNK = 2**20
-_RETRIES = 4
-_BACKOFF = Backoff(base_seconds=0.5, max_seconds=4.0)
-"""Between two requests for a piece while the store does not answer."""
+_OUTAGE_SECONDS = 10.0
+"""How long a piece is asked for again while the object store is away."""
 
 
 def fetch(
@@ -111,16 +110,12 @@ def _receive(
 def _getter(storage: Storage, remote: RemoteModel, stopping: threading.Event) -> Callable[[Piece], bytes]:
     def get(piece: Piece) -> bytes:
         file, start, length = piece
-        failures = 0
-        while True:
+
+        def read_piece() -> bytes:
             if stopping.is_set():
                 raise ModelUnavailable(f"this worker stops, and fetches no more of {remote.source}")
-            try:
-                return read(storage, remote.bucket, f"{remote.prefix}{file.path}", start, length, file.etag)
-            except StorageUnavailable:
-                failures += 1
-                if failures > _RETRIES:
-                    raise
-                stopping.wait(_BACKOFF.seconds(failures))
+            return read(storage, remote.bucket, f"{remote.prefix}{file.path}", start, length, file.etag)
+
+        return insist(read_piece, _OUTAGE_SECONDS, stopping)
 
     return get

@@ -6,16 +6,14 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 import torch
 
 from farm import __version__
-from farm.errors import FarmError, ServiceUnavailable
+from farm.errors import ServiceUnavailable
 from farm.jobs.database import Database
-from farm.jobs.memory import MOST, OWN_ROWS, Room, room_of
 from farm.jobs.records import Claim, Pace, Picture, WorkerInfo
 from farm.jobs.states import Outcome
 from farm.jobs.store import JobStore
@@ -25,12 +23,11 @@ from farm.specs.spec import RenderSpec
 from workers.engine.engine import Engine
 from workers.engine.forward_sizes import ForwardSizes
 from workers.engine.warming import warm
-from workers.models.description import RESTATE_SECONDS, standing
-from workers.models.memory_bound import room_for
 from workers.models.opener import Opener
 from workers.models.pins import Pins
+from workers.models.served import Served
 from workers.pipelines import load
-from workers.render.device import choose_device, choose_dtype, keep_freed_memory, memory, use_threads
+from workers.render.device import choose_device, choose_dtype, keep_freed_memory, use_threads
 from workers.render.pipeline import Pipeline
 from workers.render.request import Progress
 from workers.service.group_commit import Gathered
@@ -38,6 +35,9 @@ from workers.service.metrics import WorkerMetrics
 from workers.service.observer import Held, Observer
 
 log = logging.getLogger(__name__)
+
+_REFRESH_SECONDS = 10.0
+"""How often the models loaded now and the device's memory are written to the database."""
 
 
 class Worker:
@@ -71,7 +71,7 @@ class Worker:
         self.device = device = choose_device(self.settings.device)
         dtype = choose_dtype(self.settings.dtype, device)
         settings = self.settings
-        self._opener = opener = Opener(settings, self.storage, load, device, dtype, self.draining)
+        opener = Opener(settings, self.storage, load, device, dtype, self.draining)
 
         def open_model(name: str, source: str) -> Pipeline:
             return self.metrics.counted(name, opener.open(name, source))
@@ -92,38 +92,18 @@ class Worker:
         held = ",".join(self.pins.held)
         log.info("warmed models=%s device=%s in %.1f s", held, device, time.monotonic() - began)
         self.observer = Observer(self.engine, self.storage, self.store, settings)
+        self._served = Served(self.pins, opener, device)
         self.info = WorkerInfo(
             name=self.name,
             device=str(device),
             dtype=str(dtype).removeprefix("torch."),
             slots=self.engine.slots,
             version=__version__,
-            models=self._describe(),
+            models=self._served.models,
+            memory=self._served.memory,
             metrics_url=self.metrics.url,
         )
         self.metrics.start(self.info, device, self.engine, self.pins, {"sql": self.db, "s3": self.storage})
-
-    def _describe(self) -> tuple[Mapping[str, Any], ...]:
-        held, memory_now = self.pins.held, memory(self.device)
-        models: list[dict[str, object]] = []
-        for name in self.pins.names:
-            room = self._room(name, memory_now[1]) if memory_now else None
-            models.append({"name": name, **({MOST: room.most, OWN_ROWS: room.own_rows} if room else {})})
-        return standing(models, self._opener.loaded, held, memory_now)
-
-    def _room(self, name: str, there_is: int) -> Room | None:
-        """What a model has room for, traced without its weights if it is not held; None if all, or nobody can tell."""
-        try:
-            held = name in self.pins.held
-            with self.pins.using(name) if held else nullcontext(self._opener.outline(name)) as pipeline:
-                room = room_for(pipeline, there_is)
-        except Exception as error:
-            trace = not isinstance(error, FarmError)
-            log.warning("can't tell how large a picture of model=%s may be: %s", name, error, exc_info=trace)
-            return None
-        if room is not None:
-            log.info("no memory for pictures of model=%s beyond %d pixels, rows counted", name, room.most)
-        return room
 
     def live(self) -> None:
         """Make the worker known and begin to renew leases."""
@@ -133,27 +113,12 @@ class Worker:
 
     def has_room(self, spec: RenderSpec) -> bool:
         """Whether there may be memory here for a picture of that size."""
-        with self._lock:
-            room = next((room_of(model) for model in self.info.models if model["name"] == spec.model), None)
-        return room is None or room.has(spec)
+        return self._served.allows(spec)
 
     def no_room(self, spec: RenderSpec) -> None:
-        """Make known that there is no memory here for a picture of that size, until this worker starts anew."""
-        if spec.model not in self.pins.held:
-            return
-        with self.pins.using(spec.model) as pipeline:
-            width, height = pipeline.native_size
-        most = spec.row_pixels(spec.width or width, spec.height or height) - 1
-        rows = most // (width * height)
-        with self._lock:
-            models = [
-                {**model, MOST: min(most, model.get(MOST, most)), OWN_ROWS: min(rows, model.get(OWN_ROWS, rows))}
-                if model["name"] == spec.model
-                else model
-                for model in self.info.models
-            ]
-            self.info = replace(self.info, models=tuple(models))
-        self.store.describe(self.info)
+        """Take no more pictures of that size, and record that there is no memory for them here."""
+        self._served.forbid(spec)
+        self._describe()
 
     # --- leases ---------------------------------------------------------------------------------------------
 
@@ -206,7 +171,7 @@ class Worker:
         return [claim.job_id in recorded for claim, _ in ended]
 
     def _beat_on(self) -> None:
-        restated = -RESTATE_SECONDS
+        refreshed = -_REFRESH_SECONDS
         began, pause = time.monotonic(), self.settings.beat_seconds
         # From one beginning to the next: over a slow network a beat takes long itself.
         while not self._stopped.wait(max(began + pause - time.monotonic(), pause / 4)):
@@ -215,9 +180,10 @@ class Worker:
                 mine = list(self._held.values())
             try:
                 self._beat(mine)
-                if time.monotonic() - restated > RESTATE_SECONDS:
-                    self._restate()
-                    restated = time.monotonic()
+                if time.monotonic() - refreshed > _REFRESH_SECONDS:
+                    self._served.refresh()
+                    self._describe()
+                    refreshed = time.monotonic()
             except ServiceUnavailable as error:
                 log.error("can't renew leases: %s", error)
             except Exception:
@@ -232,15 +198,12 @@ class Worker:
                 log.critical("a forward hangs for %.0f s: this worker ends", self.engine.busy_seconds)
                 os._exit(os.EX_SOFTWARE)
 
-    def _restate(self) -> None:
-        """Make known which models are held now, and the device's memory, if there is news."""
-        held, memory_now = self.pins.held, memory(self.device)
-        with self._lock:
-            models = standing(self.info.models, self._opener.loaded, held, memory_now)
-            news = models != self.info.models
-            self.info = replace(self.info, models=models)
-        if news:
-            self.store.describe(self.info)
+    def _describe(self) -> None:
+        """Record the models served and the device's memory, if they differ from what was recorded last."""
+        info = replace(self.info, models=self._served.models, memory=self._served.memory)
+        if info != self.info:
+            self.store.describe(info)
+            self.info = info
 
     def _guard_leases(self) -> None:
         """Stop every render whose lease is about to run out: whoever holds the clock may give its job away then.

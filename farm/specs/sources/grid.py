@@ -8,17 +8,10 @@ from typing import Any
 
 from farm.errors import InvalidInput, Problem
 from farm.specs.sources.problems import Problems, parsed
-from farm.specs.spec import RenderSpec, shown
+from farm.specs.spec import SHORT_NAMES, RenderSpec, shown
 
 MAX_SPECS = 10_000_000
 """How many pictures one submission may ask for."""
-FAMILIAR = {
-    "steps": "num_inference_steps",
-    "guidance": "guidance_scale",
-    "sampler": "scheduler",
-    "negative": "negative_prompt",
-}
-"""What people call fields."""
 SIZE = "size"
 _INTEGERS = {name for name, field in RenderSpec.model_fields.items() if field.annotation in (int, int | None)}
 _RANGE = re.compile(r"([0-9]{1,18})\.\.([0-9]{1,18})")
@@ -46,7 +39,7 @@ class Axis:
 def is_axis(text: str) -> bool:
     """Whether a text can only mean an axis: `steps=20,30`."""
     name, equals, _ = text.partition("=")
-    return bool(equals) and (name == SIZE or name in FAMILIAR or name in RenderSpec.model_fields)
+    return bool(equals) and (name == SIZE or name in SHORT_NAMES or name in RenderSpec.model_fields)
 
 
 def combinations(axes: Sequence[Axis]) -> Iterator[dict[str, Any]]:
@@ -73,10 +66,10 @@ def read_axes(
     if seeds is not None:
         asked.append(("seeds", "seed", seeds))
     for where, called, values in asked:
-        name = FAMILIAR.get(called, called)
+        name = SHORT_NAMES.get(called, called)
         names = ("width", "height") if name == SIZE else (name,)
         if not set(names) <= RenderSpec.model_fields.keys() | set(variables):
-            known = ", ".join([*FAMILIAR, SIZE, *RenderSpec.model_fields])
+            known = ", ".join([*SHORT_NAMES, SIZE, *RenderSpec.model_fields])
             problems.add(Problem(where, called, f"no such field; known are {known}"))
             continue
         try:

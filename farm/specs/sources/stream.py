@@ -13,7 +13,7 @@ from farm.specs.sources.rows import Row, file_rows
 from farm.specs.sources.templates import Template, write
 from farm.specs.sources.texts import BadText
 from farm.specs.sources.wildcards import Draws, Wildcards
-from farm.specs.spec import RenderSpec
+from farm.specs.spec import PROMPT_FIELDS, RenderSpec
 
 Given = Row | str | os.PathLike[str] | Mapping[str, Any] | RenderSpec
 """What can be handed in: a prompt, a spec's fields, a whole spec, a file of those, or a row of one."""
@@ -72,7 +72,7 @@ class Expansion:
             for name in (*columns, *self.template.names):
                 if name not in RenderSpec.model_fields:
                     values.pop(name, None)
-        for name in ("prompt", "negative_prompt"):
+        for name in PROMPT_FIELDS:
             draws = self._draws(row, number, name)
             try:
                 if self.template is not None and name == "prompt":

@@ -73,7 +73,7 @@ def test_a_wrong_value_is_named(home: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_secrets_are_not_shown(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    leave(home, broker_url="redis://:hunter2@h/0", s3_secret_access_key="hunter3")
+    leave(home, broker_url="redis://:hunter2@h/0", s3_access_key_id="me", s3_secret_access_key="hunter3")
     assert "hunter" not in repr(Settings.load())
 
 
@@ -95,6 +95,8 @@ def test_sizes_have_units_and_none_switches_off(home: Path, monkeypatch: pytest.
         ("CHECKPOINT_SECONDS", "0"),
         ("CHECKPOINT_STEPS", "0"),
         ("PREVIEW_STEPS", "0"),
+        ("LEASE_SECONDS", "inf"),
+        ("DRAIN_SECONDS", "nan"),
         ("EMBEDDINGS", "-1"),
         ("COMPILE", "perhaps"),
     ],
@@ -104,3 +106,31 @@ def test_a_setting_out_of_bounds_is_named(home: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv(f"FARM_{name}", value)
     with pytest.raises(NotConfigured, match=f"FARM_{name}: .*{value}"):
         Settings.load()
+
+
+@pytest.mark.parametrize(
+    ("values", "why"),
+    [
+        ({"LEASE_SECONDS": "1"}, "FARM_LEASE_SECONDS=1 is too short for FARM_BEAT_SECONDS=2: make it more than 4.5 s"),
+        ({"BEAT_SECONDS": "5"}, "FARM_LEASE_SECONDS=10 is too short for FARM_BEAT_SECONDS=5"),
+        ({"LEASE_SECONDS": "4.5"}, "FARM_LEASE_SECONDS=4.5 is too short"),
+        ({"RETRY_SECONDS": "301"}, "FARM_RETRY_SECONDS=301 is more than FARM_RETRY_MAX_SECONDS=300"),
+        ({"S3_ACCESS_KEY_ID": "me"}, "FARM_S3_ACCESS_KEY_ID and FARM_S3_SECRET_ACCESS_KEY: set both"),
+    ],
+)
+def test_settings_that_are_impossible_together_are_refused_in_one_line(
+    home: Path, monkeypatch: pytest.MonkeyPatch, values: dict[str, str], why: str
+) -> None:
+    leave(home)
+    for name, value in values.items():
+        monkeypatch.setenv(f"FARM_{name}", value)
+    with pytest.raises(NotConfigured) as raised:
+        Settings.load()
+    assert str(raised.value).startswith(why)
+    assert "\n" not in str(raised.value)
+
+
+def test_the_shortest_lease_that_two_beats_fit_into_is_accepted(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    leave(home)
+    monkeypatch.setenv("FARM_LEASE_SECONDS", "4.6")
+    assert Settings.load().lease_seconds == 4.6

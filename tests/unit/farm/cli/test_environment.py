@@ -110,6 +110,7 @@ def test_an_embedded_farm_says_that_other_machines_can_not_reach_it(tmp_path: Pa
 def test_a_farm_that_others_reach_has_nothing_to_say(environment: pytest.MonkeyPatch) -> None:
     assert list(reach(Settings.load())) == []
     environment.delenv("FARM_S3_ACCESS_KEY_ID")
+    environment.delenv("FARM_S3_SECRET_ACCESS_KEY")
     assert ["credentials" in line for line in reach(Settings.load())] == [True]
 
 

@@ -5,12 +5,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from prometheus_client import generate_latest
 
 from farm.errors import ErrorClass
 from farm.jobs.records import Claim, Picture, WorkerInfo
 from farm.jobs.states import Outcome
 from farm.settings import Settings
 from farm.specs.spec import RenderSpec
+from tests.contract import interfaces
 from workers.engine.engine import Engine
 from workers.models.pins import Pins
 from workers.pipelines.null import NullPipeline
@@ -60,6 +62,11 @@ def scraped(metrics: WorkerMetrics) -> dict[str, float]:
         for sample in family.samples
         if sample.name.startswith("farm_")
     }
+
+
+def test_a_workers_metrics_have_the_names_and_labels_of_the_previous_release(metrics: WorkerMetrics) -> None:
+    found = interfaces.metrics(generate_latest(metrics._registry).decode())
+    assert list(interfaces.changes(interfaces.RECORDED["metrics"]["worker"], found, "metrics")) == []
 
 
 def test_without_a_port_nobody_is_told(metrics: WorkerMetrics) -> None:

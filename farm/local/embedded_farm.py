@@ -1,9 +1,8 @@
-"""The embedded farm as one thing: started in order, kept running, drained and stopped."""
+"""The embedded farm as a whole: its parts started in order, kept running, drained and stopped."""
 
 import contextlib
 import os
 import threading
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -18,20 +17,18 @@ from farm.jobs.database import Database
 from farm.jobs.store import JobStore
 from farm.local import parts
 from farm.local.home import SERVICE_VARIABLES, Home
-from farm.local.keeping import Kept
+from farm.local.kept_part import KeptPart, explained
 from farm.local.process import end_leftovers, rotate_log
 from farm.runtime.stopping import stop_signals
+from farm.runtime.supervisor import POLL_SECONDS, stop_all
 from farm.settings import EMBEDDED_FILE, Settings
-
-POLL_SECONDS = 0.1
 
 
 class LocalFarm:
     """The embedded farm in a folder: real servers from wheels, SQLite, dispatcher, workers and Flower.
 
     `start` returns when every part answers; `stop` drains the workers and leaves no process behind. State, ports and
-    credentials are kept in the folder. As a context manager it starts and stops; `run` is `farm up`. An object is
-    for one run.
+    credentials stay in the folder. As a context manager it starts and stops; `run` is `farm up`. Start an object once.
     """
 
     def __init__(
@@ -49,10 +46,10 @@ class LocalFarm:
         self._flower = flower
         self._console = console or Console(stderr=True)
         self._settings: Settings | None = None
-        self._servers: list[Kept] = []
-        self._users: list[Kept] = []
-        # One thread starts, watches and ends all processes: no two hands are ever on one of them, and the tether,
-        # which holds a process to the thread that started it, holds it to the farm.
+        self._servers: list[KeptPart] = []
+        self._users: list[KeptPart] = []
+        # One thread starts, watches and ends all processes, so that none needs a lock. It lives as long as the farm:
+        # the tether kills a process when the thread that started it ends.
         self._keeper: threading.Thread | None = None
         self._up = threading.Event()
         self._stop = threading.Event()
@@ -62,7 +59,7 @@ class LocalFarm:
 
     @property
     def settings(self) -> Settings:
-        """How to reach this farm, whatever services the environment names."""
+        """The settings that lead to this farm, whatever services the environment names."""
         if self._settings is None:
             raise NotConfigured("the embedded farm has not been started")
         return self._settings
@@ -97,12 +94,12 @@ class LocalFarm:
         self.home.release()
 
     def kill(self) -> None:
-        """Stop every part at once: what renders is not drained, and is lost with its worker until another has it."""
+        """Stop every part at once, without a drain: its jobs are rendered by another worker after their leases."""
         self._hurry.set()
         self.stop()
 
     def run(self) -> None:
-        """Start, show what runs where, and stop when SIGINT, SIGTERM or SIGHUP comes; a second one stops at once.
+        """Start, show the parts, and stop at SIGINT, SIGTERM or SIGHUP; a second signal kills what still runs.
 
         Call it from the main thread. Raises what `start` raises.
         """
@@ -126,10 +123,10 @@ class LocalFarm:
             raise self._failure
 
     def table(self) -> Table:
-        """What runs where, and how a person gets in."""
+        """The parts with their addresses, logins and process ids."""
         table = Table("part", "where", "process", title=f"farm in {self.home.path}", title_justify="left")
         for column in table.columns:
-            column.overflow = "fold"  # an address cut short is none
+            column.overflow = "fold"  # a truncated address is useless
         table.add_row("SQL (SQLite)", Text(f"{self.home.path / 'farm.db'}"))
         for kept in self._kept:
             pid = str(kept.process.pid) if kept.process else ""
@@ -153,11 +150,11 @@ class LocalFarm:
         self.stop()
 
     @property
-    def _kept(self) -> list[Kept]:
+    def _kept(self) -> list[KeptPart]:
         return [*self._servers, *self._users]
 
     def _say(self, text: str) -> None:
-        with contextlib.suppress(OSError):  # the terminal may be gone; the parts still have to be stopped
+        with contextlib.suppress(OSError):  # the terminal may be gone, and the parts must be stopped all the same
             self._console.print(Text(text), soft_wrap=True)
 
     def _warn_of_environment(self) -> None:
@@ -168,27 +165,30 @@ class LocalFarm:
     # --- the keeper's thread --------------------------------------------------------------------------------
 
     def _keep(self) -> None:
+        undo = contextlib.ExitStack()
         try:
-            self._bring_up()
+            self._bring_up(undo)
             self._up.set()
             while not self._stop.wait(POLL_SECONDS):
                 for kept in self._kept:
                     kept.tend()
-        except BaseException as error:  # noqa: BLE001  (raised by the thread that waits)
+        except BaseException as error:  # noqa: BLE001  (`start` and `run` raise it)
             self._failure = error
         finally:
-            # Servers last: whoever drains still needs them.
-            self._end(self._users)
-            self._end(self._servers)
+            # Servers last: the workers need them while they drain.
+            stop_all(self._users, self._hurry, self._say)
+            stop_all(self._servers, self._hurry, self._say)
+            undo.close()
             self._over.set()
 
-    def _bring_up(self) -> None:
+    def _bring_up(self, undo: contextlib.ExitStack) -> None:
         for name in end_leftovers(self.home):
             self._say(f"ended {name}, left over from a farm that was killed")
         access = self.home.access()
         self.home.save(access)
         self._settings = settings = self.home.settings(access)
         database = Database(settings.database_url)
+        undo.callback(database.close)
         database.migrate()
         self._start(
             self._servers, [parts.valkey(self.home, access, settings), parts.seaweed(self.home, access, settings)]
@@ -202,36 +202,18 @@ class LocalFarm:
             users.append(parts.flower(self.home, access))
         self._start(self._users, users)
 
-    def _start(self, group: list[Kept], made: Sequence[parts.Part]) -> None:
+    def _start(self, group: list[KeptPart], made: Sequence[parts.Part]) -> None:
         for part in made:
             if self._stop.is_set():
                 return
             rotate_log(self.home, part.name)
-            kept = Kept(part, self.home, self._say)
+            kept = KeptPart(part, self.home, self._say)
             kept.start()
             group.append(kept)
         while not all(kept.ready for kept in group) and not self._stop.wait(POLL_SECONDS):
             for kept in group:
-                fault = kept.fault()
-                if fault is not None:
-                    raise PartFailed(f"{kept.part.name} {fault}; {kept.last_words()}")
+                if (fault := kept.fault()) is not None:
+                    raise PartFailed("; ".join(explained(kept.program, fault)))
             if group is not self._servers:
                 for kept in self._servers:
                     kept.tend()
-
-    def _end(self, group: Sequence[Kept]) -> None:
-        """Ask these parts to stop, all at once; kill who takes longer than it may, or everybody when told to hurry."""
-        living = {kept: kept.process for kept in group if kept.process is not None}
-        for process in living.values():
-            process.ask_to_stop()
-        asked = time.monotonic()
-        while living and not self._hurry.wait(POLL_SECONDS / 2):
-            for kept, process in list(living.items()):
-                if process.ended() is not None:
-                    del living[kept]
-                elif time.monotonic() - asked > kept.part.stop_seconds:
-                    if not kept.part.survives_kill:
-                        self._say(f"{kept.part.name} did not stop in {kept.part.stop_seconds:.0f} s: killed")
-                    del living[kept]
-        for kept in group:
-            kept.end()
