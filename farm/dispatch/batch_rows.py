@@ -76,7 +76,7 @@ class BatchRows:
                 failures += 1
                 if failures == 1:
                     log.warning("can't tell Flower of the batches, trying again: %s", error)
-                pause = max(pause, self._backoff.seconds(min(failures, 10)))
+                pause = max(pause, self._backoff.seconds(failures))
             except Exception:
                 log.exception("can't tell Flower of the batches")
                 pause = max(pause, self._backoff.max_seconds)

@@ -9,14 +9,15 @@ from farm.errors import NotFound, ServiceUnavailable
 from farm.jobs.reuse import Copying
 from farm.jobs.store import JobStore
 from farm.objects.storage import Storage
+from farm.runtime.backoff import Backoff
 
 log = logging.getLogger(__name__)
 
 _THREADS = 4
 _CHUNK = 16
 """How many copies are begun, and recorded, in one transaction."""
-_AWAY_SECONDS = 5.0, 60.0
-"""How long no copies are made after an error, and at most when there is one after another."""
+_BACKOFF = Backoff(base_seconds=5.0, max_seconds=60.0)
+"""Between an error and the next copies."""
 _LOOK_SECONDS = 0.5
 
 
@@ -118,11 +119,10 @@ class Copier:
         return some
 
     def _pause(self, why: str) -> None:
-        least, most = _AWAY_SECONDS
         with self._changed:
             self._line.clear()
             if self.ready:  # the first of the threads to notice
-                seconds = min(most, least * 2**self._errors)
                 self._errors += 1
+                seconds = _BACKOFF.seconds(self._errors)
                 self._away_until = time.monotonic() + seconds
                 log.warning("can't copy pictures, renders them for %.0f s: %s", seconds, why)
