@@ -92,7 +92,7 @@ class Client:
             one.name: {
                 "version": one.version,
                 "slots": one.slots,
-                "serves": sorted(_name(model) for model in one.models),
+                "models": len(one.models),
                 "held": sorted(one.held),
                 "has memory": one.memory is not None,
             }
