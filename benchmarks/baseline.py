@@ -30,10 +30,6 @@ class Diffusers:
                 part.to(memory_format=torch.channels_last)
         self._device, self._own_scheduler = device, self._pipe.scheduler
 
-    def picture(self, spec: RenderSpec) -> bytes:
-        """One picture's RGB bytes."""
-        return bytes(self._draw([spec])[0].tobytes())
-
     def render(self, specs: Sequence[RenderSpec], batch: int = 1) -> Run:
         """Equal specs but for prompt and seed, so many a call."""
         peak, began = Peak(self._device), time.monotonic()

@@ -12,6 +12,7 @@ from typing import Any
 from benchmarks import work
 from benchmarks.apart import Checkpoints, Run
 from benchmarks.ceiling import PRODUCT_SIDE, ceiling
+from benchmarks.parity import Parity
 from benchmarks.rows import Row, faster, rate
 from farm.settings import Settings
 
@@ -75,11 +76,19 @@ class Cases:
         }
         return rows[number]()
 
-    def difference(self) -> int:
-        """The largest difference between the two sides' pictures of one spec, in steps of 8 bits."""
+    def parity(self, references: Any) -> Row:
+        """Whether the farm draws diffusers' picture of one spec."""
         [spec] = self._uniform(1)
-        pictures = zip(self._farm.picture(spec), self._diffusers.picture(spec), strict=True)
-        return max((abs(ours - theirs) for ours, theirs in pictures), default=0)
+        found: Parity = references.compare(spec, self._farm.picture(spec))
+        return Row(
+            0,
+            "the picture's largest error against diffusers in float64, in shades of 8 bits",
+            255 * found.error,
+            "",
+            f"≤ {255 * found.tolerance:.3f}",
+            found.holds,
+            other=f"{255 * found.own_error:.1e}",
+        )
 
     def ceiling(self) -> list[str]:
         """What stands under the table about the first row, if that was measured. For a CPU."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
@@ -101,9 +102,9 @@ class Farm:
         warm(self._engine, pins)
         self._names = 0
 
-    def picture(self, spec: RenderSpec) -> bytes:
-        """One picture's RGB bytes."""
-        return self._submit(spec).result().image.tobytes()
+    def picture(self, spec: RenderSpec) -> np.ndarray:
+        """One picture, (height, width, 3) of 8 bits."""
+        return np.asarray(self._submit(spec).result().image)
 
     def warm(self, specs: Sequence[RenderSpec]) -> None:
         """Measure the forwards of these specs' kinds."""

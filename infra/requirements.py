@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""What pyproject.toml asks for, a requirement a line: `requirements.py [EXTRA...]`.
+"""Print the requirements in pyproject.toml, one per line: `requirements.py [EXTRA...]`.
 
-An image's layer of dependencies is made from this alone, so that no change of the farm's own code makes it anew.
+The image's layer of dependencies depends on this output only, so that a change of the farm's code does not rebuild it.
 """
 
 import sys

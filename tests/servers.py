@@ -9,6 +9,7 @@ import tempfile
 import uuid
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -64,9 +65,16 @@ def bucket_maker(embedded: Settings) -> Iterator[Storage]:
 
 @pytest.fixture
 def s3(embedded: Settings, bucket_maker: Storage) -> Iterator[Mapping[str, str | None]]:
-    """The S3 fields of `Settings`, with a bucket made for this test.
+    """The S3 fields of `Settings`, with a bucket made for this test."""
+    with fresh_bucket(embedded, bucket_maker) as fields:
+        yield fields
 
-    It is deleted afterwards: SeaweedFS keeps a volume for each bucket, and has one for each GiB that the disk has free.
+
+@contextmanager
+def fresh_bucket(embedded: Settings, bucket_maker: Storage) -> Iterator[dict[str, str | None]]:
+    """The S3 fields of `Settings`, with a bucket that is deleted afterwards.
+
+    SeaweedFS keeps a volume for each bucket, and has one for each GiB that the disk has free.
     """
     bucket_maker.bucket = f"test-{uuid.uuid4().hex[:12]}"
     bucket_maker.ensure_bucket()
@@ -127,8 +135,15 @@ def postgres() -> Iterator[sa.URL]:
 @pytest.fixture
 def postgres_url(postgres: sa.URL) -> Iterator[str]:
     """The URL of a fresh, migrated PostgreSQL database."""
+    with fresh_database(postgres, TEMPLATE) as url:
+        yield url
+
+
+@contextmanager
+def fresh_database(postgres: sa.URL, template: str = "template1") -> Iterator[str]:
+    """The URL of a database made from a template, by default an empty one; it is dropped afterwards."""
     name = f"test_{uuid.uuid4().hex[:12]}"
-    _administer(postgres, f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}")
+    _administer(postgres, f"CREATE DATABASE {name} TEMPLATE {template}")
     yield postgres.set(database=name).render_as_string(hide_password=False)
     _administer(postgres, f"DROP DATABASE {name} WITH (FORCE)")
 

@@ -1,34 +1,35 @@
-"""The commands that bring things here: `get` pictures, `report` on a batch, and list `jobs`."""
+"""The commands that save files here: `get` for pictures, `report` for a page about a batch, `preview` for a render."""
 
 import json
-from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.text import Text
 
-from farm.cli.console import Json, find, job_json, open_farm, out, say_json
+from farm.cli.console import BatchName, JobId, Json, complain, find, open_farm, plural, print_json, print_line
 from farm.client.batch import Batch
+from farm.client.previews import Preview
+from farm.errors import JobNotSucceeded
 from farm.jobs.records import JobInfo
-from farm.jobs.states import JobState
-from farm.show.tables import job_table
+from farm.runtime.atomic_files import atomic_file
 
 app = typer.Typer()
 
 
 @app.command()
 def get(
-    which: Annotated[str, typer.Argument(metavar="BATCH|JOB", help="Its name or id.")],
-    folder: Annotated[Path, typer.Option("--out", help="Where to put the pictures.")] = Path("out"),
+    which: Annotated[str, typer.Argument(metavar="BATCH|JOB", help="A batch by its name or id, or a job by its id.")],
+    folder: Annotated[Path, typer.Option("--out", help="The folder for the files.")] = Path("out"),
     archive: Annotated[
-        Path | None, typer.Option("--zip", metavar="FILE", help="Into one ZIP file instead, with the manifest.")
+        Path | None, typer.Option("--zip", metavar="FILE", help="Save one ZIP file with pictures and manifest instead.")
     ] = None,
-    with_sheet: Annotated[bool, typer.Option("--sheet", help="A contact sheet beside them.")] = False,
-    with_manifest: Annotated[bool, typer.Option("--manifest", help="What became of each job, manifest.jsonl.")] = False,
+    with_sheet: Annotated[bool, typer.Option("--sheet", help="Save a contact sheet, too.")] = False,
+    with_manifest: Annotated[
+        bool, typer.Option("--manifest", help="Save manifest.jsonl, too: a line for each job and its result.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Fetch the pictures of a batch or a job; what is there already is not fetched again."""
+    """Download the pictures of a batch or a job; pictures that are in the folder already are kept."""
     with open_farm() as farm:
         found = find(farm, which)
         if archive is not None:
@@ -38,72 +39,76 @@ def get(
                 raise typer.BadParameter("--zip has the manifest in it, and no room for a sheet")
             count = found.archive(archive, progress=not as_json)
             if as_json:
-                say_json({"files": [str(archive)], "pictures": count})
+                print_json({"files": [str(archive)], "pictures": count})
             else:
-                out.print(Text(f"{count} pictures and manifest.jsonl in {archive}"), soft_wrap=True)
+                print_line(f"{count} pictures and manifest.jsonl in {archive}")
             return
         if isinstance(found, JobInfo):
             folder.mkdir(parents=True, exist_ok=True)
             count, files = 1, [str(farm.job(found.id).download(folder))]
         else:
-            count, files = fetched(found, folder, as_json=as_json)
-            beside = [make(found, folder) for make, asked in ((sheet, with_sheet), (_manifest, with_manifest)) if asked]
-            files += map(str, beside)
+            count, files = fetch(found, folder, as_json=as_json)
+            wanted = ((contact_sheet, with_sheet), (_manifest, with_manifest))
+            beside = [str(save(found, folder)) for save, asked in wanted if asked]
+            files += beside
             count += len(beside)
         if as_json:
-            say_json({"files": files})
+            print_json({"files": files})
         else:
-            out.print(Text(f"{count} files in {folder}"), soft_wrap=True)
+            print_line(f"{count} files in {folder}")
 
 
 @app.command()
 def report(
-    which: Annotated[str, typer.Argument(metavar="BATCH", help="Its name or id.")],
+    which: BatchName,
     path: Annotated[
-        Path | None, typer.Option("--out", metavar="FILE", help="The HTML file; by default BATCH.html.")
+        Path | None, typer.Option("--out", metavar="FILE", help="The HTML file; BATCH.html by default.")
     ] = None,
-    full: Annotated[bool, typer.Option("--full", help="The PNG files themselves, not small pictures.")] = False,
-    limit: Annotated[int, typer.Option(min=1, max=100_000, help="So many pictures at most.")] = 1000,
-    after: Annotated[int, typer.Option(min=0, help="From the job after this place on.")] = 0,
+    full: Annotated[bool, typer.Option("--full", help="Embed the PNG files themselves instead of thumbnails.")] = False,
+    limit: Annotated[int, typer.Option(min=1, max=100_000, help="Include this many pictures at most.")] = 1000,
+    after: Annotated[int, typer.Option(min=0, help="Begin after the job at this place.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Write a batch as one HTML page to send to somebody: pictures, specs, times, failures."""
+    """Save a batch as one HTML page: pictures, specs, times and failures."""
     with open_farm() as farm:
         batch = farm.batch(which)
         path = path or Path(f"{batch.id}.html")
         count = batch.report(path, full=full, limit=limit, after=after, progress=not as_json)
     if as_json:
-        say_json({"file": str(path), "pictures": count})
+        print_json({"file": str(path), "pictures": count})
     else:
-        out.print(Text(f"{count} picture{'s' * (count != 1)} in {path}"), soft_wrap=True)
+        print_line(f"{count} {plural('picture', count)} in {path}")
 
 
 @app.command()
-def jobs(
-    which: Annotated[str, typer.Argument(metavar="BATCH", help="Its name or id.")],
-    states: Annotated[list[JobState] | None, typer.Option("--state", help="Only those in this state.")] = None,
-    wrong: Annotated[bool, typer.Option("--wrong", help="Only those with an error.")] = False,
-    after: Annotated[int, typer.Option(min=0, help="From the one after this place on.")] = 0,
-    limit: Annotated[int, typer.Option(min=1, max=10_000, help="So many at most.")] = 100,
-    as_json: Json = False,
+def preview(
+    job_id: JobId,
+    vae: Annotated[
+        bool, typer.Option("--vae", help="Decode it with the VAE: sharp, but takes some of the worker's time.")
+    ] = False,
+    path: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="The PNG file; JOB.preview.png by default.")
+    ] = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Replace the file by each new preview until the job ends.")
+    ] = False,
 ) -> None:
-    """List a batch's jobs, from a place on: of a million, a page at a time."""
+    """Save a preview of a running job: its picture after the steps so far."""
+    path = path or Path(f"{job_id}.preview.png")
     with open_farm() as farm:
-        batch = farm.batch(which)
-        found = [
-            job.info
-            for job in (batch.wrong(limit) if wrong else islice(batch.jobs(after=after, states=states or ()), limit))
-        ]
-    if as_json:
-        say_json({"jobs": [job_json(job) for job in found], "after": found[-1].index if found else after})
-    elif found:
-        out.print(job_table(found))
-    else:
-        out.print("no such jobs")
+        job = farm.job(job_id)
+        if follow:
+            for shown in job.previews(vae=vae):
+                _save_preview(shown, path)
+        try:
+            _save_preview(job.preview(vae=vae), path)
+        except (TimeoutError, JobNotSucceeded) as error:
+            complain(str(error))
+            raise typer.Exit(1) from None
 
 
-def fetched(batch: Batch, folder: Path, *, as_json: bool) -> tuple[int, list[str]]:
-    """Fetch a batch's pictures into a folder; how many, and their paths if they are to be said as JSON."""
+def fetch(batch: Batch, folder: Path, *, as_json: bool) -> tuple[int, list[str]]:
+    """Download a batch's pictures into a folder; returns their number, and their paths for the JSON output."""
     count, files = 0, list[str]()
     for path in batch.fetch(folder, progress=not as_json):
         count += 1
@@ -112,17 +117,23 @@ def fetched(batch: Batch, folder: Path, *, as_json: bool) -> tuple[int, list[str
     return count, files
 
 
-def sheet(batch: Batch, folder: Path) -> Path:
-    """Put a batch's contact sheet into a folder; returns its path."""
+def contact_sheet(batch: Batch, folder: Path) -> Path:
+    """Save a batch's contact sheet in a folder; returns its path."""
     path = folder / "contact_sheet.png"
-    batch.contact_sheet().save(path)
+    with atomic_file(path) as file:
+        batch.contact_sheet().save(file, "PNG")
     return path
 
 
 def _manifest(batch: Batch, folder: Path) -> Path:
     path = folder / "manifest.jsonl"
-    partial = path.with_name(path.name + ".part")
-    with partial.open("w") as file:
-        file.writelines(json.dumps(entry) + "\n" for entry in batch.manifest())
-    partial.replace(path)
+    with atomic_file(path) as file:
+        file.writelines(json.dumps(entry).encode() + b"\n" for entry in batch.manifest())
     return path
+
+
+def _save_preview(shown: Preview, path: Path) -> None:
+    # An image viewer may read the file meanwhile.
+    with atomic_file(path) as file:
+        shown.image.save(file, "PNG")
+    print_line(f"step {shown.step} of {shown.steps} in {path}")

@@ -1,4 +1,4 @@
-"""The commands about models: which the workers hold, and `push`, `list`, `delete` for those in the farm's own store."""
+"""The commands about models: those that workers hold, and `push`, `list`, `delete` for the farm's own store."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,38 +10,40 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
-from farm.cli.console import Json, open_farm, out, say_json
-from farm.objects.model_files import Manifest
+from farm.cli.console import Json, open_farm, out, print_json, print_line
 from farm.objects.model_store import ModelStore
 from farm.objects.storage import Storage
+from farm.runtime.terminal_text import printable
 from farm.runtime.transfer_progress import transfer_bar
 from farm.settings import Settings
-from farm.show.tables import printable
+from farm.show.json_forms import stored_model_json
 
 app = typer.Typer()
 models = typer.Typer()
-app.add_typer(models, name="models", help="The models that workers hold; put models into the farm's own store.")
+app.add_typer(models, name="models", help="Show the models that workers hold, or manage those in the farm's own store.")
 
 _VERSION_CHARS = 12
 
 
 @models.callback(invoke_without_command=True)
 def held(context: typer.Context, as_json: Json = False) -> None:
-    """Show which models the workers hold, and what waits for each; or put models into the farm's own store."""
+    """Show the models that workers hold and the number of jobs that wait for each."""
     if context.invoked_subcommand is None:
         _say_held(as_json=as_json)
 
 
 @models.command()
 def push(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint in diffusers' format, as safetensors.")],
-    name: Annotated[str, typer.Argument(metavar="NAME", help="What workers find it by: farm:NAME.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A checkpoint in the format of diffusers, with safetensors weights.")
+    ],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The name under which workers find it: farm:NAME.")],
     as_json: Json = False,
 ) -> None:
-    """Put a checkpoint into the farm's object store, with hashes: workers anywhere pin it as NAME=farm:NAME.
+    """Upload a checkpoint to the farm's object store, with hashes; workers anywhere pin it as NAME=farm:NAME.
 
-    It is there whole or not at all. What was sent before is not sent again; other content becomes a new version, which
-    workers take when they start.
+    The model appears when it is complete. Files that were uploaded before are not sent again. Changed content becomes a
+    new version, which workers use after their next start.
     """
     with _store() as (store, settings):
         pushed = store.push(
@@ -49,21 +51,21 @@ def push(
         )
     manifest = pushed.manifest
     if as_json:
-        say_json({**_json(manifest), "sent_bytes": pushed.sent_bytes, "new": pushed.new})
+        print_json({**stored_model_json(manifest), "sent_bytes": pushed.sent_bytes, "new": pushed.new})
         return
     what = "is" if pushed.new else "was already"
     sizes = f"{len(manifest.files)} files, {decimal(manifest.bytes)}, {decimal(pushed.sent_bytes)} of it sent"
-    _say(f"{name} {what} version {manifest.version[:_VERSION_CHARS]}: {sizes}")
-    _say(f"workers pin it with --models {name}=farm:{name}")
+    print_line(f"{name} {what} version {manifest.version[:_VERSION_CHARS]}: {sizes}")
+    print_line(f"workers pin it with --models {name}=farm:{name}")
 
 
 @models.command("list")
 def listed(as_json: Json = False) -> None:
-    """List the models that were pushed: version, size, when, and by whom."""
+    """List the models in the farm's object store with their versions, sizes, dates and owners."""
     with _store() as (store, _):
         found = list(store.models())
     if as_json:
-        say_json([{**_json(stored.manifest), "older_versions": stored.older} for stored in found])
+        print_json([{**stored_model_json(stored.manifest), "older_versions": stored.older} for stored in found])
         return
     table = Table("model", "version", "family", "size", "pushed", "by", "older versions", box=None, header_style="bold")
     for stored in found:
@@ -83,16 +85,16 @@ def listed(as_json: Json = False) -> None:
 @models.command()
 def delete(
     which: Annotated[str, typer.Argument(metavar="NAME[@VERSION]", help="A model, or one of its older versions.")],
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
 ) -> None:
-    """Delete a pushed model with all its versions, or an older version; workers that hold it go on until they end."""
+    """Delete a model with all its versions, or an older version; workers that hold it keep it until they stop."""
     with _store() as (store, _):
         manifest = store.find(which)
         what = f"{which}, {decimal(manifest.bytes)}, pushed by {printable(manifest.pushed_by)}"
         if not yes and not typer.confirm(f"delete {what} for good?", err=True):
             raise typer.Exit(1)
         store.delete(which)
-    _say(f"{which} deleted")
+    print_line(f"{which} deleted")
 
 
 @contextmanager
@@ -105,27 +107,18 @@ def _store() -> Iterator[tuple[ModelStore, Settings]]:
             storage.close()
 
 
-def _say(text: str) -> None:
-    out.print(Text(text), soft_wrap=True)
-
-
-def _json(manifest: Manifest) -> dict[str, Any]:
-    fields = manifest.model_dump(mode="json", exclude={"files"})
-    return {**fields, "bytes": manifest.bytes, "files": len(manifest.files)}
-
-
 def _say_held(*, as_json: bool) -> None:
     with open_farm() as farm:
         held: dict[str, dict[str, Any]] = {}
         for one in farm.workers():
             for model in one.models if one.alive else ():
-                entry = held.setdefault(model["name"], {"sha256": None, "workers": [], "waiting": 0})
-                entry["sha256"] = model.get("sha256") or entry["sha256"]  # not there while a worker has not loaded it
+                entry = held.setdefault(model.name, {"sha256": None, "workers": [], "waiting": 0})
+                entry["sha256"] = model.sha256 or entry["sha256"]  # None while a worker has not loaded it
                 entry["workers"].append(one.name)
         for model_name, waiting in farm.waiting().items():
             held.setdefault(model_name, {"sha256": None, "workers": []})["waiting"] = waiting
     if as_json:
-        say_json(held)
+        print_json(held)
         return
     table = Table("model", "weights", "workers", "waiting", box=None, header_style="bold")
     for model_name, entry in sorted(held.items()):

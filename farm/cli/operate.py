@@ -1,4 +1,4 @@
-"""The commands that run a farm, beside those of `farm.cli.main` that use it."""
+"""The commands that operate a farm: its processes, its settings for other machines and its schema."""
 
 import os
 import sys
@@ -9,32 +9,34 @@ from typing import Annotated
 
 import typer
 
-from farm.cli.console import Json, complain, home, out, say_json
+from farm.cli.console import complain, out
 from farm.errors import NotConfigured
 from farm.log import configure
-from farm.settings import Settings
+from farm.settings import Settings, embedded_home
 
 app = typer.Typer()
 
 
 @app.command()
-def up(workers: Annotated[int, typer.Option(min=0, help="How many workers share this machine.")] = 1) -> None:
-    """Start the embedded farm here and keep it running: Redis, S3, SQLite, dispatcher, workers, Flower."""
+def up(workers: Annotated[int, typer.Option(min=0, help="The number of workers on this machine.")] = 1) -> None:
+    """Start the embedded farm and keep it running: Redis, S3, SQLite, dispatcher, workers and Flower."""
     from farm.local import LocalFarm
 
-    LocalFarm(home(), workers=workers, console=out).run()
+    LocalFarm(embedded_home(), workers=workers, console=out).run()
 
 
 @app.command()
 def env(
-    to: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Write it there, for you alone.")] = None,
+    to: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Write them to this file, readable only by you.")
+    ] = None,
     export: Annotated[
-        bool, typer.Option("--export", help='As lines for a shell: eval "$(farm env --export)".')
+        bool, typer.Option("--export", help='Print them as shell commands: eval "$(farm env --export)".')
     ] = False,
 ) -> None:
-    """Print what other machines need to join this farm, passwords and all: for `--env FILE` or FARM_ENV_FILE there."""
+    """Print the settings with which other machines join this farm, passwords included, for FARM_ENV_FILE."""
     from farm.cli.environment import as_file, as_shell, reach, variables
-    from farm.local.home import write_private
+    from farm.runtime.atomic_files import write_atomic
 
     settings = Settings.load()
     values = variables(settings)
@@ -43,7 +45,7 @@ def env(
         print(text, end="")
     else:
         try:
-            write_private(to, text)
+            write_atomic(to, text, private=True, durable=True)
         except OSError as error:
             raise NotConfigured(f"can't write {to}: {error.strerror}") from error
     complain("this holds the farm's passwords: who has it can read, change and delete everything in the farm")
@@ -53,20 +55,20 @@ def env(
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def worker(context: typer.Context) -> None:
-    """Render on this machine: one worker, or with `--gpus all` one on each GPU (--help shows its options)."""
+    """Render on this machine with one worker, or with `--gpus all` one for each GPU; --help shows the options."""
     if find_spec("torch") is None or find_spec("diffusers") is None:
         raise NotConfigured("a worker needs torch and diffusers: pip install 'diffusion-farm[worker]'")
-    # The farm's own packages never import what renders; and the worker gets a process without the command line's.
+    # The farm never imports torch; the worker replaces this process.
     os.execv(sys.executable, [sys.executable, "-m", "workers", *context.args])  # noqa: S606
 
 
 @app.command()
 def dispatcher() -> None:
-    """Keep Redis supplied from the backlog, and bring back what was lost. Any number may run."""
+    """Move jobs from the backlog to Redis, and requeue lost ones. Several may run; one leads."""
     from farm.dispatch.dispatcher import Dispatcher
     from farm.dispatch.metrics import serve
     from farm.jobs.database import Database
-    from farm.jobs.leadership import Leadership
+    from farm.jobs.leadership import DISPATCHER, Leadership
     from farm.jobs.store import JobStore
     from farm.objects.storage import Storage
     from farm.queue.broker import Broker
@@ -80,16 +82,16 @@ def dispatcher() -> None:
         db.check_schema()
         broker = Broker(settings)
         storage = Storage(settings)
-        store, leadership = JobStore.over(db, settings), Leadership(db, "dispatcher")
+        store, leadership = JobStore.over(db, settings), Leadership(db, DISPATCHER)
         dispatcher = Dispatcher(store, broker, storage, settings)
-        exposition = serve(
+        metrics = serve(
             db, store.workers, dispatcher, leadership, settings, {"sql": db, "redis": broker, "s3": storage}
         )
         try:
             dispatcher.run(stop, leadership)
         finally:
-            if exposition is not None:
-                exposition.close()
+            if metrics is not None:
+                metrics.close()
             broker.close()
             storage.close()
             db.close()
@@ -97,9 +99,9 @@ def dispatcher() -> None:
 
 @app.command()
 def migrate(
-    bucket: Annotated[bool, typer.Option("--bucket", help="Make the bucket too, where it is not there.")] = False,
+    bucket: Annotated[bool, typer.Option("--bucket", help="Create the bucket, too, if it does not exist.")] = False,
 ) -> None:
-    """Bring the database's schema up to this version's; harmless when it is."""
+    """Upgrade the schema of the database to this version; may be run again."""
     from farm.jobs.database import Database
     from farm.objects.storage import Storage
 
@@ -109,17 +111,3 @@ def migrate(
     if bucket:
         Storage(settings).ensure_bucket()
         out.print(f"bucket {settings.s3_bucket} is there")
-
-
-@app.command()
-def doctor(as_json: Json = False) -> None:
-    """Check every part, and say in a line each what is wrong and what to do."""
-    from farm.cli import doctor as checks
-
-    findings = checks.check(Settings.load())
-    if as_json:
-        say_json([vars(finding) for finding in findings])
-    else:
-        for finding in findings:
-            out.print(checks.line(finding), soft_wrap=True)
-    raise typer.Exit(checks.exit_code(findings))

@@ -9,6 +9,8 @@ from typing import Any
 from farm.client import pictures
 from farm.jobs.records import JobInfo
 from farm.objects.storage import Storage
+from farm.runtime.atomic_files import atomic_file
+from farm.runtime.parallel import parallel_map
 
 _MANIFEST = "manifest.jsonl"
 
@@ -23,19 +25,13 @@ def archive(
 
     Raises `StorageUnavailable`.
     """
-    partial = path.with_name(path.name + ".part")
-    try:
-        with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as file:
-            for job, files in pictures.fetched(lambda job: (job, pictures.files(storage, job)), jobs):
-                for name, data in files:
-                    file.writestr(_entry(name, job), data)
-                yield job
-            with file.open(zipfile.ZipInfo(_MANIFEST), "w", force_zip64=True) as lines:
-                for entry in manifest:
-                    lines.write(json.dumps(entry).encode() + b"\n")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomic_file(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as packed:
+        for job, files in parallel_map(lambda job: (job, pictures.files(storage, job)), jobs):
+            for name, data in files:
+                packed.writestr(_entry(name, job), data)
+            yield job
+        with packed.open(zipfile.ZipInfo(_MANIFEST), "w", force_zip64=True) as lines:
+            lines.writelines(json.dumps(entry).encode() + b"\n" for entry in manifest)
 
 
 def _entry(name: str, job: JobInfo) -> zipfile.ZipInfo:

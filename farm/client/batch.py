@@ -21,6 +21,7 @@ from farm.jobs.records import BatchStatus, JobInfo
 from farm.jobs.states import JobState
 from farm.jobs.store import JobStore
 from farm.objects.storage import Storage
+from farm.runtime.parallel import parallel_map
 from farm.runtime.polling import polls
 from farm.settings import Settings
 from farm.show import progress as bars
@@ -134,7 +135,7 @@ class Batch:
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
         found = self._pictured()
-        paths = pictures.fetched(lambda job: pictures.download(self._storage, job, target), found)
+        paths = parallel_map(lambda job: pictures.download(self._storage, job, target), found)
         return self._shown(paths, progress=progress)
 
     def archive(self, path: str | os.PathLike[str], *, progress: bool = False) -> int:
@@ -168,7 +169,7 @@ class Batch:
         At most the first 200.
         """
         jobs = list(islice(self.jobs(), _SHEET_PICTURES))
-        images = pictures.fetched(lambda job: job.image() if job.picture else None, jobs)
+        images = parallel_map(lambda job: job.image() if job.picture else None, jobs)
         return contact_sheet(list(zip(images, (job.spec.prompt for job in jobs), strict=True)), columns)
 
     def report(

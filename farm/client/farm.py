@@ -17,7 +17,8 @@ from farm.jobs.database import Database
 from farm.jobs.estimates import DryRun, dry_run, speeds
 from farm.jobs.overview import Load
 from farm.jobs.records import BatchStatus, JobInfo, WorkerInfo
-from farm.jobs.served_models import held_kinds, sampler_problem
+from farm.jobs.sampler_check import held_kinds, sampler_problem
+from farm.jobs.served_models import MemoryLimit
 from farm.jobs.store import JobStore
 from farm.jobs.submissions import seed_from
 from farm.jobs.tempo import Tempo
@@ -226,10 +227,14 @@ class Farm:
         return self._store.overview.unheld(batch_id)
 
     def too_large(self, batch_id: str | None = None) -> dict[str, int]:
-        """The models of which jobs, or a batch's jobs, wait that no living worker has the memory for.
+        """The models with jobs, in a batch or at all, that wait because no living worker has the memory for them.
 
-        With the most pixels that one has room for; a picture with guidance counts twice. They start when one does.
+        With the most pixels that a worker allows without guidance. The jobs start when a worker allows more.
         """
+        return {model: limit.pixels for model, limit in self.exceeded_limits(batch_id).items()}
+
+    def exceeded_limits(self, batch_id: str | None = None) -> dict[str, MemoryLimit]:
+        """The same models, with all that a worker says about its limit."""
         return self._store.overview.too_large(batch_id)
 
     def waiting(self) -> dict[str, int]:

@@ -2,43 +2,15 @@
 
 import hashlib
 import io
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
 
 from PIL import Image, ImageSequence
 
 from farm.errors import JobNotSucceeded, NotFound, StorageUnavailable
 from farm.jobs.records import JobInfo, Picture
 from farm.objects.storage import Storage
+from farm.runtime.atomic_files import write_atomic
 from farm.specs.object_keys import trajectory_keys
-
-T = TypeVar("T")
-V = TypeVar("V")
-
-_AT_ONCE = 8
-"""How many pictures are fetched at once."""
-_AHEAD = 2 * _AT_ONCE
-
-
-def fetched(fetch: Callable[[T], V], wanted: Iterable[T]) -> Iterator[V]:
-    """What is fetched for each, several at once and in order; never more than a few are held, however many there are.
-
-    Who stops early, or is stopped by an error, leaves nothing running.
-    """
-    with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="fetch") as pool:
-        under_way: deque[Future[V]] = deque()
-        try:
-            for one in wanted:
-                under_way.append(pool.submit(fetch, one))
-                if len(under_way) == _AHEAD:
-                    yield under_way.popleft().result()
-            while under_way:
-                yield under_way.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
 
 
 def succeeded(job: JobInfo) -> Picture:
@@ -96,11 +68,11 @@ def download(storage: Storage, job: JobInfo, folder: Path) -> Path:
     picture = succeeded(job)
     path = folder / Path(picture.key).name
     if not (path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == picture.sha256):
-        _put(path, png(storage, job))
+        write_atomic(path, png(storage, job))
     for key in film_keys(job) if job.spec.trajectory else ():
         beside = folder / Path(key).name
         if not beside.is_file():
-            _put(beside, storage.get(key))
+            write_atomic(beside, storage.get(key))
     return path
 
 
@@ -108,9 +80,3 @@ def files(storage: Storage, job: JobInfo) -> list[tuple[str, bytes]]:
     """The names and bytes of a job's picture, checked, and of its film if it has one; raises `JobNotSucceeded`."""
     films = film_keys(job) if job.spec.trajectory else ()
     return [(Path(succeeded(job).key).name, png(storage, job)), *((Path(key).name, storage.get(key)) for key in films)]
-
-
-def _put(path: Path, data: bytes) -> None:
-    partial = path.with_name(path.name + ".part")
-    partial.write_bytes(data)
-    partial.replace(path)

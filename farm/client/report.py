@@ -14,8 +14,10 @@ from farm.jobs.overview import Totals
 from farm.jobs.records import BatchStatus, JobInfo
 from farm.jobs.states import JobState
 from farm.objects.storage import Storage
+from farm.runtime.atomic_files import atomic_file
+from farm.runtime.parallel import parallel_map
+from farm.runtime.terminal_text import printable
 from farm.show.progress_text import duration
-from farm.show.tables import printable
 from farm.specs.spec import RenderSpec
 
 _THUMBNAIL = 320
@@ -57,24 +59,19 @@ def report(
     that were rendered, else small WebP ones. The file comes to stand under its name when it is complete. Raises
     `StorageUnavailable`.
     """
-    partial = path.with_name(path.name + ".part")
     shown, last = 0, after
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.writelines(_head(status, totals))
-            file.write("<main>\n")
-            for job, source in pictures.fetched(lambda job: (job, _source(storage, job, full=full)), jobs):
-                file.write(_figure(job, source))
-                shown, last = shown + 1, job.index
-                yield job
-            file.write("</main>\n")
-            if left_out := status.counts[JobState.SUCCEEDED] - shown:
-                file.write(f"<p>{left_out:,} pictures are not on this page; it ends with job {last}.</p>\n")
-            file.writelines(_failures(failures, status.counts[JobState.FAILED] + status.counts[JobState.CANCELLED]))
-            file.write("</body>\n</html>\n")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomic_file(path) as file, io.TextIOWrapper(file, encoding="utf-8") as page:
+        page.writelines(_head(status, totals))
+        page.write("<main>\n")
+        for job, source in parallel_map(lambda job: (job, _source(storage, job, full=full)), jobs):
+            page.write(_figure(job, source))
+            shown, last = shown + 1, job.index
+            yield job
+        page.write("</main>\n")
+        if left_out := status.counts[JobState.SUCCEEDED] - shown:
+            page.write(f"<p>{left_out:,} pictures are not on this page; it ends with job {last}.</p>\n")
+        page.writelines(_failures(failures, status.counts[JobState.FAILED] + status.counts[JobState.CANCELLED]))
+        page.write("</body>\n</html>\n")
 
 
 def _text(value: object) -> str:

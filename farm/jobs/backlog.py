@@ -17,11 +17,11 @@ from sqlalchemy.orm import Session
 from farm.jobs.conditions import BATCH_PAUSED, VISIBLE, in_state, models_in
 from farm.jobs.database import Database, now
 from farm.jobs.fair_share import Charge, FairLine, Ledger, Owner, Served, Share, window
-from farm.jobs.memory import Room
+from farm.jobs.memory_limits import Limits, allowed, memory_limits
 from farm.jobs.records import Doorbell
 from farm.jobs.reuse import Works
 from farm.jobs.schema import BatchRow, JobRow, OwnerRow
-from farm.jobs.sizes import fits, rooms
+from farm.jobs.served_models import MemoryLimit
 from farm.jobs.states import JobState
 from farm.jobs.transitions import UNQUEUE, Move
 from farm.jobs.workers import live_models
@@ -57,7 +57,7 @@ class Backlog:
         self._most_queued = settings.most_queued
         self._ledger = Ledger()
         self._settled_at = -_SETTLE_SECONDS
-        self._rooms: Mapping[str, Room] = {}
+        self._memory_limits: Limits = {}
         self._seen: dict[tuple[str, str], int] = {}
         """How far the jobs of a batch have been looked at, of a model, where many of them wait for others."""
 
@@ -80,7 +80,7 @@ class Backlog:
                 return []
             in_flight = _in_flight(session)
             works = Works(session, self._lease_seconds, copies)
-            self._rooms = rooms(live_models(session, self._lease_seconds))
+            self._memory_limits = memory_limits(live_models(session, self._lease_seconds))
             for model in models:
                 rows = session.execute(in_line(model)).all()
                 for urgent in (True, False):
@@ -198,13 +198,13 @@ class Backlog:
         a pass looks so much further, and the next one goes on from there.
         """
         batch_id, priority = its[0].batch_id, max(each.priority for each in its)
-        room = self._rooms.get(model)
-        rows = session.execute(next_jobs(model, batch_id, len(its), reached, room)).all()
+        limits = self._memory_limits.get(model, ())
+        rows = session.execute(next_jobs(model, batch_id, len(its), reached, limits)).all()
         found, last = works.to_render(rows, model, priority, len(its))
         reached = reached if last is None else last
         if len(found) < len(its) == len(rows) and works.further > 0:
             seen = self._seen.get((model, batch_id), 0)
-            rows = session.execute(next_jobs(model, batch_id, works.further, max(reached, seen), room)).all()
+            rows = session.execute(next_jobs(model, batch_id, works.further, max(reached, seen), limits)).all()
             more, last = works.to_render(rows, model, priority, len(its) - len(found))
             reached = reached if last is None else last
             found += more
@@ -288,11 +288,11 @@ def in_line(model: str) -> sa.Select[*tuple[Any, ...]]:
 
 
 def next_jobs(
-    model: str, batch_id: str, count: int, after: int = 0, room: Room | None = None
+    model: str, batch_id: str, count: int, after: int = 0, limits: Sequence[MemoryLimit] = ()
 ) -> sa.Select[*tuple[Any, ...]]:
     """The next jobs of a batch that may be dispatched, by their places, from the one after that place.
 
-    `room` is what the workers have room for; None if that is not known.
+    Without those that are larger than all of the `limits` allow; with no limits, every job may be.
     """
     return (
         sa.select(JobRow.id, JobRow.position, JobRow.work_sha256)
@@ -303,7 +303,7 @@ def next_jobs(
             JobRow.position > after,
             sa.or_(JobRow.not_before.is_(None), JobRow.not_before <= now()),
             ~JobRow.paused,
-            *(() if room is None else (fits(room),)),
+            *((allowed(limits),) if limits else ()),
         )
         .order_by(JobRow.position)
         .limit(count)

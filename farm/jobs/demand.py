@@ -18,6 +18,7 @@ from farm.jobs.conditions import BATCH_PAUSED, VISIBLE, in_state, models_in
 from farm.jobs.database import Database, now
 from farm.jobs.fair_share import UNKNOWN_SECONDS
 from farm.jobs.schema import BatchRow, JobCountRow, JobRow, WorkerRow
+from farm.jobs.served_models import served_models
 from farm.jobs.states import JobState
 from farm.jobs.workers import alive
 
@@ -74,7 +75,7 @@ def demands(db: Database, lease_seconds: float) -> Demands:
         jobs = {JobState(state): int(count) for state, count in rows}
         living = session.execute(sa.select(WorkerRow.slots, WorkerRow.models).where(alive(lease_seconds))).all()
         for slots, served in living:
-            for name in {model["name"] for model in served}:
+            for name in {model.name for model in served_models(served)}:
                 models[name].workers += 1
                 models[name].slots += slots
         _add_waiting(session, models)

@@ -1,15 +1,18 @@
-"""What a submission would be, without handing it in: how many pictures, which first, how long they take a device."""
+"""A dry run of a submission: how many pictures, the first specs, and the device seconds by what was rendered lately."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain, islice
 
 import sqlalchemy as sa
+from sqlalchemy.orm import Session
 
 from farm.jobs.conditions import ACCEPTED, in_state
 from farm.jobs.database import Database
-from farm.jobs.schema import BatchRow, JobRow
+from farm.jobs.schema import BatchRow, JobRow, WorkerRow
+from farm.jobs.served_models import served_models
 from farm.jobs.states import JobState
+from farm.specs.guidance import UNGUIDED, Guidance
 from farm.specs.spec import RenderSpec
 
 FIRST = 10
@@ -19,45 +22,53 @@ _BATCHES, _JOBS = 50, 40
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast pictures of one model were made, on average."""
+    """How fast pictures of one model were rendered, on average."""
 
     seconds_per_work: float
     """Device seconds for each unit of `work`."""
     width: int
     height: int
-    """Pixels of its pictures where nobody asks for a size."""
+    """Pixels of its pictures where a spec gives no size."""
+    guidance: Guidance
+    """When its pictures are guided; never, if no worker says so."""
+
+    def seconds(self, spec: RenderSpec) -> float:
+        """The device seconds that a picture would take."""
+        return self.seconds_per_work * work(spec, self.width, self.height, self.guidance)
 
 
 @dataclass(frozen=True)
 class DryRun:
-    """What a submission would be."""
+    """What a submission would render."""
 
     count: int
     first: tuple[RenderSpec, ...]
     """The first ten; where `seed` is not in `model_fields_set`, the submission would draw another."""
     device_seconds: float | None
-    """How long its pictures would take one device, those of unmeasured models left out; None if that is all of them."""
+    """The device seconds of its pictures, without those of unmeasured models; None if no model was measured."""
     unmeasured: tuple[str, ...]
-    """Its models of which nothing was rendered lately."""
+    """Its models of which no picture was rendered lately."""
 
 
-def work(spec: RenderSpec, width: int, height: int) -> int:
-    """What rendering time goes by: steps, pixels, and rows of a forward.
+def work(spec: RenderSpec, width: int, height: int, guidance: Guidance) -> int:
+    """The number that rendering time is proportional to: steps times pixels, times the factor of its guidance.
 
     `width` and `height` (pixels) are the model's own.
     """
-    return spec.num_inference_steps * spec.row_pixels(width, height)
+    pixels = (spec.width or width) * (spec.height or height)
+    return spec.num_inference_steps * pixels * guidance.factor_of(spec)
 
 
 def speeds(db: Database) -> dict[str, Speed]:
-    """How fast each model was lately: from the last 40 jobs of each of the newest 50 batches.
+    """The speed of each model lately: from the last 40 jobs of each of the newest 50 batches.
 
-    Takes as long however many jobs there are. Where a job's device seconds are not known, the time it took is taken,
-    which is longer where it shared its forwards.
+    Takes constant time, however many jobs there are. A job without device seconds counts with its render seconds,
+    which are longer if it shared its forwards.
     """
     seconds = sa.func.coalesce(JobRow.device_seconds, JobRow.render_seconds).label("seconds")
     found: list[sa.Row[tuple[dict[str, object], int | None, int | None, float | None]]] = []
     with db.read() as session:
+        guidances = _guidances(session)
         newest = sa.select(BatchRow.id).where(ACCEPTED).order_by(BatchRow.created_at.desc()).limit(_BATCHES)
         for batch_id in session.scalars(newest).all():
             found += session.execute(
@@ -73,13 +84,28 @@ def speeds(db: Database) -> dict[str, Speed]:
     for row in found:
         spec = RenderSpec.model_validate(row.spec)
         took[spec.model] = took.get(spec.model, 0.0) + (row.seconds or 0.0)
-        done[spec.model] = done.get(spec.model, 0) + work(spec, row.width, row.height)
+        guidance = guidances.get(spec.model, UNGUIDED)
+        done[spec.model] = done.get(spec.model, 0) + work(spec, row.width, row.height, guidance)
         (own if spec.width is None and spec.height is None else asked).setdefault(spec.model, (row.width, row.height))
-    return {model: Speed(took[model] / done[model], *(own.get(model) or asked[model])) for model in took if took[model]}
+    return {
+        model: Speed(seconds / done[model], *(own.get(model) or asked[model]), guidances.get(model, UNGUIDED))
+        for model, seconds in took.items()
+        if seconds
+    }
+
+
+def _guidances(session: Session) -> dict[str, Guidance]:
+    """The guidance of each model that a worker serves, without those of which workers disagree."""
+    found: dict[str, set[Guidance]] = {}
+    for models in session.scalars(sa.select(WorkerRow.models)):
+        for model in served_models(models):
+            if model.guidance is not None:
+                found.setdefault(model.name, set()).add(model.guidance)
+    return {name: guidances.pop() for name, guidances in found.items() if len(guidances) == 1}
 
 
 def dry_run(specs: Iterable[RenderSpec], known: Mapping[str, Speed]) -> DryRun:
-    """What these specs would be at these speeds; holds the first ten of them only."""
+    """The dry run of these specs at these speeds; keeps only the first ten of them in memory."""
     stream = iter(specs)
     first = tuple(islice(stream, FIRST))
     count, seconds = 0, 0.0
@@ -88,6 +114,6 @@ def dry_run(specs: Iterable[RenderSpec], known: Mapping[str, Speed]) -> DryRun:
         count += 1
         models.add(spec.model)
         if speed := known.get(spec.model):
-            seconds += speed.seconds_per_work * work(spec, speed.width, speed.height)
+            seconds += speed.seconds(spec)
     unmeasured = sorted(models - known.keys())
     return DryRun(count, first, seconds if models & known.keys() else None, tuple(unmeasured))

@@ -92,7 +92,7 @@ class Leases:
 
     def _served_elsewhere(self, session: Session, model: str, worker: str) -> bool:
         others = live_models(session, self._lease_seconds, WorkerRow.name != worker)
-        return any(served["name"] == model for models in others for served in models)
+        return any(served.name == model for models in others for served in models)
 
     def beat(self, worker: str, paces: Mapping[tuple[str, int], Pace]) -> Beat:
         """Renew a worker's leases, keyed by job id and attempt, and record the progress of each render.

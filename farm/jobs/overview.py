@@ -10,10 +10,11 @@ from sqlalchemy.orm import Session
 
 from farm.jobs.conditions import BATCH_PAUSED, VISIBLE, in_state, models_in
 from farm.jobs.database import Database, now, now_plus
+from farm.jobs.memory_limits import allowed, memory_limits
 from farm.jobs.queries import batch_status
 from farm.jobs.records import BatchStatus, JobInfo, job_info
 from farm.jobs.schema import BatchRow, JobCountRow, JobRow
-from farm.jobs.sizes import fits, rooms
+from farm.jobs.served_models import MemoryLimit
 from farm.jobs.states import JobState
 from farm.jobs.tempo import MOST_ENDINGS, Tempo, tempo
 from farm.jobs.workers import live_models
@@ -173,7 +174,7 @@ class Overview:
         return Totals(began_at, device_seconds, models)
 
     def waiting_by_model(self) -> dict[str, int]:
-        """How many jobs of each model wait, in the backlog or in Redis."""
+        """Return how many jobs of each model wait, in the backlog or in Redis."""
         states = (JobState.PENDING, JobState.QUEUED)
         with self._db.read() as session:
             waiting: dict[str, int] = {}
@@ -188,9 +189,9 @@ class Overview:
             return waiting
 
     def unheld(self, batch_id: str | None = None) -> list[str]:
-        """The models that jobs, or a batch's jobs, wait for and that no living worker holds."""
+        """Return the models that jobs, of a batch or all, wait for and that no live worker serves."""
         with self._db.read() as session:
-            held = {model["name"] for models in live_models(session, self._lease_seconds) for model in models}
+            held = {model.name for models in live_models(session, self._lease_seconds) for model in models}
             missing = {
                 model
                 for state in (JobState.PENDING, JobState.QUEUED)
@@ -199,13 +200,16 @@ class Overview:
             }
         return sorted(missing)
 
-    def too_large(self, batch_id: str | None = None) -> dict[str, int]:
-        """What there is room for, in row pixels, by model of which jobs, or a batch's jobs, wait that need more."""
+    def too_large(self, batch_id: str | None = None) -> dict[str, MemoryLimit]:
+        """Return the models with jobs, of a batch or of all, that no live worker has the memory for.
+
+        With the highest limit of a worker of that model.
+        """
         with self._db.read() as session:
             return {
-                model: room.most
-                for model, room in rooms(live_models(session, self._lease_seconds)).items()
-                if _has(session, JobState.PENDING, model, batch_id, ~fits(room))
+                model: max(limits, key=lambda limit: limit.pixels)
+                for model, limits in memory_limits(live_models(session, self._lease_seconds)).items()
+                if _has(session, JobState.PENDING, model, batch_id, ~allowed(limits))
             }
 
 

@@ -1,12 +1,12 @@
 """What SQL says about batches, jobs and workers, as plain data that outlives its session."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
 
 from farm.errors import ErrorClass
-from farm.jobs.schema import JobRow
+from farm.jobs.schema import JobRow, WorkerRow
+from farm.jobs.served_models import DeviceMemory, ServedModel, device_memory, served_models
 from farm.jobs.states import JobState, Outcome
 from farm.specs.spec import RenderSpec
 
@@ -167,36 +167,44 @@ class AttemptInfo:
         return None if self.started_at is None else (self.ended_at - self.started_at).total_seconds()
 
 
-HELD, MEMORY = "held", "memory"
-"""In a worker's description of a model: whether it is loaded now; bytes used, and in all, of the worker's device."""
-
-
 @dataclass(frozen=True)
 class WorkerInfo:
-    """One worker as it introduced itself."""
+    """One worker, as it has registered."""
 
     name: str
     device: str
     dtype: str
     slots: int
     version: str
-    models: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
+    models: Sequence[ServedModel] = ()
     started_at: datetime | None = None
     alive: bool = True
-    """Whether it has given a sign of life within one lease time."""
+    """Whether its last heartbeat is less than one lease time old."""
     metrics_url: str | None = None
-    """Where Prometheus finds its metrics, if anywhere."""
+    """The URL of its metrics for Prometheus, if it serves any."""
+    memory: DeviceMemory | None = None
+    """None if it is unknown."""
 
     @property
     def held(self) -> tuple[str, ...]:
-        """The models that are loaded there, as it said last."""
-        return tuple(model["name"] for model in self.models if model.get(HELD, "sha256" in model))
+        """The names of the models that are loaded there now."""
+        return tuple(model.name for model in self.models if model.loaded)
 
-    @property
-    def memory(self) -> tuple[int, int] | None:
-        """Bytes used, and bytes in all, of its device's memory, as it said last; None if it has not."""
-        said = next((model[MEMORY] for model in self.models if MEMORY in model), None)
-        return None if said is None else (int(said[0]), int(said[1]))
+
+def worker_info(row: WorkerRow, *, alive: bool) -> WorkerInfo:
+    """A worker's row as plain data."""
+    return WorkerInfo(
+        name=row.name,
+        device=row.device,
+        dtype=row.dtype,
+        slots=row.slots,
+        version=row.version,
+        models=served_models(row.models),
+        started_at=row.started_at,
+        alive=alive,
+        metrics_url=row.metrics_url,
+        memory=device_memory(row.memory_used, row.memory_total, row.models),
+    )
 
 
 def job_info(row: JobRow) -> JobInfo:

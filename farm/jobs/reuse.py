@@ -136,7 +136,7 @@ class Works:
         found: dict[str, set[str]] = {}
         for models in live_models(self._session, self._lease_seconds):
             for model in models:
-                found.setdefault(model["name"], set()).update(filter(None, [model.get("sha256")]))
+                found.setdefault(model.name, set()).update(filter(None, [model.sha256]))
         return found
 
 

@@ -259,7 +259,10 @@ class WorkerRow(Base):
     slots: Mapped[int]
     version: Mapped[str] = mapped_column(sa.String(40))
     models: Mapped[list[dict[str, Any]]]
-    """Of each model it serves: name, and once it is loaded sha256, bytes, family, samplers."""
+    """An entry for each model that it serves; `farm.jobs.served_models` writes and reads them."""
+    memory_used: Mapped[int | None] = mapped_column(sa.BigInteger)
+    """Bytes of its device's memory; NULL if unknown."""
+    memory_total: Mapped[int | None] = mapped_column(sa.BigInteger)
     metrics_url: Mapped[str | None] = mapped_column(sa.Text)
     """Where Prometheus finds its metrics, if anywhere."""
 

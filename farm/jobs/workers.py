@@ -1,14 +1,12 @@
 """`Workers`: the worker processes that have registered, and what those that are alive serve."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from farm.jobs.database import Database, now, now_plus
-from farm.jobs.records import WorkerInfo
+from farm.jobs.records import WorkerInfo, worker_info
 from farm.jobs.schema import WorkerRow
+from farm.jobs.served_models import ServedModel, served_columns, served_models
 from farm.settings import Settings
 
 
@@ -19,9 +17,10 @@ def alive(lease_seconds: float) -> sa.ColumnElement[bool]:
 
 def live_models(
     session: Session, lease_seconds: float, *which: sa.ColumnElement[bool]
-) -> Sequence[Sequence[Mapping[str, Any]]]:
+) -> list[tuple[ServedModel, ...]]:
     """Return the models of each live worker, or of those live workers for which a condition holds."""
-    return session.scalars(sa.select(WorkerRow.models).where(alive(lease_seconds), *which)).all()
+    query = sa.select(WorkerRow.models).where(alive(lease_seconds), *which)
+    return [served_models(models) for models in session.scalars(query)]
 
 
 class Workers:
@@ -38,7 +37,7 @@ class Workers:
             "dtype": worker.dtype,
             "slots": worker.slots,
             "version": worker.version,
-            "models": [dict(model) for model in worker.models],
+            **served_columns(worker.models, worker.memory),
             "metrics_url": worker.metrics_url,
             "started_at": now(),
             "seen_at": now(),
@@ -48,10 +47,10 @@ class Workers:
             session.execute(sa.insert(WorkerRow).values(name=worker.name, **values))
 
     def describe(self, worker: WorkerInfo) -> None:
-        """Record the current descriptions of a worker's models."""
+        """Record the models of a worker and its device's memory as they are now."""
         with self._db.write() as session:
-            models = [dict(model) for model in worker.models]
-            session.execute(sa.update(WorkerRow).where(WorkerRow.name == worker.name).values(models=models))
+            values = served_columns(worker.models, worker.memory)
+            session.execute(sa.update(WorkerRow).where(WorkerRow.name == worker.name).values(values))
 
     def deregister(self, worker: str) -> None:
         """Remove a worker that has stopped in good order."""
@@ -61,27 +60,13 @@ class Workers:
     def all(self) -> list[WorkerInfo]:
         """Return every registered worker, by name; dead ones are included."""
         with self._db.read() as session:
-            return [
-                WorkerInfo(
-                    name=row.name,
-                    device=row.device,
-                    dtype=row.dtype,
-                    slots=row.slots,
-                    version=row.version,
-                    models=tuple(row.models),
-                    started_at=row.started_at,
-                    alive=bool(lives),
-                    metrics_url=row.metrics_url,
-                )
-                for row, lives in session.execute(
-                    sa.select(WorkerRow, alive(self._lease_seconds)).order_by(WorkerRow.name)
-                )
-            ]
+            rows = session.execute(sa.select(WorkerRow, alive(self._lease_seconds)).order_by(WorkerRow.name))
+            return [worker_info(row, alive=bool(lives)) for row, lives in rows]
 
     def slots(self) -> dict[str, int]:
         """Return the number of slots of the live workers that serve each model."""
         found: dict[str, int] = {}
         for worker in self.all():
-            for name in {model["name"] for model in worker.models} if worker.alive else ():
+            for name in {model.name for model in worker.models} if worker.alive else ():
                 found[name] = found.get(name, 0) + worker.slots
         return found

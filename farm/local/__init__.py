@@ -1,6 +1,6 @@
-"""The embedded farm: what `farm up` starts, and how one sees whether it runs."""
+"""The embedded farm: what `farm up` starts, and whether it runs."""
 
+from farm.local.embedded_farm import LocalFarm
 from farm.local.home import running
-from farm.local.supervisor import LocalFarm
 
 __all__ = ["LocalFarm", "running"]

@@ -13,22 +13,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from farm.errors import AlreadyRunning, NotConfigured
+from farm.runtime.atomic_files import write_atomic
 from farm.settings import EMBEDDED_FILE, Settings
 
-SERVICE_VARIABLES = frozenset(
-    f"FARM_{name}"
-    for name in (
-        "DATABASE_URL",
-        "BROKER_URL",
-        "S3_BUCKET",
-        "S3_ENDPOINT_URL",
-        "S3_ACCESS_KEY_ID",
-        "S3_SECRET_ACCESS_KEY",
-        "FLOWER_URL",
-        "ENV_FILE",
-    )
-)
-"""Where these are set, they lead away from the farm that stands in the home."""
 LOOPBACK = "127.0.0.1"
 BUCKET = "farm"
 GRPC = 10_000
@@ -76,7 +63,7 @@ class Home:
         if not self.path.exists():
             self.path.mkdir(parents=True, mode=0o700)
             # It holds passwords and pictures, and mostly lies in somebody's repository.
-            write_private(self.path / ".gitignore", "*\n")
+            write_atomic(self.path / ".gitignore", "*\n", private=True)
         opened = os.open(self.path / "lock", os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
         lock = os.fdopen(opened, "a+", encoding="utf-8")
         if not _locked(lock):
@@ -133,9 +120,8 @@ class Home:
 
     def save(self, access: Access) -> None:
         """Write down how to reach this farm, for every command that runs in the same home."""
-        write_private(
-            self.path / EMBEDDED_FILE, json.dumps({**self.services(access), **asdict(access)}, indent=2) + "\n"
-        )
+        values = {**self.services(access), **asdict(access)}
+        write_atomic(self.path / EMBEDDED_FILE, json.dumps(values, indent=2) + "\n", private=True, durable=True)
 
     def services(self, access: Access) -> dict[str, str]:
         """Where the services are, under the names of `Settings`' fields."""
@@ -191,17 +177,6 @@ def running(home: Path) -> int | None:
     except OSError:
         pass
     return None
-
-
-def write_private(path: Path, text: str) -> None:
-    """Write a file that only its owner may read; a reader sees the old content or the new, never half of it."""
-    partial = path.with_name(f"{path.name}.part")
-    partial.unlink(missing_ok=True)
-    with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:  # noqa: PTH123
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def _free(ports: Sequence[int]) -> bool:

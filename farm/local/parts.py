@@ -1,4 +1,4 @@
-"""What each part of the embedded farm is: its command, its secrets, and how one sees that it answers."""
+"""What each part of the embedded farm is: its command, its secrets, and how it shows that it is ready."""
 
 import http.client
 import importlib.util
@@ -12,20 +12,18 @@ from base64 import b64encode
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import redis
 
 from farm.errors import FarmError, NotConfigured, ServiceUnavailable
 from farm.jobs.workers import Workers
-from farm.local.home import GRPC, LOOPBACK, SERVICE_VARIABLES, Access, Home, write_private
+from farm.local.home import GRPC, LOOPBACK, Access, Home
+from farm.local.process import PartProcess
 from farm.objects.storage import Storage
-from farm.settings import Settings
+from farm.runtime.atomic_files import write_atomic
+from farm.settings import Settings, child_environment
 
-if TYPE_CHECKING:
-    from farm.local.process import Process
-
-# -P: a folder called `workers` where somebody stands must not be taken for ours.
+# -P: a folder `workers` in the current directory must not hide the package.
 PYTHON = (sys.executable, "-P", "-m")
 
 
@@ -45,7 +43,7 @@ class Part:
     command: tuple[str, ...]
     env: Mapping[str, str] = field(repr=False)
     cwd: Path | None
-    answers: Callable[["Process"], bool]
+    answers: Callable[[PartProcess], bool]
     """Called every 0.1 s while the part comes up; says whether it is ready for use."""
     login: str = field(default="", repr=False)
     """How a person gets in; shown to one at a terminal only, since other output may be kept as a log."""
@@ -54,7 +52,11 @@ class Part:
     ready_seconds: float = 120.0
     stop_seconds: float = 20.0
     survives_kill: bool = False
-    """Killed, it loses nothing: no word is made of it when it does not stop in time."""
+    """Whether it loses nothing when it is killed: no line reports it when it does not stop in time."""
+
+    def start(self, home: Home) -> PartProcess:
+        """Start a process of it."""
+        return PartProcess(self.name, self.command, home=home, env=self.env, cwd=self.cwd, litter=self.litter)
 
 
 def require(*, worker: bool, flower: bool) -> None:
@@ -77,7 +79,7 @@ def valkey(home: Home, access: Access, settings: Settings) -> Part:
     data = home.data("redis")
     config = data / "valkey.conf"
     port = access.ports["redis"]
-    write_private(
+    write_atomic(
         config,
         f"bind {access.host}\nport {port}\nprotected-mode yes\nrequirepass {access.redis_password}\n"
         f'dir "{data}"\nappendonly yes\nappendfsync everysec\nsave ""\n'
@@ -85,9 +87,10 @@ def valkey(home: Home, access: Access, settings: Settings) -> Part:
         "maxmemory-policy noeviction\n"
         # What `ps` shows stays what was started, so that a leftover can be told.
         "set-proc-title no\n",
+        private=True,
     )
 
-    def answers(_process: "Process") -> bool:
+    def answers(_process: PartProcess) -> bool:
         client = redis.Redis.from_url(settings.broker_url, socket_timeout=1, socket_connect_timeout=1)
         try:
             return bool(client.ping())
@@ -114,7 +117,7 @@ def seaweed(home: Home, access: Access, settings: Settings) -> Part:
     doors = ("s3", "master", "volume", "filer", "admin")
     storage = Storage(settings)
 
-    def answers(_process: "Process") -> bool:
+    def answers(_process: PartProcess) -> bool:
         if not _listens(access.host, ports["s3"]):  # boto3 would try again for seconds
             return False
         try:
@@ -173,7 +176,7 @@ def seaweed(home: Home, access: Access, settings: Settings) -> Part:
 def dispatcher(home: Home, settings: Settings) -> Part:
     """What moves jobs from the backlog in SQL to Redis, and back again what was lost."""
 
-    def answers(process: "Process") -> bool:
+    def answers(process: PartProcess) -> bool:
         return b"dispatching" in process.written()
 
     return Part(
@@ -199,7 +202,7 @@ def worker(home: Home, settings: Settings, number: int, of: int, workers: Worker
     if gpus > 1:
         env["FARM_DEVICE"] = f"cuda:{(number - 1) % gpus}"
 
-    def answers(process: "Process") -> bool:
+    def answers(process: PartProcess) -> bool:
         try:
             return any(
                 found.name == here and found.started_at is not None and found.started_at >= process.started_at
@@ -226,7 +229,7 @@ def flower(home: Home, access: Access) -> Part:
     login = f"{access.flower_user}:{access.flower_password}"
     url = f"http://{LOOPBACK}:{access.ports['flower']}"
 
-    def answers(_process: "Process") -> bool:
+    def answers(_process: PartProcess) -> bool:
         connection = http.client.HTTPConnection(LOOPBACK, access.ports["flower"], timeout=2)
         token = b64encode(login.encode()).decode()
         try:
@@ -262,9 +265,9 @@ def _bare_env(data: Path) -> dict[str, str]:
 
 def _farm_env(home: Home) -> dict[str, str]:
     """The environment in which the farm's own programs find this farm, whatever else the environment names."""
-    env = {name: value for name, value in os.environ.items() if name not in SERVICE_VARIABLES}
+    env = child_environment(home.path)
     no_proxy = ",".join(filter(None, (env.get("no_proxy") or env.get("NO_PROXY"), LOOPBACK)))
-    return env | {"FARM_HOME": str(home.path), "NO_PROXY": no_proxy, "no_proxy": no_proxy, "PYTHONUNBUFFERED": "1"}
+    return env | {"NO_PROXY": no_proxy, "no_proxy": no_proxy, "PYTHONUNBUFFERED": "1"}
 
 
 def _weed() -> str | None:

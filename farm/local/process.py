@@ -1,16 +1,17 @@
-"""One part as a process: logged, and found again when its farm was killed."""
+"""The process of one part: logged, and found again after its farm was killed."""
 
 import contextlib
 import json
 import os
 import shutil
 import signal
-import time
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from farm.local.home import Home, write_private
-from farm.local.parts import Part
+from farm.local.home import Home
+from farm.runtime.atomic_files import write_atomic
+from farm.runtime.terminal_text import printable
 from farm.runtime.tethered import Tethered
 
 LOG_BYTES = 16 * 2**20
@@ -18,62 +19,70 @@ _SAME_SECONDS = 1.5
 """By how much the time of a process' start may seem to move: the boot time in it, whole seconds, follows the clock."""
 
 
-class Process(Tethered):
-    """The process of a part, from its start to its end; the next start makes a new one."""
+class PartProcess(Tethered):
+    """One process of a part, from its start to its end; the next start makes a new one."""
 
-    def __init__(self, part: Part, home: Home) -> None:
-        self._part = part
-        self._log = home.logs / f"{part.name}.log"
-        self._pid_file = home.run / f"{part.name}.pid"
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        *,
+        home: Home,
+        env: Mapping[str, str],
+        cwd: Path | None = None,
+        litter: Sequence[Path] = (),
+    ) -> None:
+        """Start it. `litter` are files outside the home that it leaves behind when it is killed."""
+        self.log = home.logs / f"{name}.log"
         self.started_at = datetime.now(UTC)
-        self.started = time.monotonic()
-        for path in part.litter:
-            path.unlink(missing_ok=True)
-        with os.fdopen(os.open(self._log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "ab") as log:
+        self._pid_file = home.run / f"{name}.pid"
+        self._litter = litter
+        self._remove_litter()
+        with os.fdopen(os.open(self.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "ab") as log:
             self._log_start = log.tell()
-            super().__init__(part.command, env=part.env, output=log, cwd=part.cwd)
+            super().__init__(command, env=env, output=log, cwd=cwd)
         _remember(self._pid_file, self.pid)
 
     def clear(self) -> None:
-        """Kill what is left of its process group, and take away its traces."""
+        """Kill what is left of its process group, and remove its pid file and its litter."""
         super().clear()
         self._pid_file.unlink(missing_ok=True)
-        for path in self._part.litter:
+        self._remove_litter()
+
+    def _remove_litter(self) -> None:
+        for path in self._litter:
             path.unlink(missing_ok=True)
 
     def written(self) -> bytes:
-        """What it has written since its start."""
-        with self._log.open("rb") as log:
+        """Its output since its start."""
+        with self.log.open("rb") as log:
             log.seek(self._log_start)
             return log.read()
 
     def last_lines(self, count: int = 10) -> list[str]:
-        """The end of its log, without what a terminal would take for a command."""
+        """The end of its output, without the control characters that would steer a terminal."""
         lines = self.written()[-16_384:].decode(errors="replace").expandtabs().splitlines()
-        said = [line for line in lines if line.strip()]
-        return ["".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in line) for line in said][
-            -count:
-        ]
+        return [printable(line) for line in lines if line.strip()][-count:]
 
     def bound_log(self) -> None:
-        """Move a log that has grown too long aside; it is written on from its beginning."""
-        if self._log.stat().st_size > LOG_BYTES:
-            shutil.copyfile(self._log, self._log.with_suffix(".log.1"))
-            os.truncate(self._log, 0)
+        """Move a log that is longer than `LOG_BYTES` aside, and continue with an empty one."""
+        if self.log.stat().st_size > LOG_BYTES:
+            shutil.copyfile(self.log, self.log.with_suffix(".log.1"))
+            os.truncate(self.log, 0)
             self._log_start = 0
 
 
 def rotate_log(home: Home, name: str) -> None:
-    """Put the log of the last run aside."""
+    """Move the log of the last run aside."""
     log = home.logs / f"{name}.log"
     if log.exists() and log.stat().st_size:
         log.replace(log.with_suffix(".log.1"))
 
 
 def end_leftovers(home: Home) -> list[str]:
-    """End what a killed farm left running in this home; returns the parts' names.
+    """Kill the processes that a killed farm left running in this home; returns the parts' names.
 
-    A process is ours if it has the recorded id and was started at the recorded time; ids are used again.
+    A process is a part if it has the recorded id and the recorded time of start, since the kernel uses ids again.
     """
     import psutil
 
@@ -91,20 +100,9 @@ def end_leftovers(home: Home) -> list[str]:
     return found
 
 
-def alive(home: Path, name: str) -> bool:
-    """Whether the part of that name runs in this home."""
-    import psutil
-
-    try:
-        recorded = json.loads((home / "run" / f"{name}.pid").read_text(encoding="utf-8"))
-        return bool(abs(psutil.Process(recorded["pid"]).create_time() - recorded["create_time"]) < _SAME_SECONDS)
-    except (OSError, ValueError, KeyError, psutil.Error):
-        return False
-
-
 def _remember(pid_file: Path, pid: int) -> None:
     import psutil
 
     with contextlib.suppress(psutil.Error):  # it may be gone already
         record = {"pid": pid, "create_time": psutil.Process(pid).create_time()}
-        write_private(pid_file, json.dumps(record) + "\n")
+        write_atomic(pid_file, json.dumps(record) + "\n", private=True)

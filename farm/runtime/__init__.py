@@ -1,1 +1,1 @@
-"""What every process of the farm needs to run: stop signals, back-off, polling, child processes, a metrics server."""
+"""What every process needs: stop signals, back-off, polling, parallel fetching, files, child processes, metrics."""

@@ -1,4 +1,4 @@
-"""Batches and jobs as a terminal shows them."""
+"""Tables of batches and jobs for a terminal."""
 
 from collections.abc import Iterable
 from datetime import datetime
@@ -9,6 +9,7 @@ from rich.text import Text
 
 from farm.jobs.records import BatchStatus, JobInfo
 from farm.jobs.states import JobState
+from farm.runtime.terminal_text import printable
 from farm.show.progress_text import blocks
 
 _STYLES = {
@@ -26,15 +27,8 @@ def state_style(state: JobState) -> str:
     return _STYLES[state]
 
 
-def printable(text: str) -> str:
-    """A text in one line, without what a terminal would take for a command or what turns the order of its letters."""
-    return "".join(
-        char if char.isprintable() else " " if char.isspace() else "\N{REPLACEMENT CHARACTER}" for char in text
-    )
-
-
 def batch_table(batches: Iterable[BatchStatus]) -> RenderableType:
-    """A line a batch: how far it is, and in which states its jobs are."""
+    """One line per batch: progress, and the states of its jobs."""
     table = Table("batch", "done", "", "jobs", "submitted", box=None, header_style="bold")
     for batch in batches:
         counts = Text("paused  ", style="bold") if batch.paused else Text()
@@ -69,7 +63,7 @@ def _seconds(value: float | None) -> str:
 
 
 def job_table(jobs: Iterable[JobInfo], *, whole: bool = False) -> RenderableType:
-    """A line a job; its pace is left out and its prompt cut short unless it is asked for `whole`."""
+    """One line per job; with `whole` also its pace and its full prompt."""
     pace = ("s/step", "left") if whole else ()
     table = Table("job", "state", "steps", *pace, "worker", "prompt", "what", box=None, header_style="bold")
     for job in jobs:

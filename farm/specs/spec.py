@@ -3,6 +3,9 @@
 import hashlib
 import reprlib
 import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Annotated, Any, Self
 
 from pydantic import (
@@ -34,7 +37,7 @@ URGENT = 90
 
 
 def draw_seed() -> int:
-    """A seed nobody chose, drawn from the system's randomness."""
+    """A random seed from the operating system."""
     return secrets.randbelow(MAX_SEED + 1)
 
 
@@ -72,49 +75,72 @@ def _storable(value: str) -> str:
     return value
 
 
-Text = Annotated[str, Field(max_length=MAX_PROMPT_CHARS), AfterValidator(_storable)]
+@dataclass(frozen=True)
+class ShortName:
+    """A second name of a field, for options and grids."""
+
+    name: str
+
+
+_STORABLE = AfterValidator(_storable)
+Prompt = Annotated[str, Field(max_length=MAX_PROMPT_CHARS), _STORABLE]
+"""The type of a prompt; wildcards are expanded in every field of this type."""
 Size = Annotated[int | None, Field(ge=MIN_SIZE, le=MAX_SIZE), AfterValidator(_multiple_of_8)]
 
 
-class RenderSpec(BaseModel):
-    """One picture, fully described; immutable, with diffusers' own parameter names.
+class TextOption:
+    """Marks a field of `RenderSpec` that changes how models embed a text; None must be its default."""
 
-    A spec always has a seed: one that is left out (or None) is drawn when the spec is made, so that the
-    same spec always gives the same picture. `width`, `height` (pixels) and `scheduler` left out mean the
-    model's own.
-    `scheduler` is a name of `farm.specs.samplers` or diffusers' class name. An empty prompt draws unconditionally.
+
+class RenderSpec(BaseModel):
+    """One picture, fully described; immutable, with diffusers' parameter names.
+
+    A spec always has a seed: one that is left out (or None) is drawn when the spec is made, so that the same spec
+    always gives the same picture. An empty prompt renders unconditionally.
+
+    The fields are also the options of `farm submit`, the columns of CSV and JSONL files and the axes of grids. Their
+    docstrings are the help texts and the descriptions in the JSON schema.
 
     Raises `pydantic.ValidationError`; `RenderSpec.parse` gives the farm's own error instead.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
-    prompt: Text
-    negative_prompt: Text = ""
-    num_inference_steps: int = Field(default=25, ge=1, le=MAX_STEPS)
-    guidance_scale: float = Field(default=5.0, ge=0, le=1000)
+    prompt: Prompt
+    """What to render."""
+    negative_prompt: Annotated[Prompt, ShortName("negative")] = ""
+    """What to avoid in the picture."""
+    num_inference_steps: Annotated[int, ShortName("steps")] = Field(default=25, ge=1, le=MAX_STEPS)
+    """The number of denoising steps, 1 to 1000."""
+    guidance_scale: Annotated[float, ShortName("guidance")] = Field(default=5.0, ge=0, le=1000)
+    """How closely the picture follows the prompt; 1 and below turns classifier-free guidance off."""
     guidance_rescale: float = Field(default=0.0, ge=0, le=1)
-    """How far the guided noise is scaled back against over-exposure (Lin et al. 2023, section 3.4)."""
+    """How far guided noise is rescaled against overexposure, 0 to 1 (Lin et al. 2023, section 3.4)."""
     true_cfg_scale: float = Field(default=1.0, ge=1, le=1000)
-    """Flux: real classifier-free guidance with the negative prompt, where `guidance_scale` is distilled; 1 is none."""
-    clip_skip: int | None = Field(default=None, ge=1, le=23)
-    """How many of CLIP's last layers are left out."""
+    """Flux only: the scale of true classifier-free guidance with the negative prompt; 1 is off."""
+    clip_skip: Annotated[int | None, TextOption()] = Field(default=None, ge=1, le=23)
+    """How many of CLIP's last layers are skipped."""
     eta: float = Field(default=0.0, ge=0, le=1)
-    """The share of noise that samplers with an eta (DDIM's, Song et al. 2020) add back at each step."""
+    """The share of fresh noise in each step, 0 to 1, for samplers that have an eta (DDIM, Song et al. 2020)."""
     width: Size = None
+    """The width in pixels, a multiple of 8; the model's own by default."""
     height: Size = None
+    """The height in pixels, a multiple of 8; the model's own by default."""
     seed: int = Field(default_factory=draw_seed, ge=0, le=MAX_SEED)
-    scheduler: Annotated[str | None, AfterValidator(_known_sampler)] = None
+    """The seed of the noise, 0 to 4294967295; drawn for each picture by default."""
+    scheduler: Annotated[str | None, AfterValidator(_known_sampler), ShortName("sampler")] = None
+    """The sampler: a name such as euler_a, or a class name of diffusers; the model's own by default."""
     model: str = Field(default="tiny", pattern=MODEL_NAME)
+    """The model's name, as workers serve it."""
     deterministic: bool = False
-    """Whether its bytes must not depend on what is rendered beside it; slower."""
+    """Whether the picture's bytes are independent of what is rendered at the same time; slower."""
     trajectory: Annotated[bool, AfterValidator(_of_few_steps)] = False
-    """Whether the picture of every step is kept, as a film strip and an animation; at most 200 steps then."""
+    """Whether the picture after every step is kept, as a film strip and an animation; 200 steps at most."""
 
     @model_validator(mode="before")
     @classmethod
     def _unchosen(cls, values: Any) -> Any:
-        # As good as left out: whoever stores the spec may draw it, and nothing else is the same work.
+        # Counts as left out: the submission draws it, and no other spec is the same work.
         if isinstance(values, dict) and "seed" in values and values["seed"] is None:
             return {name: value for name, value in values.items() if name != "seed"}
         return values
@@ -132,18 +158,28 @@ class RenderSpec(BaseModel):
         except ValidationError as error:
             raise InvalidInput([_problem(where, detail) for detail in error.errors()]) from error
 
-    def row_pixels(self, width: int, height: int) -> int:
-        """What memory goes by: pixels, times the rows of its forward, which are two with guidance.
-
-        `width` and `height` (pixels) are the model's own, for a spec without.
-        """
-        rows = 2 if self.guidance_scale > 1 or self.true_cfg_scale > 1 else 1
-        return (self.width or width) * (self.height or height) * rows
-
     def sha256(self) -> str:
-        """The hash of what is asked for; equal specs have equal hashes, however they were written."""
+        """The hash of all fields: equal specs have equal hashes."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
 
+
+SHORT_NAMES: Mapping[str, str] = MappingProxyType(
+    {
+        short.name: name
+        for name, field in RenderSpec.model_fields.items()
+        for short in field.metadata
+        if isinstance(short, ShortName)
+    }
+)
+"""The fields by their short names, such as `steps`."""
+PROMPT_FIELDS = tuple(name for name, field in RenderSpec.model_fields.items() if _STORABLE in field.metadata)
+"""The fields of type `Prompt`."""
+TEXT_OPTIONS = tuple(
+    name
+    for name, field in RenderSpec.model_fields.items()
+    if any(isinstance(mark, TextOption) for mark in field.metadata)
+)
+"""The fields that are marked as a `TextOption`."""
 
 _BRIEF = reprlib.Repr()
 _BRIEF.maxstring = _BRIEF.maxother = _BRIEF.maxlong = 4 * _SHOWN_CHARS

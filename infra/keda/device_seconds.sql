@@ -1,8 +1,8 @@
--- The device seconds that a model's jobs will take which wait or render, for KEDA's PostgreSQL scaler:
--- put the model's name in quotes for the parameter, and the seconds that one worker is to have before it for
--- targetQueryValue. Jobs that render count too, so that no worker is taken away before the last of them has ended; what
--- is paused does not count. Prometheus has the same number: farm_queued_device_seconds + farm_running_device_seconds.
-WITH RECURSIVE models (model) AS (  -- from one to the next over the index of the backlog, and so are batches
+-- The expected device seconds of a model's waiting and running jobs, for KEDA's PostgreSQL scaler. Replace the parameter
+-- by the model's name in quotes; targetQueryValue is the device seconds per worker. Running jobs count, so that no worker
+-- is removed before the last of them has ended. Paused jobs do not count. Prometheus has the same number:
+-- farm_queued_device_seconds + farm_running_device_seconds.
+WITH RECURSIVE models (model) AS (  -- a loose scan of the backlog's index, and so are the batches
   SELECT (SELECT min(model) FROM jobs WHERE state = 'pending')
   UNION ALL
   SELECT (SELECT min(model) FROM jobs WHERE state = 'pending' AND model > models.model)
@@ -13,7 +13,7 @@ WITH RECURSIVE models (model) AS (  -- from one to the next over the index of th
   SELECT (SELECT min(batch_id) FROM jobs WHERE state = 'pending' AND model = :model AND batch_id > waiting.batch_id)
   FROM waiting WHERE waiting.batch_id IS NOT NULL
 ), active AS (
-  SELECT batches.id, CASE  -- jobs are counted by batch already, but not by model
+  SELECT batches.id, CASE  -- job_counts counts by batch, not by model
     WHEN EXISTS (SELECT 1 FROM models WHERE model <> :model AND EXISTS (
       SELECT 1 FROM jobs WHERE state = 'pending' AND jobs.model = models.model AND batch_id = batches.id
     )) THEN (SELECT count(*) FROM jobs WHERE state = 'pending' AND model = :model AND batch_id = batches.id)
@@ -27,7 +27,7 @@ WITH RECURSIVE models (model) AS (  -- from one to the next over the index of th
   UNION ALL
   SELECT batch_id, count(*) FROM jobs JOIN batches ON batches.id = batch_id
   WHERE state = 'running' AND model = :model AND accepted_at IS NOT NULL AND deleted_at IS NULL GROUP BY batch_id
-), usual AS (  -- what a job of the model took lately, in any batch
+), usual AS (  -- the recent mean of the model, over all batches
   SELECT avg(seconds) AS seconds FROM (
     SELECT (
       SELECT avg(seconds) FROM (

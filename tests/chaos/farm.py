@@ -25,7 +25,7 @@ from farm.jobs.store import JobStore
 from farm.local import parts
 from farm.local.home import Home
 from farm.local.parts import Part
-from farm.local.process import Process
+from farm.local.process import PartProcess
 from farm.objects.storage import Storage
 from tests.chaos import moves
 from tests.chaos.orders import Journal, Scale
@@ -60,7 +60,7 @@ class Standing:
         self._home = home
         self._wanted = False
         self._awaited: set[int] = set()
-        self._process: Process | None = None
+        self._process: PartProcess | None = None
         self._ended_at = 0.0
 
     @property
@@ -77,7 +77,7 @@ class Standing:
         """Start it, and again from now on whenever it ends."""
         self._wanted = True
         self._awaited = set()
-        self._process = Process(self.part, self._home)
+        self._process = self.part.start(self._home)
         self.starts += 1
 
     def answers(self) -> bool:

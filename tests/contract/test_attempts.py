@@ -11,15 +11,16 @@ from farm.errors import ErrorClass
 from farm.jobs.database import Database, now_plus
 from farm.jobs.records import Claim, Pace, Picture, WorkerInfo
 from farm.jobs.schema import JobRow
+from farm.jobs.served_models import ServedModel
 from farm.jobs.states import JobState, Outcome
 from farm.jobs.store import JobStore
 from farm.settings import Settings
 from farm.specs.spec import RenderSpec
 
 PICTURE = Picture("b/1.png", "f" * 64, 123, 64, 64, "e" * 64, 1.5, (), device_seconds=0.75)
-SMALL = WorkerInfo("small@host", "cuda", "float16", 8, "0", ({"name": "tiny"},))
+SMALL = WorkerInfo("small@host", "cuda", "float16", 8, "0", (ServedModel("tiny"),))
 LARGE = replace(SMALL, name="large@host")
-OTHER = replace(SMALL, name="other@host", models=({"name": "sd15"},))
+OTHER = replace(SMALL, name="other@host", models=(ServedModel("sd15"),))
 
 
 @pytest.fixture

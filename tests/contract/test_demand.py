@@ -9,6 +9,7 @@ import sqlalchemy as sa
 from farm.jobs.database import Database
 from farm.jobs.demand import Demand, demands
 from farm.jobs.records import Picture, WorkerInfo
+from farm.jobs.served_models import ServedModel
 from farm.jobs.states import JobState
 from farm.jobs.store import JobStore
 from farm.settings import Settings
@@ -133,7 +134,7 @@ def test_what_is_deleted_or_not_there_yet_does_not_count(database: Database, sto
 def test_who_serves_a_model_is_told_where_nothing_waits_too(database: Database, store: JobStore) -> None:
     for number in (1, 2):
         store.workers.register(
-            WorkerInfo(f"w{number}@host", "cpu", "float32", 4, "1", [{"name": "tiny"}, {"name": f"own{number}"}])
+            WorkerInfo(f"w{number}@host", "cpu", "float32", 4, "1", [ServedModel("tiny"), ServedModel(f"own{number}")])
         )
     found = demands(database, LEASE)
     assert found.workers == 2

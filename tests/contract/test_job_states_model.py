@@ -29,6 +29,7 @@ from farm.jobs.conditions import in_state
 from farm.jobs.database import Database, now_plus
 from farm.jobs.records import Claim, Pace, Picture, WorkerInfo
 from farm.jobs.schema import AttemptRow, BatchRow, JobCountRow, JobRow, OwnerRow
+from farm.jobs.served_models import ServedModel
 from farm.jobs.states import TRANSITIONS, JobState
 from farm.jobs.store import JobStore
 from farm.settings import Settings
@@ -94,9 +95,8 @@ class Farm(RuleBasedStateMachine):
             session.execute(sa.delete(BatchRow))
             session.execute(sa.delete(OwnerRow))
         for name in WORKERS:
-            self.store.workers.register(
-                WorkerInfo(name, "cpu", "float32", 8, "0", ({"name": "tiny", "sha256": "e" * 64},))
-            )
+            model = ServedModel("tiny", sha256="e" * 64)
+            self.store.workers.register(WorkerInfo(name, "cpu", "float32", 8, "0", (model,)))
         self.lines.clear()
         self.jobs: dict[str, Known] = {}
         self.seen: dict[str, JobState] = {}

@@ -10,6 +10,7 @@ from farm.errors import ErrorClass, NotFound
 from farm.jobs.database import Database, now_plus
 from farm.jobs.records import Claim, Pace, Picture, WorkerInfo
 from farm.jobs.schema import JobRow
+from farm.jobs.served_models import ServedModel
 from farm.jobs.states import JobState
 from farm.jobs.store import JobStore
 from farm.settings import Settings
@@ -17,7 +18,7 @@ from farm.specs.object_keys import checkpoint_key, image_key, trajectory_keys
 from farm.specs.spec import RenderSpec
 
 PICTURE = Picture("b/1.png", "f" * 64, 123, 64, 64, "e" * 64, 1.5, ("cut at 77 tokens",))
-WORKER = WorkerInfo("w1@host", "cpu", "float32", 8, "0", ({"name": "tiny", "sha256": "e" * 64},))
+WORKER = WorkerInfo("w1@host", "cpu", "float32", 8, "0", (ServedModel("tiny", sha256="e" * 64),))
 
 
 @pytest.fixture

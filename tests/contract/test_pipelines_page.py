@@ -4,22 +4,19 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
-from PIL import Image
 
+from benchmarks.parity import Parity, References
+from farm.errors import BadRequest
 from farm.specs.spec import RenderSpec
 from tests.checkpoints import t5_encoder, t5_tokenizer
+from tests.parity import draw
 from workers import pipelines
-from workers.engine.engine import Engine
-from workers.models.pins import Pins
 from workers.render.request import RenderRequest
 
 PAGE = Path(__file__).parents[2] / "docs" / "pipelines.md"
-_HALF_A_SHADE = 1.01
-"""Of 8 bits, after rounding on both sides: a picture of equal floats but for their last bits."""
 
 
 @pytest.fixture
@@ -67,34 +64,39 @@ def checkpoint(tmp_path: Path) -> Path:
 def test_the_family_of_the_page_draws_what_diffusers_draws_in_shared_forwards(checkpoint: Path) -> None:
     texts = [("a red circle", ""), ("two cats", "blurry"), ("", "low"), ("an old house " * 9, "")]
     specs = [
-        RenderSpec(prompt=text, negative_prompt=negative, seed=seed, num_inference_steps=4 + seed, guidance_scale=scale)
+        RenderSpec(
+            prompt=text,
+            negative_prompt=negative,
+            seed=seed,
+            num_inference_steps=4 + seed,
+            guidance_scale=scale,
+            width=64,
+            height=64,
+        )
         for seed, (text, negative) in enumerate(texts)
         for scale in (1.0, 4.5)
     ]
-    pipeline = pipelines.load(str(checkpoint), torch.device("cpu"), torch.float32)
-    engine = Engine(Pins.of({"tiny": pipeline}), slots=4, line=len(specs))
-    engine.start()
-    futures = [engine.submit(RenderRequest(str(place), spec)) for place, spec in enumerate(specs)]
-    pictures = [np.asarray(future.result(timeout=120).image) for future in futures]
-    engine.stop()
+    pictures = draw(pipelines.load(str(checkpoint), torch.device("cpu"), torch.float32), specs, slots=4)
+    theirs = References(checkpoint, use_resolution_binning=False, clean_caption=False)
+    parity = Parity.of(pictures, [theirs.of(spec) for spec in specs])
+    assert parity.holds, parity
 
-    theirs = PixArtSigmaPipeline.from_pretrained(checkpoint)
-    theirs.set_progress_bar_config(disable=True)
-    for spec, picture in zip(specs, pictures, strict=True):
-        (expected,) = theirs(
-            prompt=spec.prompt,
-            negative_prompt=spec.negative_prompt,
-            num_inference_steps=spec.num_inference_steps,
-            guidance_scale=spec.guidance_scale,
-            width=64,
-            height=64,
-            generator=torch.Generator("cpu").manual_seed(spec.seed),
-            use_resolution_binning=False,
-            clean_caption=False,
-        ).images
-        assert isinstance(expected, Image.Image)
-        off = np.abs(picture.astype(float) - np.asarray(expected).astype(float)).max()
-        assert off <= _HALF_A_SHADE, f"{spec.prompt!r} at {spec.guidance_scale}: {off:g} shades off"
+
+@pytest.mark.usefixtures("family")
+def test_the_family_of_the_page_loads_with_compile_on_and_says_that_nothing_was_compiled(
+    checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipeline = pipelines.load(str(checkpoint), torch.device("cpu"), torch.float32, compile=True)
+    assert not pipeline.compiled
+    assert "not compiled: diffusers names no repeated blocks in PixArtTransformer2DModel" in caplog.messages
+
+
+@pytest.mark.usefixtures("family")
+def test_the_family_of_the_page_refuses_a_text_option_that_it_does_not_take(checkpoint: Path) -> None:
+    pipeline = pipelines.load(str(checkpoint), torch.device("cpu"), torch.float32)
+    request = RenderRequest("a", RenderSpec(prompt="x", seed=1, clip_skip=1))
+    with pytest.raises(BadRequest, match="has no clip_skip: a PixArtSigmaPipeline does not take it"):
+        pipeline.plan(request)
 
 
 def test_every_command_of_the_page_selects_tests_that_are_there() -> None:

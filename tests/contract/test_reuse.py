@@ -15,6 +15,7 @@ from farm.jobs.leadership import Leadership
 from farm.jobs.records import Claim, Picture, WorkerInfo
 from farm.jobs.reuse import Copying
 from farm.jobs.schema import BatchRow, JobRow, WorkerRow
+from farm.jobs.served_models import ServedModel
 from farm.jobs.states import JobState, Outcome
 from farm.jobs.store import JobStore
 from farm.settings import Settings
@@ -23,7 +24,7 @@ from farm.specs.spec import RenderSpec
 
 WEIGHTS, OTHER = "e" * 64, "d" * 64
 PICTURE = Picture("b/1.png", "f" * 64, 123, 64, 64, WEIGHTS, 1.5, ("cut at 77 tokens",), 0.75)
-WORKER = WorkerInfo("w1@host", "cpu", "float32", 8, "0", ({"name": "tiny", "sha256": WEIGHTS},))
+WORKER = WorkerInfo("w1@host", "cpu", "float32", 8, "0", (ServedModel("tiny", sha256=WEIGHTS),))
 SPEC = RenderSpec(prompt="a boat", seed=1)
 
 
@@ -98,7 +99,7 @@ def test_other_specs_and_seeds_that_were_drawn_are_other_work(store: JobStore) -
 
 def test_a_model_of_other_weights_renders_anew_and_then_serves_for_these(store: JobStore) -> None:
     done(store)
-    store.workers.register(replace(WORKER, models=({"name": "tiny", "sha256": OTHER},)))
+    store.workers.register(replace(WORKER, models=(ServedModel("tiny", sha256=OTHER),)))
     source = done(store, picture=replace(PICTURE, model_sha256=OTHER))
     job_id = f"{submit(store)}-1"
     assert passed(store) == ([], {job_id: source})
@@ -106,7 +107,7 @@ def test_a_model_of_other_weights_renders_anew_and_then_serves_for_these(store: 
 
 def test_while_workers_hold_different_weights_all_is_rendered(store: JobStore) -> None:
     done(store)
-    store.workers.register(replace(WORKER, name="w2@host", models=({"name": "tiny", "sha256": OTHER},)))
+    store.workers.register(replace(WORKER, name="w2@host", models=(ServedModel("tiny", sha256=OTHER),)))
     job_id = f"{submit(store)}-1"
     assert passed(store) == ([job_id], {})
 

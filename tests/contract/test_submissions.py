@@ -14,6 +14,7 @@ from farm.errors import DatabaseUnavailable, ErrorClass, InvalidInput, KeyUsed, 
 from farm.jobs.database import Database, now_plus
 from farm.jobs.records import WorkerInfo
 from farm.jobs.schema import BatchRow, JobCountRow, JobRow, WorkerRow
+from farm.jobs.served_models import ServedModel
 from farm.jobs.states import JobState
 from farm.jobs.store import JobStore
 from farm.settings import Settings
@@ -269,13 +270,13 @@ def test_a_status_reads_no_jobs_and_lists_go_by_cursor(store: JobStore, database
 
 
 def test_a_model_that_no_living_worker_holds_is_told(store: JobStore, database: Database) -> None:
-    store.workers.register(WorkerInfo("w1@host", "cpu", "float32", 8, "0", ({"name": "tiny"},)))
+    store.workers.register(WorkerInfo("w1@host", "cpu", "float32", 8, "0", (ServedModel("tiny"),)))
     held = store.submissions.submit("held", "me", 50, some(3))
     waits = store.submissions.submit("waits", "me", 50, [*some(3), *some(1, model="flux"), *some(1, model="sd15")])
     store.backlog.enqueue(1)
     assert store.overview.unheld() == store.overview.unheld(waits) == ["flux", "sd15"]
     assert store.overview.unheld(held) == []
-    store.workers.register(WorkerInfo("w2@host", "cpu", "float32", 8, "0", ({"name": "flux"}, {"name": "sd15"})))
+    store.workers.register(WorkerInfo("w2@host", "cpu", "float32", 8, "0", (ServedModel("flux"), ServedModel("sd15"))))
     assert store.overview.unheld() == []
     with database.write() as session:
         session.execute(sa.update(WorkerRow).values(seen_at=now_plus(sa.literal(-100.0))))

@@ -10,9 +10,8 @@ from farm import __version__
 from farm.jobs.states import Outcome
 from tests.chaos.farm import Standing
 from tests.chaos.test_chaos import look
-from tests.hosts import release
 from tests.hosts.farm import NODES, SERVICES, HostsFarm, hosts_farm
-from tests.hosts.release import Release
+from tests.releases import NextRelease, next_release
 
 pytestmark = [pytest.mark.hosts, pytest.mark.timeout(400)]
 
@@ -24,11 +23,11 @@ def farm(tmp_path: Path) -> Iterator[HostsFarm]:
 
 
 @pytest.fixture
-def following(tmp_path: Path) -> Release:
-    return release.make(tmp_path / "next")
+def following(tmp_path: Path) -> NextRelease:
+    return next_release(tmp_path / "next")
 
 
-def test_a_farm_is_upgraded_while_a_batch_runs(farm: HostsFarm, following: Release) -> None:
+def test_a_farm_is_upgraded_while_a_batch_runs(farm: HostsFarm, following: NextRelease) -> None:
     early = farm.run_at(NODES[0], "workers", "--name", "early", cwd=following.folder, **following.env)
     assert (early.returncode, early.stdout) == (2, "")
     assert early.stderr.splitlines()[-1].startswith("farm worker: the database's schema is ")
@@ -52,7 +51,7 @@ def test_a_farm_is_upgraded_while_a_batch_runs(farm: HostsFarm, following: Relea
         one.part = replace(one.part, cwd=following.folder, env={**one.part.env, **following.env})
         replaced(farm, one)
         farm.say(f"{one.name} is of the next release")
-    assert set(versions(farm).values()) == {release.VERSION}
+    assert set(versions(farm).values()) == {following.version}
     done = farm.ended()
     farm.wait_until(lambda: farm.ended() > done + 10, "the next release renders")
 

@@ -19,6 +19,7 @@ from farm.jobs.fair_share import LEAST_WINDOW
 from farm.jobs.leadership import Leadership
 from farm.jobs.records import WorkerInfo
 from farm.jobs.schema import BatchRow
+from farm.jobs.served_models import ServedModel
 from farm.jobs.states import JobState
 from farm.jobs.store import JobStore
 from farm.objects.storage import Storage
@@ -28,7 +29,7 @@ from farm.specs.object_keys import checkpoint_key
 from farm.specs.spec import RenderSpec
 from tests.integration.conftest import wait_until
 
-WORKER = WorkerInfo("w1@host", "cpu", "float32", 8, "0", ({"name": "tiny"},))
+WORKER = WorkerInfo("w1@host", "cpu", "float32", 8, "0", (ServedModel("tiny"),))
 
 
 @pytest.fixture

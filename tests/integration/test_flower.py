@@ -19,11 +19,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from farm.cli.watch import Looker, shown
+from farm.cli.watch import Watcher
 from farm.client.batch import Batch
 from farm.client.farm import Farm
 from farm.objects.storage import Storage
 from farm.settings import Settings
+from farm.show.farm_view import draw
 from farm.show.progress_text import steps_line
 from tests.integration.conftest import Crew, environment, wait_until
 from tests.servers import missing
@@ -264,7 +265,7 @@ def test_a_watcher_sees_what_the_workers_hold_and_do(farm: Farm) -> None:
     (status,) = [each for each in farm.moving() if each.id == batch.id]
     assert farm.tempo(status).eta_seconds is not None
     file = io.StringIO()
-    Console(file=file, width=160).print(shown(Looker(farm).look(), 160))
+    Console(file=file, width=160).print(draw(Watcher(farm).read(), 160))
     assert all(words in file.getvalue() for words in (batch.id, "2 running", "2/4", "slowly, swiftly"))
     batch.cancel()
 

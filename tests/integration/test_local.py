@@ -23,7 +23,7 @@ from farm.jobs.database import Database
 from farm.jobs.workers import Workers
 from farm.local import LocalFarm, parts, running
 from farm.local.home import Home
-from farm.local.keeping import Kept
+from farm.local.kept_part import KeptPart
 from farm.local.process import end_leftovers
 from farm.objects.storage import Storage
 from farm.settings import Settings
@@ -278,13 +278,13 @@ def test_a_part_that_does_not_come_up_is_shown_with_its_last_lines(
 
 
 def test_a_part_that_keeps_dying_is_restarted_ever_more_slowly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("farm.local.keeping.FIRST_DELAY_SECONDS", 0.01)
+    monkeypatch.setattr("farm.local.kept_part.FIRST_DELAY_SECONDS", 0.01)
     home = Home(tmp_path / "home")
     home.take()
     lines: list[str] = []
     settings = home.settings(home.access())
     part = replace(parts.dispatcher(home, settings), command=(sys.executable, "-c", "raise SystemExit(7)"))
-    kept = Kept(part, home, lines.append)
+    kept = KeptPart(part, home, lines.append)
 
     def died(times: int) -> bool:
         kept.tend()

@@ -416,7 +416,7 @@ def test_a_store_that_is_away_makes_no_wrong_model_and_what_came_is_kept(
     cache: ModelCache, storage: Storage, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     version = large(storage, folder)
-    monkeypatch.setattr(model_fetching, "_PAUSES", (0.05,))
+    monkeypatch.setattr(model_fetching, "_OUTAGE_SECONDS", 0.0)
     monkeypatch.setattr(model_fetching, "_PIECE_BYTES", 2**18)
     real = model_fetching.read
     part = cache._part(version)

@@ -94,7 +94,7 @@ def test_a_model_that_was_pushed_is_pinned_fetched_and_rendered_without_any_hub(
     each = [{"prompt": "a cat", "model": model} for model in ("small", "theirs", "mine")]
     batch = farm.submit(each, num_inference_steps=2, scheduler="euler_a", seed=1, reuse=False, name="models")
     assert batch.wait(60).counts[JobState.SUCCEEDED] == 3
-    held = {model["name"]: model["sha256"] for model in farm.workers()[0].models}
+    held = {model.name: model.sha256 for model in farm.workers()[0].models}
     assert held == dict.fromkeys(("small", "theirs", "mine"), version)
     for job in batch:
         assert job.picture is not None

@@ -15,6 +15,7 @@ from farm.jobs.database import Database
 from farm.jobs.leadership import Leadership
 from farm.jobs.records import Picture, WorkerInfo
 from farm.jobs.schema import AttemptRow, LeaderRow
+from farm.jobs.served_models import ServedModel
 from farm.jobs.states import JobState, Outcome
 from farm.jobs.store import JobStore
 from farm.objects.storage import Storage
@@ -144,7 +145,7 @@ def store(database: Database, settings: Settings) -> JobStore:
     """With a worker that is known, and a dispatcher that leads."""
     Leadership(database, "dispatcher", lease_seconds=600).keep()
     store = JobStore.over(database, settings)
-    store.workers.register(WorkerInfo("w1@host", "cpu", "float32", 8, "0", ({"name": "tiny", "sha256": WEIGHTS},)))
+    store.workers.register(WorkerInfo("w1@host", "cpu", "float32", 8, "0", (ServedModel("tiny", sha256=WEIGHTS),)))
     return store
 
 

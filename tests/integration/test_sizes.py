@@ -2,13 +2,13 @@
 
 import subprocess
 import sys
-from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from farm.client.farm import Farm
+from farm.jobs.served_models import ServedModel
 from farm.jobs.states import JobState
 from farm.objects.model_store import ModelStore
 from farm.objects.storage import Storage
@@ -39,7 +39,7 @@ def test_a_size_that_no_worker_can_take_waits_with_the_reason_until_one_can(farm
     assert batch.status().counts[JobState.PENDING] == 2
     for arguments in (["status", batch.id], ["submit", "d", "--width", "256", "--height", "256", "--steps", "1"]):
         said = complaint(crew, *arguments)
-        assert "no worker has the memory for tiny beyond 32,767 pixels (16,383 with guidance) now" in said
+        assert "no worker has the memory for tiny beyond 16,383 pixels now" in said
     assert [job.info.attempt for job in batch] == [0, 0]
     crew.worker("large", "tiny=null:")
     for each in (batch, first):
@@ -82,7 +82,7 @@ def test_a_size_beyond_the_memory_is_told_at_the_first_submit_and_never_tried_th
     made = farm.job(f"{both.id}-2").info
     assert made.picture is not None
     weights = made.picture.model_sha256
-    wait_until(lambda: told(farm, "other").get("sha256") == weights, "the worker has told the hash of its weights")
+    wait_until(lambda: said_of(farm, "other").sha256 == weights, "the worker has told the hash of its weights")
     again = farm.submit(spec("other"))
     assert again.wait(60).counts[JobState.SUCCEEDED] == 1
     assert [job.info.reused_from for job in again] == [made.id]
@@ -96,7 +96,7 @@ def test_a_size_beyond_the_memory_is_told_at_the_first_submit_and_never_tried_th
         assert [job.info.tries for job in each] == [0]
 
 
-def told(farm: Farm, model: str) -> Mapping[str, object]:
-    """What the one worker says of a model."""
+def said_of(farm: Farm, model: str) -> ServedModel:
+    """What the only worker says about a model."""
     (worker,) = farm.workers()
-    return next(one for one in worker.models if one["name"] == model)
+    return next(one for one in worker.models if one.name == model)

@@ -18,6 +18,7 @@ from farm import Farm, InvalidInput, Job, JobNotSucceeded, NotFound, Settings
 from farm.errors import ErrorClass
 from farm.jobs.database import Database
 from farm.jobs.records import Claim, Pace, Picture, WorkerInfo
+from farm.jobs.served_models import ServedModel
 from farm.jobs.store import JobStore
 from farm.objects.storage import Storage
 from farm.specs.object_keys import image_key, preview_key, trajectory_keys
@@ -263,7 +264,7 @@ def command(settings: Settings, tmp_path: Path) -> Callable[..., subprocess.Comp
 
 def test_the_command_line_submits_all_that_a_spec_may_say(farm: Farm, worker: Stand, command) -> None:
     worker.store.workers.register(
-        WorkerInfo("w1@host", "cpu", "float32", 8, "0", ({"name": "tiny"},))
+        WorkerInfo("w1@host", "cpu", "float32", 8, "0", (ServedModel("tiny"),))
     )  # not loaded yet
     options = ["--guidance-rescale", "0.7", "--clip-skip", "2", "--eta", "0.5", "--true-cfg-scale", "4"]
     done = command("submit", "a cat", "--name", "all", *options, "--deterministic", "--trajectory")
@@ -298,7 +299,7 @@ def test_the_command_line_shows_pace_and_preview(job: Job, worker: Stand, comman
 
 
 def test_a_sampler_that_its_model_can_not_use_is_refused_with_the_row(farm: Farm, worker: Stand) -> None:
-    model = {"name": "sd3", "sha256": "e" * 64, "family": "StableDiffusion3Pipeline", "samplers": "flow"}
+    model = ServedModel("sd3", sha256="e" * 64, family="StableDiffusion3Pipeline", samplers="flow")
     rows = [{"prompt": "fine", "scheduler": "euler"}, {"prompt": "not", "scheduler": "ddim"}]
     assert len(farm.submit(rows, model="sd3")) == 2  # no worker holds it: who knows
     worker.store.workers.register(WorkerInfo("w1@host", "cpu", "float32", 8, "0", (model,)))

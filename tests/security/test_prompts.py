@@ -14,18 +14,19 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from farm.cli import watch
-from farm.cli.watch import Line, View
 from farm.client.farm import Farm
 from farm.errors import InvalidInput
 from farm.jobs.records import BatchStatus, JobInfo, WorkerInfo
+from farm.jobs.served_models import ServedModel
 from farm.jobs.states import JobState
 from farm.jobs.submissions import new_batch_id
 from farm.jobs.tempo import Tempo
 from farm.log import MOST_CHARS, Plain
+from farm.runtime.terminal_text import printable
 from farm.settings import Settings
 from farm.show.contact_sheet import contact_sheet
-from farm.show.tables import batch_table, job_table, printable
+from farm.show.farm_view import BatchLine, FarmView, draw
+from farm.show.tables import batch_table, job_table
 from farm.specs.object_keys import checkpoint_key, image_key, preview_key, trajectory_keys
 from farm.specs.spec import MAX_PROMPT_CHARS, RenderSpec
 from tests.security.conftest import HOSTILE
@@ -132,10 +133,10 @@ def job(text: str) -> JobInfo:
 def test_a_table_is_text_and_no_command_whatever_it_shows(text: str) -> None:
     counts = dict.fromkeys(JobState, 0)
     batch = BatchStatus(text, text, text, 50, 1, datetime.now(UTC), counts)
-    worker = WorkerInfo(text, text, text, 8, text, ({"name": text},))
-    view = View([Line(batch, Tempo(), text)], [worker], {}, [job(text)])
+    worker = WorkerInfo(text, text, text, 8, text, (ServedModel(text),))
+    view = FarmView([BatchLine(batch, Tempo(), text)], [worker], {}, [job(text)])
     tables = batch_table([batch]), job_table([job(text), replace(job(text), id=text)], whole=True)
-    told = shown(*tables, watch.shown(view, 4000))
+    told = shown(*tables, draw(view, 4000))
     assert all(char.isprintable() or char == "\n" for char in told)
     if text == HOSTILE["formats"]:
         assert text in told  # as it is: not as markup, not as a format

@@ -4,8 +4,10 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,6 +17,7 @@ from benchmarks.baseline import Diffusers
 from benchmarks.cases import Cases
 from benchmarks.ceiling import FullForward, ceiling
 from benchmarks.ours import Farm
+from benchmarks.parity import Parity, Reference, References
 from benchmarks.table import table
 from farm.errors import StorageUnavailable
 from farm.local import parts
@@ -42,10 +45,14 @@ TINY = work.Counts(
 
 
 @pytest.fixture(scope="module")
-def sides(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Farm, Diffusers]]:
-    threads, place = torch.get_num_threads(), tmp_path_factory.mktemp("benchmark")
-    folder = build_checkpoint(place / "checkpoint")
-    farm = Farm(folder, "cpu", "float32", 1, 2, place / "sizes.json")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def sides(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Farm, Diffusers]]:
+    threads = torch.get_num_threads()
+    farm = Farm(folder, "cpu", "float32", 1, 2, tmp_path_factory.mktemp("benchmark") / "sizes.json")
     yield farm, Diffusers(folder, "cpu", "float32", 1)
     farm.stop()
     torch.set_num_threads(threads)
@@ -76,8 +83,27 @@ def test_every_case_measures_something_and_has_its_row(number: int, cases: Cases
     assert bool(row.other_bytes) == bool(row.other and Peak("cpu").bytes)
 
 
-def test_both_sides_draw_the_same_picture(cases: Cases) -> None:
-    assert cases.difference() <= 1
+def test_both_sides_draw_the_same_picture(cases: Cases, folder: Path) -> None:
+    row = cases.parity(References(folder))
+    assert row.met
+    assert row.what in table([row], [])
+
+
+def test_a_picture_of_another_spec_is_not_the_same(folder: Path, sides: tuple[Farm, Diffusers]) -> None:
+    one, other = work.uniform(2, 1, side=64, steps=4)
+    references = References(folder)
+    assert references.compare(one, sides[0].picture(one)).holds
+    assert not references.compare(other, sides[0].picture(one)).holds
+
+
+def test_the_tolerance_is_four_times_what_diffusers_itself_is_off() -> None:
+    exact = np.full((2, 2, 3), 0.5)
+    reference = Reference(exact, (exact + 3e-6).astype(np.float32))
+    assert Parity.of([exact + 1.2e-5], [reference]).holds
+    assert not Parity.of([exact + 1.5e-5], [reference]).holds
+    # Rounding to 8 bits is off by half a shade more.
+    assert Parity.of([np.full((2, 2, 3), 128, np.uint8)], [reference]).holds
+    assert not Parity.of([np.full((2, 2, 3), 129, np.uint8)], [reference]).holds
 
 
 def test_a_server_batches_what_is_equal_and_nothing_else(sides: tuple[Farm, Diffusers]) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import threading
 import time
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from farm.runtime.atomic_files import write_atomic
 from workers.engine.step_scheduler import ForwardKey
 from workers.render.pipeline import Pipeline
 from workers.render.request import RenderRequest
@@ -184,11 +184,9 @@ class ForwardSizes:
             kind: {"seconds": {str(rows): round(took, 6) for rows, took in curve.seconds.items()}, "most": curve.most}
             for kind, curve in {**self._read(), **self._curves}.items()
         }
-        partial = self._path.with_name(f"{self._path.name}.{os.getpid()}.part")
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps(everything, indent=1, sort_keys=True))
-            partial.replace(self._path)
+            write_atomic(self._path, json.dumps(everything, indent=1, sort_keys=True))
         except OSError as error:
             log.warning("can't keep the measured forward sizes in %s: %s", self._path, error)
 

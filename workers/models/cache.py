@@ -26,6 +26,7 @@ from typing import IO, TypeVar
 from farm.errors import FarmError, ModelError, ModelUnavailable
 from farm.objects.model_files import INDEX, MANIFEST, Manifest, ModelFile, parse_manifest, read_json, version
 from farm.objects.storage import Storage
+from farm.runtime.atomic_files import sync
 from farm.runtime.transfer_progress import transfer
 from workers.models.fetching import fetch, sha256_of
 from workers.models.remote import RemoteFile, RemoteModel, find_remote, is_remote
@@ -353,7 +354,7 @@ def _settle(part: Path, folder: Path) -> None:
     """Put what has come in its place, on the disk for good: all at once or, in a folder to mend, file by file."""
     files = [path for path in part.rglob("*") if path.is_file()]
     for path in (part / MANIFEST, *{path.parent for path in files}):
-        _sync(path)
+        sync(path)
     if not folder.exists():
         part.rename(folder)
     else:
@@ -361,12 +362,4 @@ def _settle(part: Path, folder: Path) -> None:
             (folder / path.relative_to(part)).parent.mkdir(exist_ok=True)
             path.replace(folder / path.relative_to(part))
         shutil.rmtree(part)
-    _sync(folder.parent)
-
-
-def _sync(path: Path) -> None:
-    found = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(found)
-    finally:
-        os.close(found)
+    sync(folder.parent)

@@ -1,26 +1,30 @@
-"""The files of a model brought into a folder: many pieces at once, hashed as they come, on from where it broke off."""
+"""The download of a model's files into a folder: several pieces at once, hashed on arrival, resumed if interrupted.
+
+boto3's downloads (s3transfer) begin at the first byte each time, and write pieces out of order, which can't be hashed.
+"""
 
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import TypeAlias, cast
+from typing import TypeAlias
 
-from farm.client.pictures import fetched
-from farm.errors import ModelError, ModelUnavailable, StorageUnavailable
+from farm.errors import ModelError, ModelUnavailable
 from farm.objects.large_objects import Report, read
 from farm.objects.storage import Storage
+from farm.runtime.parallel import parallel_map
+from farm.runtime.retrying import insist
 from workers.models.remote import RemoteFile, RemoteModel
 
 Piece: TypeAlias = tuple[RemoteFile, int, int]
-"""A file, and the first and number of its bytes."""
+"""A file, the position of a first byte in it, and a number of bytes."""
 
 _PIECE_BYTES = 8 * 2**20
 _CHUNK = 2**20
-_PAUSES = (0.5, 1.0, 2.0, 4.0)
-"""Seconds after which a piece is asked for again."""
+_OUTAGE_SECONDS = 10.0
+"""How long a piece is asked for again while the object store is away."""
 
 
 def fetch(
@@ -31,11 +35,11 @@ def fetch(
     report: Report = lambda _: None,
     stopping: threading.Event | None = None,
 ) -> dict[str, str]:
-    """Bring files of a model into a folder, each written through to the disk; returns their SHA-256, by path.
+    """Download files of a model into a folder, each synced to the disk; returns their SHA-256, by path.
 
-    What an interrupted fetch has left there is hashed and gone on with, where the file's hash is known. `report` is
-    told of that too. Raises `ModelError`, naming it, for an object that is not what was pushed; `StorageUnavailable`
-    once the store was away for some seconds; `ModelUnavailable` when told to stop; `OSError` when the disk is full.
+    A file whose hash is known is resumed where an interrupted download left it; `report` counts those bytes too. Raises
+    `ModelError` with the name of an object that differs from what was pushed, `StorageUnavailable` if the store did not
+    answer for some seconds, `ModelUnavailable` once `stopping` is set, and `OSError` when the disk is full.
     """
     stopping = stopping or threading.Event()
     found: dict[str, str] = {}
@@ -49,7 +53,7 @@ def fetch(
             for start in range(begun[file.path][0], file.bytes, _PIECE_BYTES)
         ]
         again = []
-        with closing(cast("Generator[bytes]", fetched(_getter(storage, remote, stopping), pieces))) as coming:
+        with closing(parallel_map(_getter(storage, remote, stopping), pieces)) as coming:
             for file in left:
                 have, digest = begun[file.path]
                 _receive(folder / file.path, file, have, digest, coming, report)
@@ -60,7 +64,7 @@ def fetch(
                 if not have:
                     where = f"s3://{remote.bucket}/{remote.prefix}{file.path}"
                     raise ModelError(f"{where} is not what was pushed: its SHA-256 differs")
-                again.append(file)  # what lay here may be what is wrong
+                again.append(file)  # the part that was resumed may be the wrong one
                 report(-file.bytes)
         left = again
     return found
@@ -73,11 +77,11 @@ def sha256_of(path: Path) -> str:
 
 
 def _take_up(path: Path, file: RemoteFile) -> tuple[int, "hashlib._Hash"]:
-    """How many of a file's bytes are here already, and what they hash to so far."""
+    """The number of a file's bytes that are here already, and their running SHA-256."""
     path.parent.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256()
     have = 0
-    # Without its hash nobody could tell whether what a crash has left is right.
+    # Bytes that a crash left can be trusted only if the final hash is known.
     if path.is_file() and file.sha256 is not None and path.stat().st_size <= file.bytes:
         with path.open("rb") as stream:
             while data := stream.read(_CHUNK):
@@ -106,15 +110,12 @@ def _receive(
 def _getter(storage: Storage, remote: RemoteModel, stopping: threading.Event) -> Callable[[Piece], bytes]:
     def get(piece: Piece) -> bytes:
         file, start, length = piece
-        for pause in (*_PAUSES, None):
+
+        def read_piece() -> bytes:
             if stopping.is_set():
                 raise ModelUnavailable(f"this worker stops, and fetches no more of {remote.source}")
-            try:
-                return read(storage, remote.bucket, f"{remote.prefix}{file.path}", start, length, file.etag)
-            except StorageUnavailable:
-                if pause is None:
-                    raise
-                stopping.wait(pause)
-        raise AssertionError("unreachable")
+            return read(storage, remote.bucket, f"{remote.prefix}{file.path}", start, length, file.etag)
+
+        return insist(read_piece, _OUTAGE_SECONDS, stopping)
 
     return get

@@ -1,19 +1,18 @@
-"""A worker's models opened from where they lie: on this machine's disk, on the hub, in the object store."""
+"""Loads a worker's models from their sources: a local folder, the hub, or the object store."""
 
 import logging
 import threading
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from farm.errors import ModelError
+from farm.jobs.served_models import ServedModel
 from farm.objects.model_store import parse_reference
 from farm.objects.storage import Storage
 from farm.settings import Settings
 from workers import tiny
 from workers.models.cache import ModelCache
-from workers.models.description import facts
 from workers.models.remote import FARM, is_remote
 from workers.render.pipeline import Load, Options, Pipeline
 
@@ -47,13 +46,13 @@ def model_sources(models: str) -> dict[str, str]:
 
 
 def weights_bytes(source: str) -> int:
-    """What a model's weights take on disk, if they lie here; 0 if nobody knows yet."""
+    """The size of a model's weights on this machine's disk; 0 for any other source."""
     folder = Path(source).expanduser()
     return sum(file.stat().st_size for file in folder.glob("*/*.safetensors"))
 
 
 class Opener:
-    """Where each model of `FARM_MODELS` lies, and how it is loaded onto this worker's device."""
+    """The source of each model of `FARM_MODELS`, and how it is loaded onto this worker's device."""
 
     def __init__(
         self,
@@ -69,8 +68,8 @@ class Opener:
         named = model_sources(settings.models)
         self.sources = {name: str(tiny.WEIGHTS) if source == "tiny" else source for name, source in named.items()}
         """Source by name, in the order given."""
-        self.loaded: dict[str, Mapping[str, object]] = {}
-        """The `facts` of every model that was ever loaded."""
+        self.loaded: dict[str, ServedModel] = {}
+        """Every model that was ever loaded, without a limit."""
         self._device, self._dtype = device, dtype
         self._options = Options(compile=settings.compile and device.type == "cuda", embeddings=settings.embeddings)
         self._cache = ModelCache(settings.model_cache, storage, settings.model_cache_size, stopping)
@@ -85,16 +84,24 @@ class Opener:
             return self._load(folder, self._device, self._dtype, report, **self._options)
 
         pipeline = self._cache.load(source, loaded)
-        self.loaded[name] = facts(pipeline)
+        self.loaded[name] = ServedModel(
+            name,
+            loaded=True,
+            sha256=pipeline.sha256,
+            bytes=pipeline.nbytes,
+            family=pipeline.family,
+            samplers=pipeline.samplers,
+            guidance=pipeline.guidance,
+        )
         return pipeline
 
     def outline(self, name: str) -> Pipeline:
-        """A model without its weights, which only tells what it would take. Raises `FarmError`."""
+        """A model without its weights, which can only be traced. Raises `FarmError`."""
         meta = torch.device("meta")
         return self._cache.load_configs(
             self.sources[name], lambda folder: self._load(folder, meta, self._dtype, **self._options)
         )
 
     def weights_bytes(self, source: str) -> int:
-        """What a model's weights take on disk; 0 if nobody knows yet."""
+        """The size of a model's weights, if that is known before it is loaded; else 0."""
         return self._cache.weights_bytes(source) if is_remote(source) else weights_bytes(source)

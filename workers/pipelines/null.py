@@ -1,8 +1,8 @@
-"""A null pipeline for tests and benchmarks: no model behind it, only its pace and a flat picture.
+"""A null pipeline for tests and benchmarks: it has a pace and draws flat pictures, without a model.
 
 `null:` or `null:?seconds_per_step=0.02&width=64&height=64`. The picture is one colour, drawn from the seed and mixed
-in equal parts over the steps, so that a step too many or too few shows in it. A forward takes `seconds_per_step`,
-however many requests share it.
+in equal parts over the steps, so that a missing or extra step changes it. A forward takes `seconds_per_step`, for any
+number of requests.
 """
 
 import time
@@ -14,6 +14,7 @@ from urllib.parse import parse_qsl
 import torch
 
 from farm.errors import ModelError
+from farm.specs.guidance import UNGUIDED, Guidance
 from farm.specs.spec import RenderSpec
 from workers.models.checkpoints import Checkpoint, Family
 from workers.render.pipeline import Options, Report
@@ -33,12 +34,13 @@ class NullPipeline:
     width: int = 64
     height: int = 64
     most_pixels: int = 0
-    """A forward of a larger picture finds no memory; 0 means that any does."""
+    """A forward of a larger picture runs out of memory; 0 is no limit."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
     nbytes: int = 0
     family: str = "NullPipeline"
     samplers: str = ""
+    guidance: Guidance = UNGUIDED
     compiled: bool = False
 
     @property
@@ -47,7 +49,7 @@ class NullPipeline:
         return self.width, self.height
 
     def plan(self, request: RenderRequest) -> tuple[int, ...]:
-        """A latent pixel for 8 by 8 pixels of the picture."""
+        """One latent pixel for 8x8 pixels of the picture."""
         steps = request.spec.num_inference_steps
         request.sampling = Sampling(
             name="none",
@@ -90,7 +92,7 @@ class NullPipeline:
         return latents
 
     def forward_bytes(self, spec: RenderSpec) -> int:
-        """Nobody knows before one has failed."""
+        """Unknown."""
         return 0
 
 
@@ -102,7 +104,7 @@ def colour(seed: int) -> torch.Tensor:
 def load(
     checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, report: Report, **options: Unpack[Options]
 ) -> NullPipeline:
-    """The null pipeline of a source's parameters. Raises `ModelError` for one that it has not."""
+    """The null pipeline with a source's parameters. Raises `ModelError` for an unknown one."""
     given = parse_qsl(checkpoint.source.removeprefix("null:").removeprefix("?"), keep_blank_values=True)
     known = {"seconds_per_step": float, "width": int, "height": int, "most_pixels": int}
     try:

@@ -1,8 +1,7 @@
-"""What all families of diffusers checkpoints have in common; a family's own file says the rest."""
+"""The common base of the families of diffusers checkpoints; each family's own file has the rest."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any, ClassVar, Unpack
 
 import torch
@@ -10,10 +9,11 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.utils.torch_utils import randn_tensor
 
 from farm.errors import BadRequest
-from farm.specs.spec import RenderSpec
+from farm.specs.guidance import Guidance
+from farm.specs.spec import TEXT_OPTIONS, RenderSpec
 from workers.models.checkpoints import Checkpoint
-from workers.pipelines.loading import load_pipe
-from workers.pipelines.texts import Embedding, Embeddings, left_out, remember_texts
+from workers.pipelines.loading import compile_blocks, load_pipe
+from workers.pipelines.texts import Embedding, Embeddings, Text, left_out, remember_texts
 from workers.pipelines.traced import peak_bytes
 from workers.pipelines.vae import decode, shrunk
 from workers.render.pipeline import Options, Report
@@ -22,22 +22,19 @@ from workers.sampling import tables
 from workers.sampling.guidance import guide
 from workers.sampling.noise_schedulers import NoiseSchedulers
 
-_GRAPHS = 1024
-"""How many graphs torch.compile keeps of one block's code: one for each width of a UNet and size of a forward."""
-
 
 class DiffusersPipeline(ABC):
-    """A `Pipeline` over the parts of a built diffusers pipeline, whose pictures it draws.
+    """A `Pipeline` over the parts of a diffusers pipeline, which draws the same pictures.
 
     Does what that pipeline's own loop does, for many requests at once. Latents stay in float32 between the denoiser's
-    calls whatever its precision, so that devices differ less. Attention is diffusers' default, torch's
-    `scaled_dot_product_attention`. No safety checker is loaded.
+    calls, so that devices differ less. Attention is diffusers' default, torch's `scaled_dot_product_attention`. No
+    safety checker is loaded.
     """
 
     samplers: ClassVar[str]
     """`diffusion` or `flow`: which recipe of a `farm.specs.samplers.Sampler` it takes."""
-    token_limits: ClassVar[Mapping[str, int]] = {}
-    """Where diffusers' pipeline cuts texts elsewhere than at a tokenizer's own limit."""
+    text_options: ClassVar[frozenset[str]] = frozenset()
+    """The spec's text options that it takes: a spec with another one is refused."""
 
     def __init__(
         self,
@@ -60,40 +57,60 @@ class DiffusersPipeline(ABC):
             convolutional.to(memory_format=torch.channels_last)
         if self.device.type == "cpu":
             remember_texts(self.denoiser)
-        self.compiled = kw.get("compile", False)
-        if self.compiled:
-            # Only the blocks that repeat: a minute instead of ten. A graph for each size, since those are measured.
-            self.denoiser.compile_repeated_blocks(fullgraph=True, dynamic=False, recompile_limit=_GRAPHS)
+        self.compiled = kw.get("compile", False) and compile_blocks(self.denoiser)
         self._schedulers = NoiseSchedulers(pipe.scheduler, self.family, self.samplers, self.name)
         self.embeddings = Embeddings(kw.get("embeddings", 1024))
         self._gathered: tuple[Sequence[Embedding], int, Embedding] = ((), 0, {})
 
     def amended(self, pipe: Any) -> Any:
-        """Diffusers' pipeline, with what is not as it should be changed."""
+        """The diffusers pipeline, after corrections that its class needs."""
         return pipe
 
     @abstractmethod
-    def embed(self, text: str, clip_skip: int | None, *, negative: bool) -> Embedding:
-        """One text's embeddings, by diffusers' own encode_prompt."""
+    def embed(self, text: Text) -> Embedding:
+        """One text's embedding, by diffusers' own `encode_prompt`."""
 
     @abstractmethod
     def forward(self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Embedding) -> torch.Tensor:
         """One call of the denoiser: (rows, *shape) in its dtype, (rows,) float32; (rows, *shape)."""
 
-    def guidance(self, spec: RenderSpec) -> float:
-        """The scale of classifier-free guidance; there is none up to 1, and a request takes one row."""
-        return spec.guidance_scale
+    @property
+    def guidance(self) -> Guidance:
+        """When a picture is guided, which doubles its rows: with a `guidance_scale` above 1."""
+        return Guidance("guidance_scale")
+
+    def rows(self, spec: RenderSpec) -> int:
+        """The number of rows of a request in a forward: (negative, positive) with guidance, else one."""
+        return self.guidance.factor_of(spec)
+
+    def combine(self, outputs: torch.Tensor, requests: Sequence[RenderRequest]) -> torch.Tensor:
+        """One output for each request, (requests, *shape), of the forward's (rows, *shape)."""
+        return guide(
+            outputs,
+            [request.rows for request in requests],
+            [self.guidance.scale_of(request.spec) for request in requests],
+            [request.spec.guidance_rescale for request in requests],
+        )
 
     def conditioned(self, embedding: Embedding, spec: RenderSpec) -> Embedding:
-        """A row's embedding with what else the denoiser wants to know, such as sizes."""
+        """A row's embedding with the denoiser's other inputs, such as sizes."""
         return embedding
 
+    def token_limits(self, options: RenderSpec) -> Mapping[str, int]:
+        """The limits at which diffusers' pipeline cuts texts, by tokenizer, if they are not the tokenizer's own."""
+        return {}
+
+    @property
+    def clip_layers(self) -> int:
+        """The number of layers of the text encoder that `clip_skip` skips; used only if a spec sets it."""
+        return int(self.pipe.text_encoder.config.num_hidden_layers)
+
     def timestep_kwargs(self, scheduler: Any, steps: int, shape: tuple[int, ...]) -> dict[str, Any]:
-        """What diffusers' pipeline hands to `set_timesteps` beside the number of steps."""
+        """The arguments of `set_timesteps` in diffusers' pipeline, beside the number of steps."""
         return {}
 
     def mu(self, scheduler: Any, tokens: int, max_shift: float) -> float:
-        """By how much a flow's timesteps are shifted for a picture of so many tokens (Esser et al. 2024)."""
+        """The shift of a flow's timesteps for a picture of that many tokens (Esser et al. 2024)."""
         defaults = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": max_shift}
         return float(calculate_shift(tokens, *(scheduler.config.get(name, value) for name, value in defaults.items())))
 
@@ -109,14 +126,14 @@ class DiffusersPipeline(ABC):
 
     @property
     def native_size(self) -> tuple[int, int]:
-        """(width, height) in pixels, which the denoiser was trained for."""
+        """(width, height) in pixels, as the denoiser was trained."""
         factor, native = self.pipe.vae_scale_factor, self.denoiser.config.sample_size
         rows, columns = (native, native) if isinstance(native, int) else native
         return columns * factor, rows * factor
 
     @property
     def multiple(self) -> int:
-        """What width and height must be multiples of, in pixels."""
+        """Width and height must be multiples of this, in pixels."""
         return int(self.pipe.vae_scale_factor)
 
     def shape(self, width: int, height: int) -> tuple[int, ...]:
@@ -133,13 +150,11 @@ class DiffusersPipeline(ABC):
         return width, height
 
     def plan(self, request: RenderRequest) -> tuple[int, ...]:
-        """Choose rows and sampling; raises `BadRequest` for a size or sampler that this checkpoint can't do."""
+        """Choose rows and sampling; raises `BadRequest` for a size, sampler or option that this checkpoint lacks."""
         spec = request.spec
         shape = self.shape(*self.size(spec))
-        layers = self.pipe.text_encoder.config.num_hidden_layers
-        if (spec.clip_skip or 0) >= layers:
-            raise BadRequest(f"{self.name} can't skip {spec.clip_skip} of its text encoder's {layers} layers")
-        request.rows = 2 if self.guidance(spec) > 1 else 1
+        self._check_text_options(spec)
+        request.rows = self.rows(spec)
         request.sampling = self._schedulers.sampling(
             spec, shape, lambda scheduler: self.timestep_kwargs(scheduler, spec.num_inference_steps, shape)
         )
@@ -150,15 +165,12 @@ class DiffusersPipeline(ABC):
         spec = request.spec
         request.generator = torch.Generator("cpu").manual_seed(spec.seed)
         tables.start(request, self.noise(self.shape(*self.size(spec)), request.generator))
-        texts = [("prompt", spec.prompt, spec.clip_skip, False)]
-        if request.rows == 2:
-            texts.insert(0, ("negative prompt", spec.negative_prompt, None, True))
+        texts = [Text.of(spec, negative=True), Text.of(spec)]
         rows = []
-        for what, text, clip_skip, negative in texts:
-            make = partial(self._embedded, text, clip_skip, negative)
-            embedding, cuts = self.embeddings.get(text, (clip_skip, negative), make)
+        for text in texts[-request.rows :]:
+            embedding, cuts = self.embeddings.get(text, self._embedded)
             rows.append(self.conditioned(embedding, spec))
-            request.warnings += [f"the {what} {cut}" for cut in cuts]
+            request.warnings += [f"the {'negative ' * text.negative}prompt {cut}" for cut in cuts]
         request.conditioning = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
     def denoise(self, requests: Sequence[RenderRequest], rows: int | None = None) -> torch.Tensor:
@@ -174,29 +186,24 @@ class DiffusersPipeline(ABC):
             tables.column([timesteps[place] for place in places], inputs).flatten(),
             self._gather(requests, len(places)),
         ).float()
-        return guide(
-            outputs,
-            [request.rows for request in requests],
-            [self.guidance(request.spec) for request in requests],
-            [request.spec.guidance_rescale for request in requests],
-        )
+        return self.combine(outputs, requests)
 
     def step(self, requests: Sequence[RenderRequest], outputs: torch.Tensor) -> torch.Tensor:
-        """All at once, or the one request that has a noise scheduler of its own."""
+        """By the samplers' tables at once; or a single request by its own noise scheduler."""
         if requests[0].scheduler is not None:
             return tables.step_object(requests[0], outputs)
         return tables.step(requests, outputs)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """The VAE's decoder, over slices that it has room for; a very large picture in tiles."""
+        """By the VAE's decoder, in slices that fit into memory; very large pictures in tiles."""
         return decode(self.pipe.vae, self.unscaled(latents), self.pipe.vae_scale_factor)
 
     def preview(self, latents: torch.Tensor) -> torch.Tensor:
-        """The same of shrunk latents: a linear map to RGB is cheaper, but does not suit every VAE."""
+        """The same for shrunk latents: a linear map to RGB is cheaper, but does not suit every VAE."""
         return decode(self.pipe.vae, shrunk(self.unscaled(latents)), self.pipe.vae_scale_factor)
 
     def forward_bytes(self, spec: RenderSpec) -> int:
-        """Traced; half of that if it is compiled, for then not all that operators make ever exists."""
+        """Traced; half of that if it is compiled, since fused operators do not store every intermediate result."""
         request = RenderRequest("room", spec)
         with torch.inference_mode():
             self.plan(request)
@@ -208,11 +215,18 @@ class DiffusersPipeline(ABC):
 
         return peak_bytes(forward) // (2 if self.compiled else 1)
 
-    def _embedded(self, text: str, clip_skip: int | None, negative: bool) -> tuple[Embedding, list[str]]:
-        return self.embed(text, clip_skip, negative=negative), left_out(self.pipe, text, self.token_limits)
+    def _check_text_options(self, spec: RenderSpec) -> None:
+        for option in TEXT_OPTIONS:
+            if getattr(spec, option) is not None and option not in self.text_options:
+                raise BadRequest(f"{self.name} has no {option}: a {self.family} does not take it")
+        if spec.clip_skip is not None and spec.clip_skip >= (layers := self.clip_layers):
+            raise BadRequest(f"{self.name} can't skip {spec.clip_skip} of its text encoder's {layers} layers")
+
+    def _embedded(self, text: Text) -> tuple[Embedding, list[str]]:
+        return self.embed(text), left_out(self.pipe, text.text, self.token_limits(text.options))
 
     def _gather(self, requests: Sequence[RenderRequest], rows: int) -> Embedding:
-        """The requests' conditioning, row under row; kept while the same requests share forwards."""
+        """The requests' conditioning, concatenated by rows; kept while the same requests share forwards."""
         parts, (before, rows_before, gathered) = [request.conditioning for request in requests], self._gathered
         same = rows == rows_before and len(parts) == len(before)
         if not same or any(part is not other for part, other in zip(parts, before, strict=True)):

@@ -4,7 +4,7 @@ Esser et al. 2024, as `diffusers.StableDiffusion3Pipeline` draws it. T5 may be l
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -12,7 +12,7 @@ from farm.errors import BadRequest
 from farm.specs.spec import RenderSpec
 from workers.models.checkpoints import Family
 from workers.pipelines.shared import DiffusersPipeline
-from workers.pipelines.texts import Embedding
+from workers.pipelines.texts import Embedding, Text
 
 FAMILY = Family(
     "StableDiffusion3Pipeline",
@@ -28,10 +28,10 @@ class StableDiffusion3(DiffusersPipeline):
     """A `Pipeline` over the parts of a `StableDiffusion3Pipeline`."""
 
     samplers = "flow"
-    token_limits: ClassVar[Mapping[str, int]] = {"tokenizer_3": 256}
+    text_options = frozenset({"clip_skip"})
 
     def amended(self, pipe: Any) -> Any:
-        """Say what repeats in the transformer: diffusers forgot."""
+        """Name the blocks that repeat in the transformer, which diffusers does not."""
         pipe.transformer._repeated_blocks = ["JointTransformerBlock"]  # noqa: SLF001
         return pipe
 
@@ -41,22 +41,27 @@ class StableDiffusion3(DiffusersPipeline):
         return super().multiple * int(self.denoiser.config.patch_size)
 
     def size(self, spec: RenderSpec) -> tuple[int, int]:
-        """(width, height) of a spec in pixels; there are positions for so many patches a side, and no more."""
+        """(width, height) of a spec in pixels; the number of patches with a position limits each side."""
         width, height = super().size(spec)
         most = self.denoiser.config.pos_embed_max_size * self.multiple
         if max(width, height) > most:
             raise BadRequest(f"{self.name} draws up to {most} pixels a side, not {width}x{height}")
         return width, height
 
-    def embed(self, text: str, clip_skip: int | None, *, negative: bool) -> Embedding:
+    def embed(self, text: Text) -> Embedding:
         """(1, 77 + 256, width): both CLIPs side by side, then T5 or zeros; and both pooled texts, (1, both widths)."""
+        clip_skip = None if text.negative else text.options.clip_skip
         states, _, pooled, _ = self.pipe.encode_prompt(
-            text, None, None, device=self.device, do_classifier_free_guidance=False, clip_skip=clip_skip
+            text.text, None, None, device=self.device, do_classifier_free_guidance=False, clip_skip=clip_skip
         )
         return {"encoder_hidden_states": states, "pooled_projections": pooled}
 
+    def token_limits(self, options: RenderSpec) -> Mapping[str, int]:
+        """T5's."""
+        return {"tokenizer_3": 256}
+
     def timestep_kwargs(self, scheduler: Any, steps: int, shape: tuple[int, ...]) -> dict[str, Any]:
-        """`mu`, by which larger pictures stay longer in the noise, where the checkpoint shifts its timesteps so."""
+        """`mu`, which keeps larger pictures longer at high noise, if the checkpoint shifts its timesteps."""
         if not scheduler.config.get("use_dynamic_shifting"):
             return {}
         return {"mu": self.mu(scheduler, shape[1] * shape[2] // self.denoiser.config.patch_size**2, 1.16)}

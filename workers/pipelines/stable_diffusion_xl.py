@@ -1,4 +1,4 @@
-"""SDXL: two CLIP text encoders, a UNet that is told the picture's size, VAE.
+"""SDXL: two CLIP text encoders, a UNet with the picture's size as an input, VAE.
 
 Podell et al. 2023, as `diffusers.StableDiffusionXLPipeline` draws it, without a refiner.
 """
@@ -10,7 +10,7 @@ import torch
 from farm.specs.spec import RenderSpec
 from workers.models.checkpoints import Family
 from workers.pipelines.stable_diffusion import StableDiffusion
-from workers.pipelines.texts import Embedding
+from workers.pipelines.texts import Embedding, Text
 
 FAMILY = Family(
     "StableDiffusionXLPipeline",
@@ -22,22 +22,23 @@ class StableDiffusionXL(StableDiffusion):
     """A `Pipeline` over the parts of a `StableDiffusionXLPipeline`."""
 
     def amended(self, pipe: Any) -> Any:
-        """Decode in float32 where the VAE overflows in float16, and would draw black pictures."""
+        """Decode in float32 if the VAE overflows in float16, which makes pictures black."""
         if pipe.vae.dtype == torch.float16 and pipe.vae.config.force_upcast:
             pipe.vae.float()
         return pipe
 
-    def embed(self, text: str, clip_skip: int | None, *, negative: bool) -> Embedding:
+    def embed(self, text: Text) -> Embedding:
         """(1, 77, both widths): the hidden states before the last; and the second encoder's pooled text, (1, width)."""
+        clip_skip = None if text.negative else text.options.clip_skip
         states, _, pooled, _ = self.pipe.encode_prompt(
-            text, device=self.device, do_classifier_free_guidance=False, clip_skip=clip_skip
+            text.text, device=self.device, do_classifier_free_guidance=False, clip_skip=clip_skip
         )
-        if negative and not text and self.pipe.config.force_zeros_for_empty_prompt:
+        if text.negative and not text.text and self.pipe.config.force_zeros_for_empty_prompt:
             states, pooled = torch.zeros_like(states), torch.zeros_like(pooled)
         return {"encoder_hidden_states": states, "text_embeds": pooled}
 
     def conditioned(self, embedding: Embedding, spec: RenderSpec) -> Embedding:
-        """With the size as that of the training picture, not cropped, and of the one to draw: (1, 6)."""
+        """With the sizes of the training picture, its crop and the picture to draw, all the same: (1, 6)."""
         width, height = self.size(spec)
         ids = self.pipe._get_add_time_ids(  # noqa: SLF001 - it checks the checkpoint's config, too
             (height, width), (0, 0), (height, width), self.dtype, self.pipe.text_encoder_2.config.projection_dim
@@ -52,7 +53,7 @@ class StableDiffusionXL(StableDiffusion):
         return output
 
     def unscaled(self, latents: torch.Tensor) -> torch.Tensor:
-        """By each channel's mean and deviation, where the VAE has them."""
+        """By each channel's mean and deviation, if the VAE has them."""
         config = self.pipe.vae.config
         if config.latents_mean is None or config.latents_std is None:
             return super().unscaled(latents)

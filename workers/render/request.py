@@ -93,7 +93,7 @@ class RenderRequest:
     """Where an earlier attempt stopped; `Pipeline.encode` goes on from there."""
 
     rows: int = field(init=False, default=1)
-    """Rows it takes in a forward: 2 (negative, positive) with classifier-free guidance (Ho & Salimans 2022)."""
+    """Rows that it takes in a forward, as its family says: 2 (negative, positive) with classifier-free guidance."""
     sampling: Sampling = field(init=False, repr=False)
     """Its sampler at its number of steps, shared with others of the same."""
     latents: torch.Tensor = field(init=False, repr=False)

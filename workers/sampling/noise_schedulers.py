@@ -1,4 +1,4 @@
-"""Which of diffusers' noise schedulers a spec asks for, over a checkpoint's own, and its table."""
+"""The sampling of a spec: one of diffusers' noise schedulers over the checkpoint's own config, and its table."""
 
 import threading
 from collections.abc import Callable, Mapping
@@ -12,14 +12,14 @@ from farm.specs.spec import RenderSpec
 from workers.render.request import Sampling
 from workers.sampling import tables
 
-_KEPT = 512
+_MOST_KEPT = 512
 
 
 class NoiseSchedulers:
-    """The samplings of one checkpoint, made once and shared by all requests that ask for the same.
+    """The samplings of one checkpoint, each computed once and shared by all requests with the same options.
 
     `base` is the checkpoint's own scheduler, of a `family`. `kind` is the recipe of a `farm.specs.samplers.Sampler`
-    that it takes, `diffusion` or `flow`. Safe to use from many threads.
+    that it takes, `diffusion` or `flow`. `sampling` may be called from any thread.
     """
 
     def __init__(self, base: Any, family: str, kind: str, name: str) -> None:
@@ -30,24 +30,25 @@ class NoiseSchedulers:
     def sampling(
         self, spec: RenderSpec, shape: tuple[int, ...], timestep_kwargs: Callable[[Any], Mapping[str, Any]]
     ) -> Sampling:
-        """Of a spec for latents of a shape; `timestep_kwargs(scheduler)` go to `set_timesteps` beside the steps.
+        """The sampling of a spec for latents of a shape.
 
-        Raises `BadRequest` for a sampler, or a number of steps, that this checkpoint can't do.
+        `timestep_kwargs(scheduler)` are the arguments of `set_timesteps` beside the number of steps. Raises
+        `BadRequest` for a sampler, or a number of steps, that this checkpoint does not support.
         """
         # Only flows shift their timesteps by size.
         key = (spec.scheduler, spec.num_inference_steps, spec.eta, shape if self._kind == "flow" else None)
         with self._lock:
             found = self._kept.get(key)
         if found is None:
-            found = self._made(spec, timestep_kwargs)
+            found = self._tabulated(spec, timestep_kwargs)
             with self._lock:
-                if len(self._kept) >= _KEPT:
-                    self._kept.clear()
+                if len(self._kept) >= _MOST_KEPT:
+                    del self._kept[next(iter(self._kept))]  # the oldest
                 self._kept[key] = found
         return found
 
-    def _made(self, spec: RenderSpec, timestep_kwargs: Callable[[Any], Mapping[str, Any]]) -> Sampling:
-        # Building diffusers' pipeline rewrote the base's config (steps_offset, clip_sample): the file's differs.
+    def _tabulated(self, spec: RenderSpec, timestep_kwargs: Callable[[Any], Mapping[str, Any]]) -> Sampling:
+        # The base's config, not the file's: diffusers' pipeline corrects steps_offset and clip_sample in it.
         steps, kind, config = spec.num_inference_steps, type(self._base), dict[str, Any]()
         if spec.scheduler is not None:
             recipe = getattr(find_sampler(spec.scheduler), self._kind, None)
@@ -57,7 +58,7 @@ class NoiseSchedulers:
 
         def make() -> Any:
             scheduler = kind.from_config(self._base.config, **config)
-            # Timesteps stay on the CPU: looking one up on a GPU would wait for it.
+            # Timesteps stay on the CPU: reading one from a GPU would wait for the GPU.
             kwargs = timestep_kwargs(scheduler)
             scheduler.set_timesteps(**({} if "sigmas" in kwargs else {"num_inference_steps": steps}), **kwargs)
             return scheduler

@@ -1,4 +1,8 @@
-"""Which GPUs this machine has, and which of them are meant: as the driver says, since torch would take memory there."""
+"""The GPUs of this machine, as `nvidia-smi` lists them, and the choice among them by `--gpus`.
+
+torch would take memory on each GPU to list them. nvidia-ml-py would not, but a hanging driver would block this process
+without end, while a program has a time limit.
+"""
 
 import re
 import shutil
@@ -17,15 +21,15 @@ class Gpu:
     """One GPU, or one MIG instance of one."""
 
     name: str
-    """`gpu0`, or `gpu0-mig1`: the same after every restart."""
+    """`gpu0`, or `gpu0-mig1`: stable across restarts."""
     id: str
-    """What `CUDA_VISIBLE_DEVICES` takes for it."""
+    """Its value for `CUDA_VISIBLE_DEVICES`."""
 
 
 def listed(text: str) -> list[Gpu]:
-    """The GPUs that `nvidia-smi -L` lists; one that is cut into MIG instances can be used by those alone.
+    """The GPUs in the output of `nvidia-smi -L`; of a GPU that is split into MIG instances, those instead.
 
-    By UUID: CUDA numbers the fastest first, nvidia-smi by their place on the bus.
+    Their ids are UUIDs: CUDA numbers the fastest GPU first, nvidia-smi the first on the bus.
     """
     found: list[Gpu] = []
     whole: Gpu | None = None
@@ -41,7 +45,7 @@ def listed(text: str) -> list[Gpu]:
 
 
 def here(environ: Mapping[str, str]) -> list[Gpu]:
-    """The GPUs that a process with this environment may use; raises `NotConfigured` if there are none."""
+    """The GPUs that `CUDA_VISIBLE_DEVICES` in an environment leaves visible; raises `NotConfigured` if none."""
     visible = environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         found = _ask_driver()
@@ -60,9 +64,9 @@ def here(environ: Mapping[str, str]) -> list[Gpu]:
 
 
 def chosen(wanted: str, gpus: Sequence[Gpu]) -> list[Gpu]:
-    """Those of the GPUs that `all`, a number of them, or a list of their places such as `0,2` means.
+    """The GPUs chosen by `all`, by a count, or by a list of positions such as `0,2`; `2,` is a single position.
 
-    A place alone is written `2,`. Raises `NotConfigured`.
+    Raises `NotConfigured`.
     """
     if wanted == "all":
         return list(gpus)
@@ -98,7 +102,7 @@ def _ask_driver() -> list[Gpu]:
 def _name(entry: str, names: Mapping[str, str]) -> str:
     if entry.isdigit():
         return f"gpu{entry}"
-    for uuid, name in names.items():  # CUDA takes the beginning of one too
+    for uuid, name in names.items():  # CUDA accepts a prefix of a UUID too
         if uuid.startswith(entry):
             return name
     return re.sub(r"[^\w-]", "-", entry.lower())[:24]

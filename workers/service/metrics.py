@@ -13,7 +13,7 @@ from prometheus_client.registry import Collector
 from farm.errors import ErrorClass
 from farm.jobs.records import Claim, Picture, WorkerInfo
 from farm.jobs.states import Outcome
-from farm.runtime.metrics_server import Exposition, Service
+from farm.runtime.metrics_server import MetricsServer, Service
 from farm.settings import Settings
 from workers.engine.engine import Engine
 from workers.models.pins import Pins
@@ -21,7 +21,6 @@ from workers.pipelines.texts import Embeddings
 from workers.render.device import memory
 from workers.render.pipeline import Pipeline
 from workers.render.request import RenderRequest
-from workers.service.observer import Held
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +40,7 @@ class WorkerMetrics:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a series more for each, which nobody asks for
         self._settings = settings
         self._registry = registry = CollectorRegistry()
-        self._exposition: Exposition | None = None
+        self._server: MetricsServer | None = None
         self._models: tuple[str, ...] = ()
 
         def counter(name: str, shown: str, *labels: str) -> Counter:
@@ -66,12 +65,12 @@ class WorkerMetrics:
     def listen(self) -> None:
         """Take the port, if one is set. Raises `NotConfigured` if somebody has it."""
         if self._settings.metrics_port is not None:
-            self._exposition = Exposition(self._settings, self._registry)
+            self._server = MetricsServer(self._settings, self._registry)
 
     @property
     def url(self) -> str | None:
         """Where Prometheus finds all this; None if no port is set."""
-        return self._exposition.url if self._exposition else None
+        return self._server.url if self._server else None
 
     def start(
         self, info: WorkerInfo, device: torch.device, engine: Engine, pins: Pins, services: Mapping[str, Service]
@@ -87,15 +86,15 @@ class WorkerMetrics:
             self._errors.labels(error_class.value)
         self._registry.register(WorkerCollector(info, device, engine, pins, services))
         ProcessCollector(registry=self._registry)
-        if self._exposition is not None:
-            self._exposition.start()
-            log.info("metrics at %s", self._exposition.url)
+        if self._server is not None:
+            self._server.start()
+            log.info("metrics at %s", self._server.url)
 
     def stop(self) -> None:
         """Answer no more."""
-        if self._exposition is not None:
-            self._exposition.close()
-            self._exposition = None
+        if self._server is not None:
+            self._server.close()
+            self._server = None
 
     # --- what is counted
 
@@ -123,11 +122,11 @@ class WorkerMetrics:
         if not claim.checkpoint_key:  # else some of its steps were done by an earlier attempt
             self._steps.labels(model).observe(picture.render_seconds / claim.spec.num_inference_steps)
 
-    def ended(self, held: Held) -> None:
-        """An attempt is over; one of which nothing could be recorded has lost its lease, or will."""
-        self._jobs.labels(self._model(held.claim), held.outcome or Outcome.LOST).inc()
-        if held.error_class is not None:
-            self._errors.labels(held.error_class.value).inc()
+    def ended(self, claim: Claim, recorded: Outcome, error_class: ErrorClass | None) -> None:
+        """Count an attempt that has ended, with the outcome that SQL says, and the class of the error that ended it."""
+        self._jobs.labels(self._model(claim), recorded.value).inc()
+        if error_class is not None:
+            self._errors.labels(error_class.value).inc()
 
     def _model(self, claim: Claim) -> str:
         # A job can be of a model that is not served here only by a message that somebody has put into a wrong queue.

@@ -29,7 +29,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- .Values.secrets.existingSecret | default (include "farm.name" .) }}
 {{- end }}
 
-{{- /* The secrets that are given as values; what must be there is named. */ -}}
+{{- /* The secrets given as values; fails with the name of a missing one. */ -}}
 {{- define "farm.secretData" -}}
 {{- $given := .Values.secrets.values -}}
 {{- range $key := list "FARM_DATABASE_URL" "FARM_BROKER_URL" -}}
@@ -124,12 +124,12 @@ lifecycle:
 {{- end }}
 {{- end }}
 
-{{- /* A pool with the defaults under what it says itself. */ -}}
+{{- /* A pool's values over the defaults. */ -}}
 {{- define "farm.pool" -}}
 {{- $scaling := mergeOverwrite (deepCopy .root.Values.poolDefaults.scaling) (.pool.scaling | default dict) -}}
 {{- $cache := mergeOverwrite (deepCopy .root.Values.poolDefaults.cache) (.pool.cache | default dict) -}}
 {{- $settings := mergeOverwrite (deepCopy .root.Values.poolDefaults.settings) (.pool.settings | default dict) -}}
-{{- /* Whole: half of one list of resources and half of another would be neither. */ -}}
+{{- /* Replace these as a whole: merging two sets of resources would give neither. */ -}}
 {{- $own := dict "scaling" $scaling "cache" $cache "settings" $settings -}}
 {{- range $key, $default := .root.Values.poolDefaults -}}
 {{- if not (hasKey $own $key) -}}

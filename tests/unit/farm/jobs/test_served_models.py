@@ -1,60 +1,81 @@
-"""Which samplers are refused when a spec is submitted, by what the workers hold."""
+"""What workers of this release and the one before write about their models, and what each release reads."""
+
+from dataclasses import replace
+from itertools import product
+from typing import Any
 
 import pytest
 
-from farm.jobs.records import WorkerInfo
-from farm.jobs.served_models import held_kinds, sampler_problem
+from farm.jobs.served_models import DeviceMemory, MemoryLimit, ServedModel, device_memory, served_columns, served_models
+from farm.specs.guidance import UNGUIDED, Guidance
 from farm.specs.spec import RenderSpec
 
-SD15 = {"name": "sd15", "sha256": "a", "bytes": 1, "family": "StableDiffusionPipeline", "samplers": "diffusion"}
-SD3 = {"name": "sd3", "sha256": "b", "bytes": 1, "family": "StableDiffusion3Pipeline", "samplers": "flow"}
-FLUX = {"name": "flux", "sha256": "c", "bytes": 1, "family": "FluxPipeline", "samplers": "flow"}
-NULL = {"name": "null", "sha256": "d", "bytes": 1, "family": "NullPipeline", "samplers": ""}
-BARE = {"name": "bare", "sha256": "e"}
+GUIDED = Guidance("guidance_scale")
+FLUX = Guidance("true_cfg_scale", requires="negative_prompt")
+LOADED = ServedModel("sd15", True, "e" * 64, 1000, "StableDiffusionPipeline", "diffusion", GUIDED)
+MEMORY = DeviceMemory(20, 80)
+OLD_ENTRY = {
+    "name": "sd15",
+    "most_row_pixels": 2 * 512 * 512,
+    "own_rows": 2,
+    "sha256": "e" * 64,
+    "bytes": 1000,
+    "family": "StableDiffusionPipeline",
+    "samplers": "diffusion",
+    "held": True,
+    "memory": [20, 80],
+}
+"""As release 90b196f writes it."""
 
 
-def worker(*models: dict[str, object], alive: bool = True) -> WorkerInfo:
-    return WorkerInfo("w@host", "cpu", "float32", 8, "0", models, alive=alive)
+def fits_by_the_old_rule(entry: dict[str, Any], spec: RenderSpec) -> bool:
+    """Whether release 90b196f lets a job go to the worker that wrote this entry."""
+    rows = 2 if spec.guidance_scale > 1 or spec.true_cfg_scale > 1 else 1
+    if spec.width is None or spec.height is None:
+        return rows <= int(entry["own_rows"])
+    return spec.width * spec.height * rows <= int(entry["most_row_pixels"])
 
 
-def said(model: str, scheduler: str | None, *workers: WorkerInfo) -> str:
-    spec = RenderSpec(prompt="a cat", model=model, scheduler=scheduler)
-    return str(sampler_problem(spec, "p.csv:3", held_kinds(workers)) or "")
+@pytest.mark.parametrize("limit", [None, MemoryLimit(512 * 512, 1, GUIDED)])
+@pytest.mark.parametrize("memory", [None, MEMORY])
+def test_what_is_written_is_read_again(limit: MemoryLimit | None, memory: DeviceMemory | None) -> None:
+    models = (ServedModel("bare"), replace(LOADED, limit=limit))
+    row = served_columns(models, memory)
+    assert served_models(row["models"]) == models
+    assert device_memory(row["memory_used"], row["memory_total"], row["models"]) == memory
 
 
-def test_a_sampler_that_its_model_can_not_use_is_refused_with_those_it_can() -> None:
-    refused = said("sd3", "ddim", worker(SD15, SD3))
-    assert refused.startswith("p.csv:3: scheduler: ddim can't sample sd3 (flow, StableDiffusion3Pipeline)")
-    names = refused.partition("these can: ")[2].split(", ")
-    assert {"euler", "heun"} <= set(names)
-    assert "ddim" not in names
-    assert "dpmpp_2m_karras" not in names
+def test_the_entries_of_the_release_before_are_read() -> None:
+    (model,) = served_models([OLD_ENTRY])
+    assert model == replace(LOADED, guidance=None, limit=MemoryLimit(2 * 512 * 512, 2, GUIDED))
+    assert device_memory(None, None, [OLD_ENTRY]) == MEMORY
+    assert served_models([{"name": "sd15"}]) == (ServedModel("sd15"),)
 
 
-def test_a_sampler_that_only_another_family_of_its_kind_takes_is_refused() -> None:
-    assert said("sd3", "heun", worker(SD3, FLUX)) == ""
-    assert "heun can't sample flux" in said("flux", "heun", worker(SD3, FLUX))
+def test_the_release_before_reads_the_entries_of_this_one() -> None:
+    model = replace(LOADED, limit=MemoryLimit(2 * 512 * 512, 2, GUIDED))
+    (entry,) = served_columns([model], MEMORY)["models"]
+    assert {name: entry[name] for name in OLD_ENTRY} == OLD_ENTRY
 
 
-def test_a_worker_that_has_not_loaded_a_model_leaves_the_others_word() -> None:
-    assert "ddim can't sample sd3" in said("sd3", "ddim", worker(SD3), worker({"name": "sd3"}))
+@pytest.mark.parametrize("guidance", [GUIDED, FLUX, UNGUIDED])
+@pytest.mark.parametrize("native_factor", [0, 1, 2])
+def test_the_release_before_holds_back_no_picture_that_fits(guidance: Guidance, native_factor: int) -> None:
+    limit = MemoryLimit(512 * 512, native_factor, guidance)
+    (entry,) = served_columns([ServedModel("m", guidance=guidance, limit=limit)], None)["models"]
+    true_cfgs = (1.0, 4.0) if guidance != GUIDED else (1.0,)  # no family takes both
+    for size, scale, true_cfg in product((None, 256, 360, 512, 768), (1.0, 5.0), true_cfgs):
+        fields = {"width": size, "height": size, "guidance_scale": scale, "true_cfg_scale": true_cfg}
+        spec = RenderSpec.parse({"prompt": "a", "negative_prompt": "b", **fields})
+        assert fits_by_the_old_rule(entry, spec) or not limit.allows(spec), spec
 
 
-def test_diffusers_class_names_are_checked_as_well() -> None:
-    assert "FlowMatchEulerDiscreteScheduler can't" in said("sd15", "FlowMatchEulerDiscreteScheduler", worker(SD15))
-    assert said("flux", "FlowMatchEulerDiscreteScheduler", worker(FLUX)) == ""
+def test_keys_of_a_later_release_are_ignored() -> None:
+    model = replace(LOADED, limit=MemoryLimit(512 * 512, 1, FLUX))
+    (entry,) = served_columns([model], None)["models"]
+    entry["guidance"]["added"] = entry["limit"]["added"] = entry["added"] = 1
+    assert served_models([entry]) == (model,)
 
 
-@pytest.mark.parametrize("model", ["sd15", "sd3", "flux", "null", "bare", "nobody-holds-it"])
-def test_the_models_own_sampler_is_always_accepted(model: str) -> None:
-    assert said(model, None, worker(SD15, SD3, FLUX, NULL, BARE)) == ""
-
-
-@pytest.mark.parametrize("scheduler", ["ddim", "FlowMatchEulerDiscreteScheduler"])
-def test_what_no_living_worker_tells_is_accepted(scheduler: str) -> None:
-    assert said("sd3", scheduler) == ""
-    assert said("sd3", scheduler, worker(SD15)) == ""
-    assert said("sd3", scheduler, worker(SD3, alive=False)) == ""
-    assert said("null", scheduler, worker(NULL)) == ""
-    assert said("bare", scheduler, worker(BARE)) == ""
-    assert said("sd3", scheduler, worker(SD3), worker({**SD3, "samplers": "diffusion"})) == ""
+def test_where_one_side_of_a_picture_is_given_the_limit_allows_it() -> None:
+    assert MemoryLimit(64, 0, GUIDED).allows(RenderSpec(prompt="a", width=64))

@@ -19,7 +19,7 @@ from farm.jobs.database import Database
 from farm.jobs.records import WorkerInfo
 from farm.local import parts
 from farm.local.home import Home
-from farm.runtime.metrics_server import Exposition
+from farm.runtime.metrics_server import MetricsServer
 from farm.settings import Settings
 
 
@@ -36,11 +36,11 @@ def settings(**values: Any) -> Settings:
 
 
 @contextmanager
-def served(registry: CollectorRegistry, more: Any = None, **values: Any) -> Iterator[Exposition]:
-    exposition = Exposition(settings(**values), registry, more)
-    exposition.start()
-    yield exposition
-    exposition.close()
+def served(registry: CollectorRegistry, more: Any = None, **values: Any) -> Iterator[MetricsServer]:
+    server = MetricsServer(settings(**values), registry, more)
+    server.start()
+    yield server
+    server.close()
 
 
 def get(url: str) -> tuple[int, str]:
@@ -54,23 +54,23 @@ def get(url: str) -> tuple[int, str]:
 def test_metrics_are_at_one_path_and_nothing_is_at_others() -> None:
     registry = CollectorRegistry()
     Gauge("farm_test", "A test.", registry=registry).set(3)
-    with served(registry) as exposition:
-        assert exposition.url == f"http://127.0.0.1:{exposition.port}/metrics"
-        status, text = get(exposition.url)
+    with served(registry) as server:
+        assert server.url == f"http://127.0.0.1:{server.port}/metrics"
+        status, text = get(server.url)
         assert status == 200
         assert "farm_test 3.0" in text
-        root = exposition.url.removesuffix("/metrics")
+        root = server.url.removesuffix("/metrics")
         for path in ("/", "/workers", "/metrics/", "/../metrics", "/etc/passwd"):
             assert get(root + path)[0] == 404
 
 
 def test_a_port_that_is_taken_is_not_shared() -> None:
-    with served(CollectorRegistry()) as exposition, pytest.raises(NotConfigured, match="FARM_METRICS_PORT"):
-        Exposition(settings(metrics_port=exposition.port), CollectorRegistry())
+    with served(CollectorRegistry()) as server, pytest.raises(NotConfigured, match="FARM_METRICS_PORT"):
+        MetricsServer(settings(metrics_port=server.port), CollectorRegistry())
 
 
 def test_who_never_answered_lets_go_of_its_port() -> None:
-    silent = Exposition(settings(), CollectorRegistry())
+    silent = MetricsServer(settings(), CollectorRegistry())
     silent.close()
     with served(CollectorRegistry(), metrics_port=silent.port):
         pass
@@ -88,14 +88,14 @@ def test_each_part_of_the_embedded_farm_has_a_port_of_its_own(tmp_path: Path, mo
 
 def test_an_address_that_is_none_is_said() -> None:
     with pytest.raises(NotConfigured, match=r"no metrics at 203\.0\.113\.1:0: Cannot assign"):
-        Exposition(settings(metrics_host="203.0.113.1"), CollectorRegistry())
+        MetricsServer(settings(metrics_host="203.0.113.1"), CollectorRegistry())
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::"])
 def test_who_listens_everywhere_is_known_by_the_address_that_the_farms_redis_sees(host: str) -> None:
     try:
-        with served(CollectorRegistry(), metrics_host=host) as exposition:
-            assert exposition.url == f"http://127.0.0.1:{exposition.port}/metrics"
+        with served(CollectorRegistry(), metrics_host=host) as server:
+            assert server.url == f"http://127.0.0.1:{server.port}/metrics"
     except NotConfigured as error:  # a machine without IPv6
         assert host == "::"
         pytest.skip(str(error))
@@ -123,8 +123,8 @@ def test_live_workers_with_metrics_are_named_as_prometheus_discovers_them() -> N
         worker("w3@b", "http://10.0.0.2:9400/metrics", alive=False),
         worker("w4@b", "http://[fd00::2]:9401/metrics"),
     )
-    with served(CollectorRegistry(), {"/workers": WorkerTargets(store)}) as exposition:
-        status, text = get(exposition.url.replace("/metrics", "/workers"))
+    with served(CollectorRegistry(), {"/workers": WorkerTargets(store)}) as server:
+        status, text = get(server.url.replace("/metrics", "/workers"))
     assert status == 200
     assert json.loads(text) == [
         target("w1@a", "http://10.0.0.1:9400/metrics"),
@@ -136,8 +136,8 @@ def test_live_workers_with_metrics_are_named_as_prometheus_discovers_them() -> N
 
 
 def test_prometheus_keeps_its_targets_while_sql_is_away() -> None:
-    with served(CollectorRegistry(), {"/workers": WorkerTargets(Workers(away=True))}) as exposition:
-        assert get(exposition.url.replace("/metrics", "/workers"))[0] == 503
+    with served(CollectorRegistry(), {"/workers": WorkerTargets(Workers(away=True))}) as server:
+        assert get(server.url.replace("/metrics", "/workers"))[0] == 503
 
 
 def told(collector: FarmCollector) -> dict[str, float]:

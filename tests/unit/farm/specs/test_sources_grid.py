@@ -99,7 +99,7 @@ def test_a_long_range_is_never_held() -> None:
 @pytest.mark.parametrize(
     ("grid", "said"),
     [
-        ("step=20", "grid: step: no such field; known are steps, guidance, sampler, negative, size, prompt"),
+        ("step=20", "grid: step: no such field; known are negative, steps, guidance, sampler, size, prompt"),
         ("steps", "grid: write NAME=VALUE,VALUE…, not 'steps'"),
         ("steps=20 30", "grid: steps: should be a valid integer"),
         ("steps=", "grid: steps: has no values"),

@@ -2,8 +2,9 @@
 
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from farm.errors import BadRequest, ModelError
 from farm.specs.spec import RenderSpec
 from tests.checkpoints import build_checkpoint, build_flux, build_sd3, build_sdxl
 from workers import pipelines
-from workers.models.memory_bound import room_for
+from workers.models.checkpoints import open_checkpoint
+from workers.models.memory_limit import memory_limit
 from workers.pipelines import families, load
+from workers.pipelines.stable_diffusion import StableDiffusion
 from workers.render.pipeline import Pipeline
 from workers.render.request import RenderRequest
 
@@ -241,6 +244,45 @@ def test_a_transformer_compiles_its_blocks(
     assert all(kwargs["fullgraph"] for kwargs in given)
 
 
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ValueError("no such thing"), r"\(StableDiffusionPipeline\) can't be loaded: ValueError: no such thing"),
+        (ModelError("the checkpoint is odd"), "^the checkpoint is odd$"),
+    ],
+)
+def test_a_family_that_fails_to_load_is_a_model_error_that_names_it(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(StableDiffusion, "amended", fail)
+    with pytest.raises(ModelError, match=message) as caught:
+        load(str(folders["StableDiffusionPipeline"]), CPU, torch.float32)
+    assert error in (caught.value, caught.value.__cause__)
+
+
+def test_a_device_without_memory_for_a_model_is_told_from_other_errors(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(StableDiffusion, "amended", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        load(str(folders["StableDiffusionPipeline"]), CPU, torch.float32)
+
+
+def test_a_file_that_can_not_be_read_is_a_model_error(tmp_path: Path) -> None:
+    folder = build_checkpoint(tmp_path)
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.unlink()
+    weights.mkdir()
+    with pytest.raises(ModelError, match="can't be loaded: IsADirectoryError"):
+        load(str(folder), CPU, torch.float32)
+
+
 def test_latents_of_flux_lie_packed_as_diffusers_has_them(loaded: dict[str, Any]) -> None:
     flux: Any = loaded["FluxPipeline"]
     generator = torch.Generator().manual_seed(1)
@@ -280,19 +322,62 @@ def test_the_configs_alone_say_what_a_forward_takes_at_least(
 
 
 @pytest.mark.parametrize("name", BUILDERS)
-def test_room_is_told_for_what_surely_does_not_fit(loaded: dict[str, Any], name: str) -> None:
+def test_the_limit_is_the_next_size_that_surely_does_not_fit(loaded: dict[str, Any], name: str) -> None:
     pipeline: Any = loaded[name]
-    there_is = pipeline.nbytes + pipeline.forward_bytes(RenderSpec(prompt="", seed=0, width=320, height=320))
-    # The next size that is tried, a row for its guidance where there is one.
-    room = room_for(pipeline, there_is)
-    assert room is not None
-    assert room.most == RenderSpec(prompt="", seed=0).row_pixels(384, 384) - 1
+    total = pipeline.nbytes + pipeline.forward_bytes(RenderSpec(prompt="", seed=0, width=320, height=320))
+    limit = memory_limit(pipeline, total)
+    assert limit is not None
+    rows = 1 if name == "FluxPipeline" else 2
+    assert limit.pixels == rows * 384 * 384 - 1
     width, height = pipeline.native_size
-    assert room.own_rows == room.most // (width * height)
-    assert room_for(pipeline, 2**50) is None
-    nothing = room_for(pipeline, pipeline.nbytes)
+    assert limit.native_factor == limit.pixels // (width * height)
+    assert memory_limit(pipeline, 2**50) is None
+    nothing = memory_limit(pipeline, pipeline.nbytes)
     assert nothing is not None
-    assert nothing.own_rows < 2
+    assert nothing.native_factor < rows
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_the_rows_of_a_request_are_the_factor_that_a_worker_publishes(loaded: dict[str, Any], name: str) -> None:
+    pipeline: Any = loaded[name]
+    for guidance_scale, true_cfg, negative in product((1.0, 5.0), (1.0, 4.0), ("", "low")):
+        fields = {"guidance_scale": guidance_scale, "true_cfg_scale": true_cfg, "negative_prompt": negative}
+        request = encoded(pipeline, **fields)
+        guided = bool(negative) and true_cfg > 1 if name == "FluxPipeline" else guidance_scale > 1
+        assert request.rows == pipeline.guidance.factor_of(request.spec) == 1 + guided
+        assert request.conditioning["encoder_hidden_states"].shape[0] == request.rows
+
+
+def test_a_unet_with_distilled_guidance_takes_one_row(tmp_path: Path) -> None:
+    distilled: Any = load(str(build_checkpoint(tmp_path)), CPU, torch.float32)
+    distilled.denoiser.register_to_config(time_cond_proj_dim=8)
+    request = RenderRequest("a", RenderSpec(prompt="x", seed=1, guidance_scale=7.5))
+    distilled.plan(request)
+    assert request.rows == distilled.guidance.factor_of(request.spec) == 1
+
+
+def test_a_family_can_take_more_rows_and_combine_them_in_its_own_way(folders: dict[str, Path]) -> None:
+    class Averaged(StableDiffusion):
+        def rows(self, spec: RenderSpec) -> int:
+            return 2
+
+        def combine(self, outputs: torch.Tensor, requests: Sequence[RenderRequest]) -> torch.Tensor:
+            return outputs.unflatten(0, (len(requests), 2)).mean(1)
+
+    folder = folders["StableDiffusionPipeline"]
+    family = families()["StableDiffusionPipeline"].FAMILY
+    checkpoint = open_checkpoint(str(folder), {family.name: family})
+    averaged = Averaged(checkpoint, CPU, torch.float32, lambda _: None)
+    with torch.inference_mode():
+        requests = [encoded(averaged, prompt=prompt, guidance_scale=1) for prompt in "ab"]
+        assert averaged.denoise(requests).shape == (2, 4, 8, 8)
+        half = load(str(folder), CPU, torch.float32)
+        texts = [encoded(half, prompt=prompt, guidance_scale=1) for prompt in ("", "a")]
+        expected = half.denoise(texts[:1]), half.denoise(texts[1:])
+    for text, request in zip(texts, (requests[0], requests[0]), strict=True):
+        assert torch.equal(text.latents, request.latents)
+    with torch.inference_mode():
+        assert torch.allclose(averaged.denoise(requests)[:1], sum(expected) / 2, atol=1e-5)
 
 
 def test_a_picture_that_sd3_has_no_positions_for_is_refused_before_it_is_begun(loaded: dict[str, Any]) -> None:

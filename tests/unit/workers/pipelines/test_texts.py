@@ -7,25 +7,33 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from diffusers.models.attention_processor import Attention
 
-from workers.pipelines.texts import Embeddings, remember_texts
+from farm.specs.spec import RenderSpec
+from workers.pipelines.texts import Embeddings, Text, remember_texts
 
 
-def asked(kept: Embeddings, text: str, how: object = None, size: int = 1) -> bool:
+def asked(kept: Embeddings, text: str, size: int = 1, **spec: object) -> bool:
     """Ask for a text's embedding; whether it had to be made."""
     made = []
 
-    def make() -> tuple[dict[str, torch.Tensor], list[str]]:
+    def make(text: Text) -> tuple[dict[str, torch.Tensor], list[str]]:
         made.append(text)
         return {"encoder_hidden_states": torch.zeros(size)}, []
 
-    kept.get(text, how, make)
+    kept.get(Text.of(RenderSpec.parse({"prompt": text, **spec})), make)
     return bool(made)
 
 
 def test_a_text_is_embedded_once_in_each_way() -> None:
     kept = Embeddings(8)
-    assert [asked(kept, "a"), asked(kept, "a"), asked(kept, "a", how=2), asked(kept, "a", how=2)] == [True, False] * 2
+    assert [asked(kept, "a", clip_skip=skip) for skip in (None, None, 2, 2)] == [True, False] * 2
     assert (kept.hits, kept.misses) == (2, 2)
+
+
+def test_a_text_is_embedded_again_only_for_what_changes_its_embedding() -> None:
+    spec = RenderSpec(prompt="a", negative_prompt="a", seed=1)
+    others = {"seed": 2, "width": 64, "num_inference_steps": 3, "guidance_scale": 2.0, "negative_prompt": "b"}
+    assert all(Text.of(spec.model_copy(update={name: value})) == Text.of(spec) for name, value in others.items())
+    assert len({Text.of(spec), Text.of(spec, negative=True), Text.of(spec.model_copy(update={"clip_skip": 1}))}) == 3
 
 
 def test_the_least_recently_used_text_leaves_and_the_empty_one_never() -> None:
@@ -46,7 +54,7 @@ def test_large_embeddings_leave_before_there_are_many() -> None:
 def test_one_text_is_made_at_a_time_and_for_all_who_wait_for_it() -> None:
     kept, asking, making, alone = Embeddings(8), threading.Barrier(6), threading.Lock(), []
 
-    def make() -> tuple[dict[str, torch.Tensor], list[str]]:
+    def make(text: Text) -> tuple[dict[str, torch.Tensor], list[str]]:
         alone.append(making.acquire(blocking=False))
         time.sleep(0.05)  # whoever else makes one does so now
         making.release()
@@ -54,7 +62,7 @@ def test_one_text_is_made_at_a_time_and_for_all_who_wait_for_it() -> None:
 
     def ask(text: str) -> None:
         asking.wait()
-        kept.get(text, None, make)
+        kept.get(Text.of(RenderSpec(prompt=text)), make)
 
     with ThreadPoolExecutor(6) as pool:
         list(pool.map(ask, "aaabbb"))

@@ -5,19 +5,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from prometheus_client import generate_latest
 
 from farm.errors import ErrorClass
 from farm.jobs.records import Claim, Picture, WorkerInfo
 from farm.jobs.states import Outcome
 from farm.settings import Settings
 from farm.specs.spec import RenderSpec
+from tests.contract import interfaces
 from workers.engine.engine import Engine
 from workers.models.pins import Pins
 from workers.pipelines.null import NullPipeline
 from workers.render.device import memory
 from workers.render.request import RenderRequest
 from workers.service.metrics import WorkerMetrics
-from workers.service.observer import Held
 
 Value = Callable[..., float | None]
 
@@ -46,11 +47,8 @@ def claim(model: str = "tiny", attempt: int = 1, **more: object) -> Claim:
     return Claim("b-1", attempt, spec, "b", "b", 1, 1, 50, None, waited_seconds=7.0, **more)
 
 
-def ended(
-    metrics: WorkerMetrics, outcome: Outcome | None, model: str = "tiny", error: ErrorClass | None = None
-) -> None:
-    held = Held(claim(model), outcome=outcome, error_class=error)
-    metrics.ended(held)
+def ended(metrics: WorkerMetrics, outcome: Outcome, model: str = "tiny", error: ErrorClass | None = None) -> None:
+    metrics.ended(claim(model), outcome, error)
 
 
 def scraped(metrics: WorkerMetrics) -> dict[str, float]:
@@ -62,6 +60,11 @@ def scraped(metrics: WorkerMetrics) -> dict[str, float]:
     }
 
 
+def test_a_workers_metrics_have_the_names_and_labels_of_the_previous_release(metrics: WorkerMetrics) -> None:
+    found = interfaces.metrics(generate_latest(metrics._registry).decode())
+    assert list(interfaces.changes(interfaces.RECORDED["metrics"]["worker"], found, "metrics")) == []
+
+
 def test_without_a_port_nobody_is_told(metrics: WorkerMetrics) -> None:
     assert metrics.url is None
 
@@ -71,7 +74,7 @@ def test_what_becomes_of_attempts_is_counted_by_model_and_outcome(metrics: Worke
         assert value(metrics, "worker_jobs_total", model="tiny", outcome=outcome.value) == 0
     ended(metrics, Outcome.SUCCEEDED)
     ended(metrics, Outcome.RETRIED, error=ErrorClass.TRANSIENT)
-    ended(metrics, None)  # nothing of it could be recorded
+    ended(metrics, Outcome.LOST)
     assert value(metrics, "worker_jobs_total", model="tiny", outcome="succeeded") == 1
     assert value(metrics, "worker_jobs_total", model="tiny", outcome="lost") == 1
     assert value(metrics, "worker_errors_total", error_class="transient") == 1

@@ -1,0 +1,40 @@
+"""A call that a thread of its own makes at a fixed rate."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+log = logging.getLogger(__name__)
+
+
+class Periodic:
+    """A daemon thread that makes a call every `seconds`, from the beginning of each call to that of the next.
+
+    A call that takes longer delays the next one, which begins a quarter of that time after it. An exception is logged.
+    """
+
+    def __init__(self, name: str, seconds: float, call: Callable[[], object]) -> None:
+        self._seconds = seconds
+        self._call = call
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def start(self) -> None:
+        """Make the first call after `seconds`."""
+        self._thread.start()
+
+    def stop(self, timeout: float | None = None) -> None:
+        """Make no further call, and wait `timeout` seconds at most for the present one."""
+        self._stopped.set()
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._thread.join(timeout)
+
+    def _run(self) -> None:
+        began = time.monotonic()
+        while not self._stopped.wait(max(began + self._seconds - time.monotonic(), self._seconds / 4)):
+            began = time.monotonic()
+            try:
+                self._call()
+            except Exception:
+                log.exception("%s failed", self._thread.name)

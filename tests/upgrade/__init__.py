@@ -1,0 +1,1 @@
+"""The farm of the previous release, upgraded to this one while it works."""
