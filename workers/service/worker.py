@@ -26,7 +26,7 @@ from workers.models.served import Served
 from workers.pipelines import load
 from workers.render.device import choose_device, choose_dtype, keep_freed_memory, use_threads
 from workers.render.pipeline import Pipeline
-from workers.service.group_commit import Gathered
+from workers.service.group_commit import GroupCommit
 from workers.service.leases import Leases
 from workers.service.metrics import WorkerMetrics
 from workers.service.observer import Observer
@@ -75,7 +75,7 @@ class Worker:
             hand_back=engine.hand_back,
             previews=self.observer.observe,
         )
-        self.record_success = Gathered(self._record_successes, "ends")
+        self.record_success = GroupCommit(self._record_successes, "ends")
         """Records the picture of a claim; False if the claim no longer holds."""
         self._db = db
         watchdog = Watchdog(engine, settings.stuck_seconds, draining)
