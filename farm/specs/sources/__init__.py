@@ -1,7 +1,7 @@
-"""From prompts in arguments, files and Python to specs.
+"""Prompts from arguments, files and Python, made into specs.
 
-`rows` reads arguments and files; `texts`, `wildcards` and `templates` write prompts; `grid` varies fields; `stream`
-makes specs of all of it, one by one, and says at the end what is wrong, with file, line and column.
+`rows` reads arguments and files; `texts`, `wildcards` and `templates` build prompts; `grid` varies fields; `stream`
+turns all of it into specs, one by one, and reports every problem at the end, with file, line and column.
 """
 
 from farm.specs.sources.grid import Grid, is_axis

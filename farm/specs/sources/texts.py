@@ -1,11 +1,11 @@
-r"""A text with variables and choices in it, read into a tree: `a {red|blue} {animal} in __place__`.
+r"""A text with variables and choices, parsed into a tree: `a {red|blue} {animal} in __place__`.
 
-    {red|blue}    a choice; options may be empty, and hold all of this in turn
+    {red|blue}    a choice; options may be empty, and contain all of these
     __place__     a line of the file place.txt
     {animal}      a variable
     \{ \| \} \_ \\  the character itself
 
-A `{…}` that is none of these stays as it is.
+Any other `{…}` stays as it is.
 """
 
 import re
@@ -14,18 +14,18 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 MAX_DEPTH = 20
-"""How deep braces may stand in braces."""
+"""The deepest nesting of braces."""
 _WORD = r"(?:[^\W_]|-)+"
 _TOKEN = re.compile(r"\\[{}|\\_]|[{}|]|__(" + _WORD + "(?:[_/]" + _WORD + r")*)__")
 
 
 class BadText(Exception):
-    """A text that can't be read or written out; says why."""
+    """Raised for a text that can't be parsed or expanded; says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Variable:
-    """Stands for what a row says under that name."""
+    """Stands for a column of a row."""
 
     name: str
 
@@ -39,7 +39,7 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Pick:
-    """Stands for one line of the file of that name."""
+    """Stands for one line of the wildcard file of that name."""
 
     name: str
 
@@ -56,7 +56,7 @@ class _Group:
 
 @lru_cache(maxsize=256)
 def parse(text: str, *, variables: bool, choices: bool) -> Nodes:
-    """The tree of a text; what is not asked for stays text. Raises `BadText`."""
+    """Parse a text; without `variables` or `choices`, these stay text. Raises `BadText`."""
     open_groups = [_Group(0)]
     end = 0
     for token in _TOKEN.finditer(text):
@@ -98,7 +98,7 @@ def _closed(group: _Group, variables: bool, choices: bool) -> list[Node]:
 
 
 def walk(nodes: Nodes) -> Iterator[Node]:
-    """Every node, those in options included."""
+    """Yield every node, including those in options."""
     for node in nodes:
         yield node
         if isinstance(node, Choice):
