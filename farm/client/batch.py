@@ -82,7 +82,7 @@ class Batch:
 
         Raises `TimeoutError` after `timeout` seconds; the batch goes on.
         """
-        with bars.bar(self.name, self.total, shown=progress, told=True) as shown:
+        with bars.bar(self.name, self.total, shown=progress, with_tempo=True) as shown:
             for _ in self._polls(timeout):
                 status = self.status()
                 steps = self._partly_done() if progress and status.counts[JobState.RUNNING] else 0.0

@@ -52,7 +52,7 @@ class Bar:
 def bar(description: str, total: int, *, shown: bool = True, told: bool = False) -> Iterator[Bar]:
     """A bar while the block runs, invisible unless `shown`. With `told` every update has the pace."""
     console = Console(stderr=True, quiet=not shown)
-    with columns(console, told=told) as display:
+    with columns(console, with_tempo=with_tempo) as display:
         yield Bar(display, display.add_task(printable(description), total=total, note="", tempo=""))
 
 
