@@ -1,4 +1,4 @@
-"""The rows as a Markdown table, with what they were measured on."""
+"""A Markdown table of rows, with the conditions of the run."""
 
 import os
 import platform
@@ -11,7 +11,7 @@ _PACKAGES = ("torch", "diffusers", "transformers")
 
 
 def table(rows: Sequence[Row], facts: Sequence[str]) -> str:
-    """Markdown: a line a row, then the facts."""
+    """The Markdown text: the rows, then the facts."""
     head = ("#", "what", "value", "spread", "goal", "", "farm", "other side", "peak farm", "peak other")
     lines = [head, tuple("---" for _ in head), *(_cells(row) for row in rows)]
     shown = "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -19,7 +19,7 @@ def table(rows: Sequence[Row], facts: Sequence[str]) -> str:
 
 
 def where() -> str:
-    """Versions and cores."""
+    """Versions and number of cores."""
     versions = ", ".join(f"{package} {version(package)}" for package in _PACKAGES)
     return f"Python {platform.python_version()}, {versions}, {os.cpu_count()} cores, {platform.machine()}"
 
