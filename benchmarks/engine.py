@@ -5,17 +5,14 @@ what a worker runs, without Celery and SQL, and without S3 except for the cost o
 """
 
 import argparse
-import json
 import logging
 import os
-import shlex
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +23,7 @@ from benchmarks.models import find, native_side
 from benchmarks.ours import Farm
 from benchmarks.parity import References
 from benchmarks.rows import Row
-from benchmarks.table import table, where
+from benchmarks.table import publish
 from benchmarks.work import QUICK, Counts
 from farm.errors import NotConfigured
 from farm.local import LocalFarm
@@ -52,11 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     log.setLevel(logging.INFO)
     with tempfile.TemporaryDirectory(prefix="farm-benchmark-") as place:
         rows, facts = measure(options, Path(place))
-    command = shlex.join(["python", "-m", "benchmarks.engine", *(arguments or sys.argv[1:])])
-    print(table(rows, [f"`{command}`", where(), *facts]))
-    if options.json:
-        options.json.write_text(json.dumps({"facts": facts, "rows": [asdict(row) for row in rows]}, indent=1))
-    return int(any(row.met is False for row in rows))
+    return publish("benchmarks.engine", arguments, rows, options.json, facts)
 
 
 def measure(options: argparse.Namespace, place: Path) -> tuple[list[Row], list[str]]:

@@ -5,17 +5,15 @@ before it is submitted. Nothing is rendered: the null pipeline draws flat pictur
 """
 
 import argparse
-import json
 import logging
 import os
-import shlex
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -27,7 +25,8 @@ from celery import Task
 from benchmarks import peers
 from benchmarks.peers import prompt
 from benchmarks.rows import Row
-from benchmarks.table import table, where
+from benchmarks.table import publish
+from benchmarks.waiting import wait_until
 from farm.client.farm import Farm
 from farm.client.job import Job
 from farm.jobs.database import Database
@@ -60,12 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             peers.app.conf.update(make_app(farm.settings).conf.changes)
             rows = list(Cases(farm.settings, Path(place), 10 if options.quick else 1).run(options.only))
     rows = [replace(row, number=number) for number, row in enumerate(rows, 1)]
-    command = shlex.join(["python", "-m", "benchmarks.queue", *(arguments or sys.argv[1:])])
-    facts = [f"`{command}`", where()]
-    print(table(rows, facts))
-    if options.json:
-        options.json.write_text(json.dumps({"facts": facts, "rows": [asdict(row) for row in rows]}, indent=1))
-    return int(any(row.met is False for row in rows))
+    return publish("benchmarks.queue", arguments, rows, options.json)
 
 
 class Cases:
@@ -112,7 +106,7 @@ class Cases:
         with self._farm() as farm, ExitStack() as stack:
             stack.enter_context(self._process("farm", "dispatcher"))
             stack.enter_context(self._process("workers", "--name", "w1", FARM_MODELS="tiny=null:", FARM_SLOTS=SLOTS))
-            _wait(partial(_alive, farm, "w1"))
+            wait_until(partial(_alive, farm, "w1"))
             farm.submit(["warm"] * 50, num_inference_steps=1).wait()
             began = time.perf_counter()
             farm.submit((prompt(n) for n in range(count)), num_inference_steps=1).wait()
@@ -137,7 +131,7 @@ class Cases:
             def run(numbers: range) -> None:
                 for n in numbers:
                     task.apply_async((prompt(n),), queue="bench")
-                _wait(lambda: not client.llen("bench") and not client.hlen("unacked"))
+                wait_until(lambda: not client.llen("bench") and not client.hlen("unacked"))
 
             run(range(50))
             began = time.perf_counter()
@@ -172,14 +166,14 @@ class Cases:
             slow = {"FARM_MODELS": "tiny=null:?seconds_per_step=0.1", "FARM_SLOTS": 4}
             for _ in range(3):
                 with self._process("workers", "--name", "first", **slow) as first:
-                    _wait(partial(_alive, farm, "first"))
+                    wait_until(partial(_alive, farm, "first"))
                     job = next(farm.submit("red", num_inference_steps=600).jobs())
-                    _wait(partial(_reached, job, JobState.RUNNING, 1))
+                    wait_until(partial(_reached, job, JobState.RUNNING, 1))
                     with self._process("workers", "--name", "second", **slow):
-                        _wait(partial(_alive, farm, "second"))
+                        wait_until(partial(_alive, farm, "second"))
                         first.kill()
                         killed = time.perf_counter()
-                        _wait(partial(_reached, job, JobState.RUNNING, 2))
+                        wait_until(partial(_reached, job, JobState.RUNNING, 2))
                         took.append(time.perf_counter() - killed)
                         job.cancel()
         value = max(took)
@@ -272,14 +266,6 @@ def _timed(what: Callable[[], object]) -> float:
     began = time.perf_counter()
     what()
     return time.perf_counter() - began
-
-
-def _wait(true: Callable[[], bool], seconds: float = 300) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"waited {seconds} s in vain")
-        time.sleep(0.01)
 
 
 if __name__ == "__main__":

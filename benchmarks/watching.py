@@ -15,7 +15,6 @@ import os
 import pty
 import random
 import re
-import shlex
 import signal
 import socket
 import subprocess
@@ -24,9 +23,9 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -36,7 +35,8 @@ import psutil
 import redis
 
 from benchmarks.rows import Row
-from benchmarks.table import table, where
+from benchmarks.table import publish
+from benchmarks.waiting import wait_until
 from farm.cli.environment import variables
 from farm.client.farm import Farm
 from farm.jobs.database import Database
@@ -52,7 +52,6 @@ _TURN_SECONDS, _SETTLE_SECONDS = 2.5, 1.0
 _MOST_JOBS_A_SECOND = 40
 _SCRAPE_SECONDS = 15.0
 """The scrape interval of infra/prometheus/prometheus.yml, counted while the farm runs."""
-_READY_SECONDS = 120.0
 
 
 @dataclass(frozen=True)
@@ -98,12 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with servers:
             turns = Turns(servers.settings, Path(place), seconds)
             rows = [row for number in options.only for row in turns.rows(number, CASES[number - 1], pairs)]
-    command = shlex.join(["python", "-m", "benchmarks.watching", *(arguments or sys.argv[1:])])
-    facts = [f"`{command}`", where()]
-    print(table(rows, facts))
-    if options.json:
-        options.json.write_text(json.dumps({"facts": facts, "rows": [asdict(row) for row in rows]}, indent=1))
-    return int(any(row.met is False for row in rows))
+    return publish("benchmarks.watching", arguments, rows, options.json)
 
 
 class Side:
@@ -213,7 +207,7 @@ class Turns:
                 stack.enter_context(start("farm", "dispatcher", **metrics, **quiet)),
                 stack.enter_context(start("workers", "--name", "w1", **given, **quiet)),
             ]
-            _wait(lambda: any(one.alive for one in farm.workers()))
+            wait_until(lambda: any(one.alive for one in farm.workers()))
             if watched:
                 processes += stack.enter_context(self._watched(settings, dispatcher, gate))
             # Different lengths: else all jobs end together, and the cores wait for the next ones.
@@ -242,7 +236,7 @@ class Turns:
             self._process(settings, "farm", "watch", terminal=drawn, COLUMNS=120, LINES=40, TERM="xterm") as watching,
             _scraped(dispatcher, gate),
         ):
-            _wait(lambda: _listens(port) and drawn.is_set())
+            wait_until(lambda: _listens(port) and drawn.is_set())
             yield [looking, watching]
 
     def _fresh(self, number: int) -> Settings:
@@ -362,14 +356,6 @@ def _free_port() -> int:
 def _listens(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def _wait(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + _READY_SECONDS
-    while not true():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"waited {_READY_SECONDS:.0f} s in vain")
-        time.sleep(0.05)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
-"""The wait before a retry."""
+"""The wait between a failure and the next try."""
 
 import random
 from dataclasses import dataclass
 
 _FACTOR = 4.0
+_MOST_EXPONENT = 64
 
 
 @dataclass(frozen=True)
 class Backoff:
-    """Exponential back-off with jitter, so that jobs that failed together are not retried together.
+    """Exponential back-off with jitter: clients that failed together do not come back together.
 
     See Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015: half of the wait is random.
     """
@@ -17,9 +18,10 @@ class Backoff:
     max_seconds: float
 
     def most_seconds(self, failures: int) -> float:
-        """The longest wait after `failures` failures (from 1): four times as long after each."""
-        return min(self.max_seconds, self.base_seconds * _FACTOR ** (failures - 1))
+        """The longest wait after that many failures, 1 or more: four times as long after each."""
+        exponent = min(failures - 1, _MOST_EXPONENT)  # a float overflows after some hundred failures
+        return min(self.max_seconds, self.base_seconds * _FACTOR**exponent)
 
     def seconds(self, failures: int) -> float:
-        """A random wait after `failures` failures, in the upper half of `most_seconds`."""
-        return self.most_seconds(failures) * random.uniform(0.5, 1.0)  # noqa: S311 - not for secrets
+        """A random wait after that many failures, between half of `most_seconds` and all of it."""
+        return self.most_seconds(failures) * random.uniform(0.5, 1.0)  # noqa: S311 - no secret depends on it

@@ -155,10 +155,11 @@ import os, signal, sys
 from pathlib import Path
 from farm.objects import large_objects
 from farm.objects.model_store import ModelStore
-from farm.settings import Settings
 from farm.objects.storage import Storage
+from farm.runtime import parallel
+from farm.settings import Settings
 
-large_objects._PART_BYTES, large_objects._AT_ONCE = 5 * 2**20, 2
+large_objects._PART_BYTES, parallel._THREADS, parallel._AHEAD = 5 * 2**20, 2, 2
 class Bar:
     def __enter__(self): return self.told
     def __exit__(self, *_): pass
