@@ -1,7 +1,6 @@
 """The embedded farm as a whole: its parts started in order, kept running, drained and stopped."""
 
 import contextlib
-import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,12 +15,12 @@ from farm.errors import NotConfigured, PartFailed
 from farm.jobs.database import Database
 from farm.jobs.store import JobStore
 from farm.local import parts
-from farm.local.home import SERVICE_VARIABLES, Home
+from farm.local.home import Home
 from farm.local.kept_part import KeptPart, explained
 from farm.local.process import end_leftovers, rotate_log
 from farm.runtime.stopping import stop_signals
 from farm.runtime.supervisor import POLL_SECONDS, stop_all
-from farm.settings import EMBEDDED_FILE, Settings
+from farm.settings import EMBEDDED_FILE, Settings, variables_naming_a_farm
 
 
 class LocalFarm:
@@ -158,7 +157,7 @@ class LocalFarm:
             self._console.print(Text(text), soft_wrap=True)
 
     def _warn_of_environment(self) -> None:
-        named = sorted(SERVICE_VARIABLES & os.environ.keys())
+        named = variables_naming_a_farm()
         if named:
             self._say(f"warning: {', '.join(named)} set: commands with that environment don't use this farm")
 

@@ -16,20 +16,6 @@ from farm.errors import AlreadyRunning, NotConfigured
 from farm.runtime.atomic_files import write_atomic
 from farm.settings import EMBEDDED_FILE, Settings
 
-SERVICE_VARIABLES = frozenset(
-    f"FARM_{name}"
-    for name in (
-        "DATABASE_URL",
-        "BROKER_URL",
-        "S3_BUCKET",
-        "S3_ENDPOINT_URL",
-        "S3_ACCESS_KEY_ID",
-        "S3_SECRET_ACCESS_KEY",
-        "FLOWER_URL",
-        "ENV_FILE",
-    )
-)
-"""Where these are set, they lead away from the farm that stands in the home."""
 LOOPBACK = "127.0.0.1"
 BUCKET = "farm"
 GRPC = 10_000

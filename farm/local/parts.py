@@ -17,11 +17,11 @@ import redis
 
 from farm.errors import FarmError, NotConfigured, ServiceUnavailable
 from farm.jobs.store import JobStore
-from farm.local.home import GRPC, LOOPBACK, SERVICE_VARIABLES, Access, Home
+from farm.local.home import GRPC, LOOPBACK, Access, Home
 from farm.local.process import PartProcess
 from farm.objects.storage import Storage
 from farm.runtime.atomic_files import write_atomic
-from farm.settings import Settings
+from farm.settings import Settings, child_environment
 
 # -P: a folder `workers` in the current directory must not hide the package.
 PYTHON = (sys.executable, "-P", "-m")
@@ -265,9 +265,9 @@ def _bare_env(data: Path) -> dict[str, str]:
 
 def _farm_env(home: Home) -> dict[str, str]:
     """The environment in which the farm's own programs find this farm, whatever else the environment names."""
-    env = {name: value for name, value in os.environ.items() if name not in SERVICE_VARIABLES}
+    env = child_environment(home.path)
     no_proxy = ",".join(filter(None, (env.get("no_proxy") or env.get("NO_PROXY"), LOOPBACK)))
-    return env | {"FARM_HOME": str(home.path), "NO_PROXY": no_proxy, "no_proxy": no_proxy, "PYTHONUNBUFFERED": "1"}
+    return env | {"NO_PROXY": no_proxy, "no_proxy": no_proxy, "PYTHONUNBUFFERED": "1"}
 
 
 def _weed() -> str | None:

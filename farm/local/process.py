@@ -100,17 +100,6 @@ def end_leftovers(home: Home) -> list[str]:
     return found
 
 
-def alive(home: Path, name: str) -> bool:
-    """Whether the part of that name runs in this home."""
-    import psutil
-
-    try:
-        recorded = json.loads((home / "run" / f"{name}.pid").read_text(encoding="utf-8"))
-        return bool(abs(psutil.Process(recorded["pid"]).create_time() - recorded["create_time"]) < _SAME_SECONDS)
-    except (OSError, ValueError, KeyError, psutil.Error):
-        return False
-
-
 def _remember(pid_file: Path, pid: int) -> None:
     import psutil
 

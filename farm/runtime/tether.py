@@ -1,7 +1,7 @@
-"""Becomes a command that dies with whoever started it: `tether.py PARENT_PID PROGRAM ARGUMENTS…`.
+"""Executes a command that is killed when its parent dies: `tether.py PARENT_PID PROGRAM ARGUMENTS…`.
 
-A farm that is killed with -9 can't stop its parts; on Linux the kernel does it then. This runs between fork and
-exec instead of Python code in the forked supervisor (`preexec_fn`), which deadlocks in a program with threads.
+A farm that is killed with SIGKILL cannot stop its parts; on Linux the kernel does. This runs between fork and exec, and
+replaces Python code in the forked supervisor (`preexec_fn`), which deadlocks in a program with threads.
 """
 
 import ctypes
@@ -17,9 +17,9 @@ def main() -> None:
     parent, command = int(sys.argv[1]), sys.argv[2:]
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it died before the tether held
+    if os.getppid() != parent:  # it died before prctl
         sys.exit("the farm that started this is gone")
-    os.execv(command[0], command)  # noqa: S606  (the point of it)
+    os.execv(command[0], command)  # noqa: S606  (its purpose)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Bars for whoever waits: on standard error, so that standard output stays for what a command says."""
+"""Progress bars on standard error; standard output is left to the results of a command."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,7 +22,7 @@ from farm.show.progress_text import tempo_line
 
 
 def columns(console: Console, *, told: bool = False) -> Progress:
-    """A display of bars: what, how far, how many, since when, how much longer; `told` if the farm says that one."""
+    """A display of bars with count, elapsed and remaining time; with `told`, updates contain the latter."""
     remaining = TextColumn("{task.fields[tempo]}", style="cyan") if told else TimeRemainingColumn(compact=True)
     return Progress(
         SpinnerColumn(),
@@ -37,26 +37,26 @@ def columns(console: Console, *, told: bool = False) -> Progress:
 
 
 class Bar:
-    """One bar that is told how far it is."""
+    """One bar of a display."""
 
     def __init__(self, display: Progress, task: TaskID) -> None:
         self._display = display
         self._task = task
 
     def update(self, completed: float, note: str = "", tempo: Tempo | None = None) -> None:
-        """Show this many done, with a word beside it, and how fast it goes."""
+        """Set the number done, a note and the pace."""
         self._display.update(self._task, completed=completed, note=note, tempo=tempo_line(tempo) if tempo else "")
 
 
 @contextmanager
 def bar(description: str, total: int, *, shown: bool = True, told: bool = False) -> Iterator[Bar]:
-    """A bar while the block runs; an invisible one if not `shown`. `told` if every update says how fast it goes."""
+    """A bar while the block runs, invisible unless `shown`. With `told` every update has the pace."""
     console = Console(stderr=True, quiet=not shown)
     with columns(console, told=told) as display:
         yield Bar(display, display.add_task(printable(description), total=total, note="", tempo=""))
 
 
 def note(counts: Mapping[JobState, int]) -> str:
-    """What is going on, in few words: `8 running, 52 queued, 1 failed`."""
+    """The counts in words: `8 running, 52 queued, 1 failed`."""
     order = (JobState.RUNNING, JobState.QUEUED, JobState.PENDING, JobState.FAILED, JobState.CANCELLED)
     return ", ".join(f"{counts[state]} {state}" for state in order if counts.get(state))

@@ -37,7 +37,7 @@ URGENT = 90
 
 
 def draw_seed() -> int:
-    """A seed nobody chose, drawn from the system's randomness."""
+    """A random seed from the operating system."""
     return secrets.randbelow(MAX_SEED + 1)
 
 
@@ -93,7 +93,7 @@ class TextOption:
 
 
 class RenderSpec(BaseModel):
-    """One picture, fully described; immutable, with diffusers' own parameter names.
+    """One picture, fully described; immutable, with diffusers' parameter names.
 
     A spec always has a seed: one that is left out (or None) is drawn when the spec is made, so that the same spec
     always gives the same picture. An empty prompt renders unconditionally.
@@ -140,7 +140,7 @@ class RenderSpec(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _unchosen(cls, values: Any) -> Any:
-        # As good as left out: whoever stores the spec may draw it, and nothing else is the same work.
+        # Counts as left out: the submission draws it, and no other spec is the same work.
         if isinstance(values, dict) and "seed" in values and values["seed"] is None:
             return {name: value for name, value in values.items() if name != "seed"}
         return values

@@ -24,7 +24,7 @@ from workers.engine.engine import Engine
 from workers.models.pins import Pins
 from workers.pipelines.null import NullPipeline
 from workers.render.request import Snapshot
-from workers.service.observer import Held, Observer
+from workers.service.observer import Observer
 
 pytestmark = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 
@@ -76,8 +76,8 @@ def test_a_checkpoint_that_was_not_recorded_because_sql_was_away_is_swept(
     claim = store.claim(bell.job_id, "w1@host")
     assert claim is not None
     observer = Observer(Engine(Pins.of({"tiny": NullPipeline()})), storage, store, settings)
-    observer.checkpoint(Held(claim), snapshot(claim.spec))
-    observer.close()
+    observer.checkpoint(observer.open(claim), snapshot(claim.spec))
+    observer.stop()
     assert list(storage.keys()) == [checkpoint_key(claim.batch_id, claim.index, claim.attempt)]
     key = image_key(claim.batch_id, claim.index, claim.attempt, "x")
     storage.put(key, b"picture")
@@ -119,11 +119,11 @@ def test_a_worker_that_lost_its_lease_leaves_the_checkpoint_that_the_next_attemp
     claim = store.claim(bell.job_id, "w1@host")
     assert claim is not None
     zombie = Observer(Engine(Pins.of({"tiny": NullPipeline()})), storage, store, settings)
-    held = Held(claim)
-    zombie.checkpoint(held, snapshot(claim.spec))
+    observation = zombie.open(claim)
+    zombie.checkpoint(observation, snapshot(claim.spec))
     wait_until(lambda: store.expire_leases() == 1, "its lease is lost")
-    zombie.checkpoint(held, snapshot(claim.spec))
-    zombie.close()
+    zombie.checkpoint(observation, snapshot(claim.spec))
+    zombie.stop()
     store.enqueue(10)
     following = store.claim(bell.job_id, "w2@host")
     assert following is not None

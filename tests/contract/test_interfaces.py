@@ -149,8 +149,8 @@ def test_a_jobs_end_is_logged_in_the_words_that_programs_parse(
 
 
 def test_the_autoscalers_question_is_the_one_that_farms_have_in_use() -> None:
-    query = (ROOT / "infra" / "keda" / "device_seconds.sql").read_bytes()
-    chart = ROOT / "infra" / "helm" / "diffusion-farm" / "files" / "device_seconds.sql"
-    assert chart.read_bytes() == query
-    # Where KEDA asks it already, the text stays: whoever changes it must see that the schema still answers this one.
-    assert hashlib.sha256(query).hexdigest() == RECORDED["device_seconds.sql"]
+    query = (ROOT / "infra" / "keda" / "device_seconds.sql").read_text()
+    assert (ROOT / "infra" / "helm" / "diffusion-farm" / "files" / "device_seconds.sql").read_text() == query
+    # KEDA asks it of farms that are upgraded: whoever changes it must see that the schema still answers the old one.
+    words = " ".join(re.sub(r"--.*", "", query).split())
+    assert hashlib.sha256(words.encode()).hexdigest() == RECORDED["device_seconds.sql"]

@@ -16,7 +16,8 @@ import boto3
 import pytest
 import redis
 
-from farm.cli.doctor import Finding, check
+from farm.cli.doctor import check
+from farm.runtime.finding import Finding
 from farm.settings import Settings
 from tests.integration.conftest import wait_until
 

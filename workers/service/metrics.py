@@ -21,7 +21,6 @@ from workers.pipelines.texts import Embeddings
 from workers.render.device import memory
 from workers.render.pipeline import Pipeline
 from workers.render.request import RenderRequest
-from workers.service.observer import Held
 
 log = logging.getLogger(__name__)
 
@@ -123,11 +122,11 @@ class WorkerMetrics:
         if not claim.checkpoint_key:  # else some of its steps were done by an earlier attempt
             self._steps.labels(model).observe(picture.render_seconds / claim.spec.num_inference_steps)
 
-    def ended(self, held: Held) -> None:
-        """An attempt is over; one of which nothing could be recorded has lost its lease, or will."""
-        self._jobs.labels(self._model(held.claim), held.outcome or Outcome.LOST).inc()
-        if held.error_class is not None:
-            self._errors.labels(held.error_class.value).inc()
+    def ended(self, claim: Claim, recorded: Outcome, error_class: ErrorClass | None) -> None:
+        """Count an attempt that has ended, with the outcome that SQL says, and the class of the error that ended it."""
+        self._jobs.labels(self._model(claim), recorded.value).inc()
+        if error_class is not None:
+            self._errors.labels(error_class.value).inc()
 
     def _model(self, claim: Claim) -> str:
         # A job can be of a model that is not served here only by a message that somebody has put into a wrong queue.
