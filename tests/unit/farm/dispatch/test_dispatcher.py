@@ -438,9 +438,7 @@ def test_an_error_that_nobody_expected_does_not_end_the_sweeping(
     assert "ZeroDivisionError" in caplog.text
 
 
-def test_batches_that_are_deleted_piece_by_piece_are_gone_on_with_at_once(
-    parts: Parts, leadership: Leadership
-) -> None:
+def test_batches_that_are_deleted_piece_by_piece_are_gone_on_with_at_once(parts: Parts, leadership: Leadership) -> None:
     (job,) = parts.submit(1)
     parts.succeed(job)
     parts.store.give_up(job.rpartition("-")[0])
