@@ -30,6 +30,6 @@ def first_line(error: Exception) -> str:
     return str(error).partition("\n")[0]
 
 
-def shown(shape: Sequence[int]) -> str:
+def shape_text(shape: Sequence[int]) -> str:
     """A shape as a person writes it: 4x64x64."""
     return "x".join(map(str, shape))
