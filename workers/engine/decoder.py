@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from farm.errors import BadImage, FarmError
-from workers.render.device import Side
+from workers.render.device import SideThread
 from workers.render.failures import as_failure, shape_text
 from workers.render.pipeline import Pipeline
 from workers.render.request import Rendered, RenderRequest, Snapshot
@@ -27,7 +27,7 @@ class Decoder:
     def __init__(
         self, on_decoded: Callable[[RenderRequest, Rendered | FarmError], None], on_lost: Callable[[Exception], None]
     ) -> None:
-        self.side = Side("decoder")
+        self.side = SideThread("decoder")
         self._on_decoded, self._on_lost = on_decoded, on_lost
         self._waiting: list[tuple[Pipeline, RenderRequest, torch.cuda.Event | None]] = []
         self._lock = threading.Lock()

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 
 from farm.errors import EngineFailed, FarmError
-from workers.render.device import Side
+from workers.render.device import SideThread
 from workers.render.failures import as_failure
 from workers.render.pipeline import Pipeline
 from workers.render.request import RenderRequest
@@ -18,7 +18,7 @@ class Encoder:
     """A thread that encodes texts and draws first noise; calls `on_lost` when the device is lost."""
 
     def __init__(self, on_lost: Callable[[Exception], None]) -> None:
-        self.side = Side("encoder")
+        self.side = SideThread("encoder")
         self._on_lost = on_lost
 
     def prepare(self, pipeline: Pipeline, request: RenderRequest) -> tuple[int, ...]:
