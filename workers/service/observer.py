@@ -153,7 +153,7 @@ class Observer:
         if vae is None:
             return
         try:
-            image, text = self._engine.picture(snapshot, vae=vae), PngInfo()
+            image, text = self._engine.preview(snapshot, vae=vae), PngInfo()
             text.add_text("step", str(snapshot.steps_done))
             text.add_text("steps", str(snapshot.spec.num_inference_steps))
             out = io.BytesIO()
@@ -175,7 +175,7 @@ class Observer:
             elif not observation.closed:
                 self._pool.submit(self._safely, then, observation, look.result())
 
-        self._engine.look(observation.claim.job_id, steps_done).add_done_callback(taken)
+        self._engine.snapshot(observation.claim.job_id, steps_done).add_done_callback(taken)
 
     def _safely(
         self, then: Callable[[Observation, Snapshot], None], observation: Observation, snapshot: Snapshot

@@ -124,7 +124,7 @@ def test_a_batch_is_deleted_with_its_objects_and_no_other_is(parts: Parts, delet
     batch_id, other = ended_batch(parts), ended_batch(parts, "other")
     parts.storage.put(f"{batch_id}-2/not-its-own", b"x")
     parts.store.give_up(batch_id)
-    assert deletions.carry_out(batch_id)
+    assert deletions.delete(batch_id)
     assert keys(parts, batch_id) == []
     assert len(list(parts.storage.keys())) == 2
     assert parts.store.given_up() == []
@@ -139,10 +139,10 @@ def test_objects_are_deleted_before_rows_and_a_part_at_a_time(
     monkeypatch.setattr(deletion, "_OBJECTS", 2)
     batch_id = ended_batch(parts, jobs=3)
     parts.store.give_up(batch_id)
-    assert not deletions.go_on(batch_id)
+    assert not deletions.delete_some(batch_id)
     assert len(keys(parts, batch_id)) == 1
     assert parts.store.given_up() == [batch_id]
-    assert deletions.go_on(batch_id)
+    assert deletions.delete_some(batch_id)
     assert parts.store.given_up() == []
 
 
@@ -151,9 +151,9 @@ def test_rows_are_deleted_a_part_at_a_time(parts: Parts, deletions: Deletion, mo
     parts.submit(1500)
     batch_id = parts.store.batch("batch").id
     parts.store.give_up(batch_id, cancel=True)
-    assert not deletions.go_on(batch_id)
+    assert not deletions.delete_some(batch_id)
     assert parts.store.given_up() == [batch_id]
-    assert deletions.go_on(batch_id)
+    assert deletions.delete_some(batch_id)
 
 
 def test_a_batch_with_a_running_job_is_left_to_the_dispatcher(parts: Parts, deletions: Deletion) -> None:
@@ -161,10 +161,10 @@ def test_a_batch_with_a_running_job_is_left_to_the_dispatcher(parts: Parts, dele
     batch_id = job.rpartition("-")[0]
     claim = parts.claim(job)
     parts.store.give_up(batch_id, cancel=True)
-    assert not deletions.carry_out(batch_id)
+    assert not deletions.delete(batch_id)
     assert parts.store.beat(WORKER.name, {}).cancelled == frozenset()
     assert parts.store.stopped(claim)
-    assert deletions.carry_out(batch_id)
+    assert deletions.delete(batch_id)
 
 
 def test_a_deletion_that_the_object_store_interrupts_is_gone_on_with(parts: Parts, deletions: Deletion) -> None:
@@ -172,10 +172,10 @@ def test_a_deletion_that_the_object_store_interrupts_is_gone_on_with(parts: Part
     parts.store.give_up(batch_id)
     parts.storage.away = True
     with pytest.raises(StorageUnavailable):
-        deletions.carry_out(batch_id)
+        deletions.delete(batch_id)
     assert parts.store.given_up() == [batch_id]
     parts.storage.away = False
-    assert deletions.carry_out(batch_id)
+    assert deletions.delete(batch_id)
 
 
 # --- retention ----------------------------------------------------------------------------------------------------
