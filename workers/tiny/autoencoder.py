@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import random
 
+import diffusers
 import numpy as np
 import numpy.typing as npt
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -35,7 +35,7 @@ def draw_many(count: int, seed: int) -> tuple[list[scenes.Scene], npt.NDArray[np
     return found, np.stack([scenes.draw(scene, rng) for scene in found])
 
 
-def autoencoder_loss(vae: AutoencoderKL, pictures: npt.NDArray[np.uint8], batch: int) -> Loss:
+def autoencoder_loss(vae: diffusers.AutoencoderKL, pictures: npt.NDArray[np.uint8], batch: int) -> Loss:
     """How far pictures are from what they were, encoded and decoded, and a light KL term."""
 
     def loss(generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
@@ -58,7 +58,7 @@ def autoencoder_loss(vae: AutoencoderKL, pictures: npt.NDArray[np.uint8], batch:
 class Decoder(nn.Module):
     """The half of the autoencoder that rendering uses: latents `(n, 4, 8, 8)`, not scaled, to pictures in -1..1."""
 
-    def __init__(self, vae: AutoencoderKL) -> None:
+    def __init__(self, vae: diffusers.AutoencoderKL) -> None:
         super().__init__()
         self.post_quant_conv = vae.post_quant_conv
         self.decoder = vae.decoder
@@ -91,7 +91,7 @@ def picture_distance(drawn: Tensor, true: Tensor) -> tuple[Tensor, dict[str, flo
 
 
 @torch.no_grad()
-def normalise(vae: AutoencoderKL, pictures: npt.NDArray[np.uint8]) -> None:
+def normalise(vae: diffusers.AutoencoderKL, pictures: npt.NDArray[np.uint8]) -> None:
     """Give each latent channel mean 0 and spread 1 over `pictures`, decoding to the same pictures as before.
 
     Both are folded into the 1x1 convolutions either side of the latents, as the file format has a single
@@ -108,7 +108,7 @@ def normalise(vae: AutoencoderKL, pictures: npt.NDArray[np.uint8]) -> None:
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, pictures: npt.NDArray[np.uint8], batch: int = 64) -> Tensor:
+def encode(vae: diffusers.AutoencoderKL, pictures: npt.NDArray[np.uint8], batch: int = 64) -> Tensor:
     """The most likely latents of pictures, `(n, 4, 8, 8)`, not yet scaled."""
     return torch.cat(
         [
@@ -119,7 +119,7 @@ def encode(vae: AutoencoderKL, pictures: npt.NDArray[np.uint8], batch: int = 64)
 
 
 @torch.no_grad()
-def reconstruction_error(vae: AutoencoderKL, pictures: npt.NDArray[np.uint8], batch: int = 64) -> float:
+def reconstruction_error(vae: diffusers.AutoencoderKL, pictures: npt.NDArray[np.uint8], batch: int = 64) -> float:
     """The mean squared error of pictures encoded and decoded, in units of -1..1."""
     total = 0.0
     for part in np.array_split(pictures, -(-len(pictures) // batch)):

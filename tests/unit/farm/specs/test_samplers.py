@@ -8,7 +8,6 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from diffusers import schedulers
 
 from farm.errors import InvalidInput
 from farm.specs import samplers
@@ -169,7 +168,7 @@ def test_a_flow_is_sampled_with_the_checkpoints_own_shift(pipes: dict[str, Any])
 
 
 def test_every_noise_scheduler_of_diffusers_is_supported_or_told_why_not() -> None:
-    known = {name for name in dir(schedulers) if name.endswith("Scheduler")}
+    known = {name for name in dir(diffusers.schedulers) if name.endswith("Scheduler")}
     supported = {
         recipe.class_name for sampler in SAMPLERS.values() for recipe in (sampler.diffusion, sampler.flow) if recipe
     }
