@@ -1,4 +1,4 @@
-"""A row a batch in Flower: how far it is, how fast it goes, when it ends."""
+"""A row for each batch in Flower: its progress, its rate and its remaining time."""
 
 import logging
 import socket
@@ -10,9 +10,9 @@ from typing import Any
 
 from farm.errors import BrokerUnavailable, ServiceUnavailable
 from farm.jobs.leadership import Leadership
+from farm.jobs.overview import Overview
 from farm.jobs.records import BatchStatus
 from farm.jobs.states import JobState
-from farm.jobs.store import JobStore
 from farm.queue.broker import make_app
 from farm.runtime.backoff import Backoff
 from farm.runtime.terminal_text import printable
@@ -22,52 +22,51 @@ from farm.show.progress_text import duration, jobs_line
 log = logging.getLogger(__name__)
 
 NAME = "batch"
-"""What Flower takes for the task's name."""
+"""The task name that Flower shows."""
 MOST = 200
-"""At how many batches a look is that move, at most, and at how many of the others, in turn; and how many it tells."""
+"""The most active batches, and the most others in turn, that one look reads; and the most that it sends."""
 AGAIN_SECONDS = 5.0
-"""How soon a batch that moves is told of again where nothing has ended: its rate falls, or Flower has missed it."""
+"""When an active batch is sent again without a change: its rate falls, or Flower missed the last event."""
 _ENDED_SECONDS, _ENDED_EVERY = 600.0, 60
-"""Batches that ended so lately are told of anew at every sixtieth look: Flower may have been away when they did."""
+"""Every sixtieth look sends recently ended batches again: Flower may have been away when they ended."""
 _ENDED_KEPT = 1000
 _HEARTBEAT_SECONDS = 10
 
 Event = tuple[str, dict[str, Any]]
-"""Its type, as Celery calls it, and its fields."""
+"""Celery's event type, and the event's fields."""
 
 
 class BatchRows:
-    """Tells Flower of batches as if each were a task; in one thread, of the dispatcher that leads.
+    """Shows batches to Flower as if each were a task, from one thread of the leading dispatcher.
 
-    Each event says all there is to its row: whoever begins to tell, or to listen, needs nothing from before. What can't
-    be told is told at a later look, and nobody waits for it. A look costs by the batches that move and a few hundred
-    others, not by jobs.
+    Each event holds the whole row, so that neither a new dispatcher nor a restarted Flower needs earlier events. Events
+    that can't be sent follow with a later look. A look costs by active batches and a few hundred others, not by jobs.
     """
 
-    def __init__(self, store: JobStore, settings: Settings) -> None:
-        self._store = store
+    def __init__(self, overview: Overview, settings: Settings) -> None:
+        self._overview = overview
         self._seconds = settings.progress_seconds
         self._bucket = settings.s3_bucket
         self._stream = EventStream(settings)
         self._backoff = Backoff(1.0, 30.0)
-        self._start_anew()
+        self._reset()
 
-    def _start_anew(self) -> None:
-        self._open: dict[str, tuple[object, float]] = {}  # what was told last of those that had not ended, and when
-        self._ended: dict[str, object] = {}  # the same of some that had
+    def _reset(self) -> None:
+        self._open: dict[str, tuple[object, float]] = {}  # the last state sent of each open batch, and when
+        self._ended: dict[str, object] = {}  # the last state sent of some ended ones
         self._models: dict[str, str] = {}
         self._place: tuple[datetime, str] | None = None
         self._looks = 0
 
     def run(self, stop: threading.Event, leadership: Leadership) -> None:
-        """Look again and again while this process leads, until `stop` is set; an outage is logged once."""
+        """Look at the batches while this process leads, until `stop` is set; logs an outage once."""
         if self._seconds is None:
             return
         pause, failures = self._seconds, 0
         while not stop.wait(pause):
             pause = self._seconds
             if not leadership.leads:
-                self._start_anew()  # another one tells meanwhile
+                self._reset()  # another dispatcher sends events meanwhile
                 continue
             try:
                 self.look(time.monotonic())
@@ -76,21 +75,21 @@ class BatchRows:
                 failures += 1
                 if failures == 1:
                     log.warning("can't tell Flower of the batches, trying again: %s", error)
-                pause = max(pause, self._backoff.seconds(min(failures, 10)))
+                pause = max(pause, self._backoff.seconds(failures))
             except Exception:
                 log.exception("can't tell Flower of the batches")
                 pause = max(pause, self._backoff.max_seconds)
         self._stream.close()
 
     def look(self, at: float) -> int:
-        """Tell of the batches that have changed, at a time of `time.monotonic`; returns how many events that were.
+        """Send the batches that changed, at a time of `time.monotonic`; returns the number of events.
 
-        Raises `ServiceUnavailable`, after which all of it is told at the next look.
+        Raises `ServiceUnavailable`; the next look sends the same batches.
         """
-        again = frozenset(self._store.just_ended(_ENDED_SECONDS, MOST) if self._looks % _ENDED_EVERY == 0 else ())
-        moving = frozenset(self._store.moving(MOST))
+        again = frozenset(self._overview.just_ended(_ENDED_SECONDS, MOST) if self._looks % _ENDED_EVERY == 0 else ())
+        moving = frozenset(self._overview.moving(MOST))
         looked_at = [*{**dict.fromkeys(moving), **dict.fromkeys(self._others()), **dict.fromkeys(again)}]
-        found = self._store.statuses(looked_at)
+        found = self._overview.statuses(looked_at)
         events: list[Event] = []
         marks: dict[str, object] = {}
         for batch_id in self._longest_untold_first(looked_at):
@@ -114,8 +113,8 @@ class BatchRows:
         return len(events)
 
     def _others(self) -> Iterator[str]:
-        """Some of the batches that have not ended, in turn, and of those that had not when they were told of last."""
-        page = self._store.open_batches(MOST, self._place)
+        """The next page of open batches, and the next of those that were open when they were last sent."""
+        page = self._overview.open_batches(MOST, self._place)
         self._place = page[-1] if len(page) == MOST else None
         yield from (batch_id for _, batch_id in page)
         known = list(self._open)
@@ -147,9 +146,9 @@ class BatchRows:
         }
         if not status.done:
             if status.id not in self._open:
-                # Flower would not take a batch whose failed jobs are tried anew for one that goes on.
+                # Without it Flower keeps a batch with retried jobs in its terminal state.
                 yield "task-retried", row
-            line = jobs_line(status.ended, status.total, self._store.tempo(status), note(status))
+            line = jobs_line(status.ended, status.total, self._overview.tempo(status), note(status))
             yield "task-progress", {**row, "result": line}
             return
         took = (status.finished_at - status.created_at).total_seconds() if status.finished_at else 0.0
@@ -167,13 +166,13 @@ class BatchRows:
     def _shown(self, status: BatchStatus) -> str:
         models = self._models.get(status.id)
         if models is None:
-            models = self._models[status.id] = ", ".join(self._store.models_of(status.id))
+            models = self._models[status.id] = ", ".join(self._overview.models_of(status.id))
         jobs = f"{status.total} job{'s' * (status.total != 1)}"
         return printable(f"{status.name[:80]}: {jobs} of {status.owner[:40]} (model {models[:200]})")
 
 
 def note(status: BatchStatus) -> str:
-    """What is out of the ordinary with a batch, in few words: `2 failed, 1 cancelled, paused`."""
+    """A batch's failures, cancellations and pause: `2 failed, 1 cancelled, paused`; empty if it has none."""
     odd = (JobState.FAILED, JobState.CANCELLED)
     words = [f"{status.counts[state]} {state}" for state in odd if status.counts[state]]
     if status.paused and not status.done:
@@ -186,13 +185,13 @@ def _gone(batch_id: str) -> Iterator[Event]:
 
 
 def _revoked(row: dict[str, Any]) -> Iterator[Event]:
-    # Alone it would not end what makes progress: a revoked task can come before that.
+    # A revoked event alone does not end a task in progress, since Celery may revoke a task before it starts.
     yield "task-retried", row
     yield "task-revoked", row
 
 
 class EventStream:
-    """What Flower listens to, over a connection of its own that is opened at need."""
+    """Sends events to Flower over a connection of its own, opened when needed."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -202,7 +201,7 @@ class EventStream:
         self._heartbeat = float("-inf")
 
     def send(self, events: Sequence[Event], at: float) -> None:
-        """Send these, in this order, as one message; and now and then a sign of life. Raises `BrokerUnavailable`."""
+        """Send events in order as one message, with a heartbeat when due. Raises `BrokerUnavailable`."""
         if not events and at - self._heartbeat < _HEARTBEAT_SECONDS:
             return
         try:
@@ -212,7 +211,7 @@ class EventStream:
                 self._events.send(kind, **fields)
             self._events.flush()
             if at - self._heartbeat >= _HEARTBEAT_SECONDS:
-                # Flower takes whoever sends for a worker, and one without it for dead.
+                # Flower takes each sender for a worker, and one without heartbeats for dead.
                 self._events.send("worker-heartbeat", freq=_HEARTBEAT_SECONDS)
                 self._heartbeat = at
         except Exception as error:
@@ -237,14 +236,14 @@ class EventStream:
         if connection is not None:
             try:
                 connection.release()
-            except Exception as error:  # noqa: BLE001 - it is broken, and nobody needs it any more
+            except Exception as error:  # noqa: BLE001 - it is broken and no longer needed
                 log.debug("can't close the connection for events: %s", error)
 
     def close(self) -> None:
-        """Say goodbye, and close the connection."""
+        """Report this sender offline, and close the connection."""
         try:
             if self._events is not None:
                 self._events.send("worker-offline")
-        except Exception as error:  # noqa: BLE001 - whoever misses it finds out
+        except Exception as error:  # noqa: BLE001 - Flower notices the missing heartbeats
             log.debug("can't say goodbye to Flower: %s", error)
         self._drop()

@@ -1,36 +1,37 @@
-"""Who copies pictures: threads beside the dispatcher, so that an object store that hangs holds up no job."""
+"""Copies pictures for reuse, in threads beside the dispatcher: a hanging object store delays no job."""
 
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from farm.errors import NotFound, ServiceUnavailable
-from farm.jobs.reuse import Copying
-from farm.jobs.store import JobStore
+from farm.jobs.reuse import Copying, Reuse
 from farm.objects.storage import Storage
+from farm.runtime.backoff import Backoff
 
 log = logging.getLogger(__name__)
 
 _THREADS = 4
 _CHUNK = 16
-"""How many copies are begun, and recorded, in one transaction."""
-_AWAY_SECONDS = 5.0, 60.0
-"""How long no copies are made after an error, and at most when there is one after another."""
+"""Copies begun, and recorded, in one transaction."""
+_BACKOFF = Backoff(base_seconds=5.0, max_seconds=60.0)
+"""Between an error and the next copies."""
 _LOOK_SECONDS = 0.5
 
 
 class Copier:
-    """Gives jobs copies of pictures that others have.
+    """Completes jobs with copies of existing pictures of the same work.
 
-    What goes wrong leaves a job as it was, in the backlog. While the store is away nothing is `ready`, and the
-    dispatcher lets be rendered what could have been copied.
+    A failed copy leaves its job in the backlog. While the object store is away the copier is not `ready`, and the
+    dispatcher has such jobs rendered.
     """
 
-    def __init__(self, store: JobStore, storage: Storage) -> None:
-        self._store = store
+    def __init__(self, reuse: Reuse, storage: Storage, clock: Callable[[], float] = time.monotonic) -> None:
+        self._reuse = reuse
         self._storage = storage
-        self._line: dict[str, str] = {}
+        self._clock = clock
+        self._waiting: dict[str, str] = {}
         self._at_work: set[str] = set()
         self._changed = threading.Condition()
         self._errors = 0
@@ -38,43 +39,43 @@ class Copier:
 
     @property
     def ready(self) -> bool:
-        """Whether copies can be made, as far as is known."""
-        return time.monotonic() >= self._away_until
+        """Whether no recent error suggests that the object store is away."""
+        return self._clock() >= self._away_until
 
     def offer(self, copies: Mapping[str, str]) -> None:
-        """Say which jobs are to have a copy of whose picture, first come first; what was said before is void.
+        """Replace the waiting copies by these: a source job for each job, in serving order.
 
-        The dispatcher does after each pass.
+        The dispatcher calls this after each pass.
         """
         with self._changed:
-            self._line = {job_id: source for job_id, source in copies.items() if job_id not in self._at_work}
-            if self._line:
+            self._waiting = {job_id: source for job_id, source in copies.items() if job_id not in self._at_work}
+            if self._waiting:
                 self._changed.notify_all()
 
     def start(self, stop: threading.Event) -> None:
-        """Copy what is offered, until `stop` is set."""
+        """Start the threads that copy until `stop` is set."""
         for number in range(1, _THREADS + 1):
             threading.Thread(target=self._copy_on, args=(stop,), name=f"copies-{number}", daemon=True).start()
 
     def copy(self, wanted: Mapping[str, str]) -> int:
-        """Copy for each of these jobs the picture of the job that it is mapped to; returns how many succeeded by that.
+        """Copy to each job the picture of its source job; returns the number of jobs that succeeded.
 
-        A picture that is gone, or is not what SQL says, serves nobody from now on. Raises `StorageUnavailable` and
-        `DatabaseUnavailable`, with all recorded that could be.
+        A picture that is missing, or not as large as SQL says, is withdrawn from reuse. Raises `StorageUnavailable` and
+        `DatabaseUnavailable` after recording the copies made so far.
         """
         made: list[Copying] = []
         error: ServiceUnavailable | None = None
-        for one in self._store.begin_copies(wanted):
+        for one in self._reuse.begin_copies(wanted):
             try:
                 if self._copied(one):
                     made.append(one)
                 else:
                     log.warning("the picture of job_id=%s is gone, or not its own: it serves no other", one.source_id)
-                    self._store.withdraw(one.source_id)
+                    self._reuse.withdraw(one.source_id)
             except ServiceUnavailable as raised:
                 error = raised
                 break
-        late = self._store.end_copies(made) if made else []
+        late = self._reuse.record_copies(made) if made else []
         self._storage.delete_many(key for one in late for key in one.keys.values())
         if error is not None:
             raise error
@@ -100,7 +101,7 @@ class Copier:
                 self._errors = 0
             except ServiceUnavailable as error:
                 self._pause(str(error))
-            except Exception:  # a thread that ended would hold up for ever what waits for its copies
+            except Exception:  # the thread must survive: jobs wait for its copies
                 log.exception("copying broke")
                 self._pause("see above")
             finally:
@@ -109,20 +110,19 @@ class Copier:
 
     def _take(self) -> dict[str, str]:
         with self._changed:
-            if not self._line or not self.ready:
+            if not self._waiting or not self.ready:
                 self._changed.wait(_LOOK_SECONDS)
-            some = dict(list(self._line.items())[:_CHUNK]) if self.ready else {}
+            some = dict(list(self._waiting.items())[:_CHUNK]) if self.ready else {}
             for job_id in some:
-                del self._line[job_id]
+                del self._waiting[job_id]
             self._at_work.update(some)
         return some
 
     def _pause(self, why: str) -> None:
-        least, most = _AWAY_SECONDS
         with self._changed:
-            self._line.clear()
-            if self.ready:  # the first of the threads to notice
-                seconds = min(most, least * 2**self._errors)
+            self._waiting.clear()
+            if self.ready:  # only the first thread that notices
                 self._errors += 1
-                self._away_until = time.monotonic() + seconds
+                seconds = _BACKOFF.seconds(self._errors)
+                self._away_until = self._clock() + seconds
                 log.warning("can't copy pictures, renders them for %.0f s: %s", seconds, why)

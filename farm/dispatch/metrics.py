@@ -1,7 +1,7 @@
-"""What a dispatcher tells Prometheus: how the farm is, as SQL has it, what the dispatcher itself does, and who works.
+"""A dispatcher's metrics for Prometheus: the farm's numbers from SQL, the dispatcher's own, and the worker targets.
 
-Every dispatcher tells all of it, whether it leads or not, so that no number is lost with the one that does. What is of
-the farm is the same from each, so that queries take the largest (`max`); what is of the dispatcher adds up.
+Every dispatcher serves all of them, leading or not, so that no number is lost with the leader. The farm's numbers are
+the same from each dispatcher: queries take their `max`. A dispatcher's own numbers add up.
 """
 
 import http
@@ -28,20 +28,20 @@ from farm.jobs.database import Database
 from farm.jobs.demand import Demands, demands
 from farm.jobs.leadership import Leadership
 from farm.jobs.states import JobState
-from farm.jobs.store import JobStore
+from farm.jobs.workers import Workers
 from farm.runtime.metrics_server import MetricsServer, Service, respond
 from farm.settings import Settings
 
 log = logging.getLogger(__name__)
 
 _FRESH_SECONDS = 4.0
-"""How long an answer of the database serves: however many ask, it is asked no more often."""
+"""How long an answer of the database is reused: more scrapes cause no more queries."""
 _PATIENCE_SECONDS = 3.0
 """How long a scrape waits for the database. Prometheus gives it ten seconds by default."""
 
 
 class FarmCollector(Collector):
-    """The farm as SQL has it; without what it does not say in time, so that a scrape always has an answer."""
+    """The farm's numbers from SQL; left out if the database is slow, so that a scrape always has an answer."""
 
     def __init__(self, db: Database, settings: Settings) -> None:
         self._db = db
@@ -52,13 +52,13 @@ class FarmCollector(Collector):
         self._asked_at = 0.0
 
     def collect(self) -> Iterator[Metric]:
-        """Called with every scrape."""
+        """Yield the metrics; called with every scrape."""
         found = self._answer()
         yield GaugeMetricFamily("farm_sql_up", "Whether the database answered in time.", value=found is not None)
         if found is None:
             return
-        yield GaugeMetricFamily("farm_workers", "Workers that live.", value=found.workers)
-        jobs = GaugeMetricFamily("farm_jobs", "Jobs of all batches that are kept, by state.", labels=["state"])
+        yield GaugeMetricFamily("farm_workers", "Live workers.", value=found.workers)
+        jobs = GaugeMetricFamily("farm_jobs", "Jobs of all batches, by state.", labels=["state"])
         for state, count in found.jobs.items():
             jobs.add_metric([state.value], count)
         yield jobs
@@ -84,10 +84,13 @@ def _by_model(found: Demands) -> Iterator[Metric]:
     gauges = {
         name: GaugeMetricFamily(f"farm_{name}", shown, labels=["model"])
         for name, shown in (
-            ("held_up_jobs", "Jobs that wait until somebody lets them go on: their batch is paused, or its owner."),
-            ("queued_device_seconds", "Device seconds that the jobs will take which wait and are not held up."),
-            ("running_device_seconds", "Device seconds that the jobs under way take, from beginning to end."),
-            ("oldest_wait_seconds", "Age of the oldest batch of which jobs wait that are not held up; 0 if none do."),
+            ("held_up_jobs", "Waiting jobs of paused batches and paused owners."),
+            ("queued_device_seconds", "Estimated device seconds of waiting jobs that are not paused."),
+            ("running_device_seconds", "Estimated device seconds of running jobs, from first to last step."),
+            (
+                "oldest_wait_seconds",
+                "Age of the oldest batch with unpaused waiting jobs; 0 without one.",
+            ),
             ("model_workers", "Live workers that serve the model."),
             ("model_slots", "Slots of the live workers that serve the model."),
         )
@@ -110,7 +113,7 @@ def _by_model(found: Demands) -> Iterator[Metric]:
 
 
 class DispatcherCollector(Collector):
-    """What one dispatcher has done since it began."""
+    """The counts of one dispatcher since it started."""
 
     def __init__(self, dispatcher: Dispatcher, leadership: Leadership, services: Mapping[str, Service]) -> None:
         self._dispatcher = dispatcher
@@ -118,20 +121,24 @@ class DispatcherCollector(Collector):
         self._services = services
 
     def collect(self) -> Iterator[Metric]:
-        """Called with every scrape."""
+        """Yield the metrics; called with every scrape."""
         tally = self._dispatcher.tally
         leads = self._leadership.leads
-        yield GaugeMetricFamily("farm_dispatcher_leads", "Whether this dispatcher is the one that acts.", value=leads)
+        yield GaugeMetricFamily("farm_dispatcher_leads", "Whether this dispatcher leads.", value=leads)
         for name, shown, value in (
             ("dispatch_passes", "Passes over the backlog.", tally.passes),
             ("dispatch_pass_seconds", "Seconds that passes took.", tally.pass_seconds),
-            ("dispatched_jobs", "Jobs it moved into Redis; clients move their first.", tally.dispatched),
-            ("lost_leases", "Jobs taken from workers that gave no sign of life.", tally.lost_leases),
-            ("lost_messages", "Jobs brought back whose message was gone from Redis.", tally.lost_messages),
+            (
+                "dispatched_jobs",
+                "Jobs this dispatcher moved into Redis; clients move others.",
+                tally.dispatched,
+            ),
+            ("lost_leases", "Jobs recovered from expired leases.", tally.lost_leases),
+            ("lost_messages", "Jobs recovered because their message was missing from Redis.", tally.lost_messages),
         ):
             yield CounterMetricFamily(f"farm_{name}", shown, value=value)
         errors = CounterMetricFamily(
-            "farm_dispatcher_service_errors", "Times that a service did not answer the dispatcher.", labels=["service"]
+            "farm_dispatcher_service_errors", "Failed calls of the dispatcher to a service.", labels=["service"]
         )
         for name, service in self._services.items():
             errors.add_metric([name], service.outages)
@@ -140,21 +147,21 @@ class DispatcherCollector(Collector):
 
 @dataclass(frozen=True)
 class WorkerTargets:
-    """The live workers that have metrics, for Prometheus' `http_sd_configs`: one address finds all nodes."""
+    """The live workers with metrics, as targets for Prometheus' `http_sd_configs`."""
 
-    store: JobStore
+    workers: Workers
 
     def __call__(self, _environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        """Called with each refresh. Without an answer Prometheus keeps the targets that it has."""
+        """Answer a refresh; after an error Prometheus keeps its present targets."""
         try:
-            found = [target(one.name, one.metrics_url) for one in self.store.workers() if one.alive and one.metrics_url]
+            found = [target(one.name, one.metrics_url) for one in self.workers.all() if one.alive and one.metrics_url]
         except ServiceUnavailable as error:
             return respond(start_response, http.HTTPStatus.SERVICE_UNAVAILABLE, f"{error}\n")
         return respond(start_response, http.HTTPStatus.OK, json.dumps(found), "application/json")
 
 
 def target(worker: str, url: str) -> dict[str, Any]:
-    """A worker as Prometheus discovers it."""
+    """A worker as a target for Prometheus."""
     where = urlsplit(url)
     return {
         "targets": [where.netloc],
@@ -164,21 +171,21 @@ def target(worker: str, url: str) -> dict[str, Any]:
 
 def serve(
     db: Database,
-    store: JobStore,
+    workers: Workers,
     dispatcher: Dispatcher,
     leadership: Leadership,
     settings: Settings,
     services: Mapping[str, Service],
 ) -> MetricsServer | None:
-    """Begin to answer for a dispatcher, if a port is set. Raises `NotConfigured` if it is taken."""
+    """Serve a dispatcher's metrics if a port is set. Raises `NotConfigured` if the port is taken."""
     if settings.metrics_port is None:
         return None
     registry = CollectorRegistry()
-    with suppress(ValueError):  # there is none where there is no /proc
+    with suppress(ValueError):  # it needs /proc
         ProcessCollector(registry=registry)
     registry.register(FarmCollector(db, settings))
     registry.register(DispatcherCollector(dispatcher, leadership, services))
-    server = MetricsServer(settings, registry, {"/workers": WorkerTargets(store)})
+    server = MetricsServer(settings, registry, {"/workers": WorkerTargets(workers)})
     server.start()
     log.info("metrics at %s", server.url)
     return server

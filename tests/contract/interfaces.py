@@ -112,40 +112,30 @@ def _class(kind: type) -> dict[str, Any]:
     told: dict[str, Any] = {"bases": [base.__name__ for base in kind.__mro__ if base.__module__.startswith("farm")]}
     if issubclass(kind, enum.Enum):
         return {**told, "values": {one.name: one.value for one in kind}}
-    if dataclasses.is_dataclass(kind):
-        told["fields"] = {
-            one.name: "has a default" if _has_default(one) else "required" for one in dataclasses.fields(kind)
-        }
-    elif fields := getattr(kind, "model_fields", None):
-        told["fields"] = {name: repr(field.default) for name, field in fields.items()}
     own = {name for one in kind.__mro__ if one.__module__.startswith("farm") for name in vars(one)}
-    told["members"] = {
-        name: _member(inspect.getattr_static(kind, name))
-        for name in own - told.get("fields", {}).keys() - _INTERNAL
-        if not name.startswith("_")
-    }
+    members = {name: inspect.getattr_static(kind, name) for name in own - _INTERNAL if not name.startswith("_")}
+    if fields := getattr(kind, "model_fields", None):
+        told["fields"] = {name: repr(field.default) for name, field in fields.items()}
+    attributes = [name for name, member in members.items() if not _is_method(member)]
+    if dataclasses.is_dataclass(kind):  # whether one of its attributes is stored or computed is its own affair
+        attributes += [field.name for field in dataclasses.fields(kind)]
+    told["attributes"] = sorted(set(attributes))
+    told["methods"] = {name: _parameters(member) for name, member in members.items() if _is_method(member)}
     if kind is Farm:  # all others are made by it
-        told["members"]["__init__"] = _parameters(kind.__init__)
+        told["methods"]["__init__"] = _parameters(kind.__init__)
     return told
 
 
-def _has_default(field: "dataclasses.Field[Any]") -> bool:
-    return field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
-
-
-def _member(value: Any) -> Any:
-    if isinstance(value, property):
-        return "property"
-    function = getattr(value, "__func__", value)
-    return _parameters(function) if inspect.isfunction(function) else "value"
+def _is_method(member: Any) -> bool:
+    return inspect.isfunction(getattr(member, "__func__", member))
 
 
 def _parameters(function: Any) -> list[list[str]]:
     """A function's parameters: name, kind, default."""
     return [
         [one.name, one.kind.description, "required" if one.default is one.empty else repr(one.default)]
-        for one in inspect.signature(function).parameters.values()
-        if one.name != "self"
+        for one in inspect.signature(getattr(function, "__func__", function)).parameters.values()
+        if one.name not in ("self", "cls")
     ]
 
 

@@ -92,13 +92,17 @@ class Client:
             one.name: {
                 "version": one.version,
                 "slots": one.slots,
-                "serves": sorted(model["name"] for model in one.models),
+                "models": len(one.models),
                 "held": sorted(one.held),
                 "has memory": one.memory is not None,
             }
             for one in self._farm.workers()
             if one.alive
         }
+
+
+def _name(model: Any) -> str:
+    return str(model["name"] if isinstance(model, dict) else model.name)  # a mapping in the previous release
 
 
 def _reported(job: Job) -> dict[str, Any]:

@@ -101,8 +101,9 @@ class MixedFarm:
         side.workers[name] = process
 
         def there() -> bool:
-            assert process.popen.poll() is None, f"the {side.name} worker {name} ended: {process.log.read_text()}"
-            return any(found.startswith(f"{name}@") for found in side.ask("workers"))
+            logged = process.log.read_text()
+            assert process.popen.poll() is None, f"the {side.name} worker {name} ended: {logged}"
+            return " ready" in logged and any(found.startswith(f"{name}@") for found in side.ask("workers"))
 
         wait_until(there, f"the {side.name} worker {name} is there", _WAIT_SECONDS)
         return process

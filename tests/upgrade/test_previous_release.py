@@ -202,14 +202,14 @@ def resumed_by_the_other(farm: MixedFarm, first: Side, second: Side, folder: Pat
     begins = farm.start_worker(
         first, f"{model}-begins", f"{model}=tiny", FARM_CHECKPOINT_STEPS=10, FARM_DRAIN_SECONDS=0
     )
-    spec = {"prompt": "a red circle", "model": model, "seed": 3, "scheduler": "dpmpp_2m", "num_inference_steps": 120}
+    spec = {"prompt": "a red circle", "model": model, "seed": 3, "scheduler": "dpmpp_2m", "num_inference_steps": 200}
     (job,) = second.ask("submit", specs=[spec], reuse=False)["jobs"]
     wait_until(lambda: f"checkpointed job_id={job} " in begins.log.read_text(), f"{job} has a checkpoint", 120)
-    ends = farm.start_worker(second, f"{model}-ends", f"{model}=tiny")
     if kill:
         begins.kill()
     else:
         assert begins.stop() == 0, begins.log.read_text()
+    ends = farm.start_worker(second, f"{model}-ends", f"{model}=tiny")
     found = farm.wait_for_job(first, job, lambda it: it["state"] == "succeeded", f"{job} has succeeded")
     resumed = [line for line in ends.log.read_text().splitlines() if f"resuming job_id={job}" in line]
     assert resumed, f"the {second.name} worker began anew: {farm.logged(job)}"
@@ -344,7 +344,7 @@ def test_what_either_release_leaves_beside_its_pictures_is_swept_by_the_new_disp
     model = f"leaves-{renderer}"
     doomed = farm.start_worker(farm.side(renderer), f"{model}-doomed", f"{model}={PACE}", FARM_CHECKPOINT_STEPS=10)
     client = farm.other(renderer)
-    spec = {"prompt": "left", "model": model, "num_inference_steps": 60}
+    spec = {"prompt": "left", "model": model, "num_inference_steps": 200}
     made = client.ask("submit", specs=[spec, {**spec, "num_inference_steps": 1000}])
     short, long = made["jobs"]
     wait_until(
