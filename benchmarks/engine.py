@@ -1,21 +1,18 @@
-"""The engine beside diffusers' own pipeline: `python -m benchmarks.engine`, one table at the end.
+"""Compares the engine with diffusers' own pipeline: `python -m benchmarks.engine` prints a table at the end.
 
-Both sides have the checkpoint, the specs and the threads alike, and take turns; each is a process of its own. The
-farm's is what a worker runs, without Celery, SQL and, but for the cost of checkpoints, S3.
+Both sides have the same checkpoint, specs and threads, take turns, and run in separate processes. The farm's side is
+what a worker runs, without Celery and SQL, and without S3 except for the cost of checkpoints.
 """
 
 import argparse
-import json
 import logging
 import os
-import shlex
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +23,7 @@ from benchmarks.models import find, native_side
 from benchmarks.ours import Farm
 from benchmarks.parity import References
 from benchmarks.rows import Row
-from benchmarks.table import table, where
+from benchmarks.table import publish
 from benchmarks.work import QUICK, Counts
 from farm.errors import NotConfigured
 from farm.local import LocalFarm
@@ -52,15 +49,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     log.setLevel(logging.INFO)
     with tempfile.TemporaryDirectory(prefix="farm-benchmark-") as place:
         rows, facts = measure(options, Path(place))
-    command = shlex.join(["python", "-m", "benchmarks.engine", *(arguments or sys.argv[1:])])
-    print(table(rows, [f"`{command}`", where(), *facts]))
-    if options.json:
-        options.json.write_text(json.dumps({"facts": facts, "rows": [asdict(row) for row in rows]}, indent=1))
-    return int(any(row.met is False for row in rows))
+    return publish("benchmarks.engine", arguments, rows, options.json, facts)
 
 
 def measure(options: argparse.Namespace, place: Path) -> tuple[list[Row], list[str]]:
-    """The rows asked for and what to know about them."""
+    """The requested rows, and facts about the run."""
     building = Apart(_Builder)  # its copy of the model goes with its process
     folder = building.find(options.model, place / "checkpoint", options.device, options.dtype)
     building.close()
@@ -92,14 +85,14 @@ def measure(options: argparse.Namespace, place: Path) -> tuple[list[Row], list[s
 
 
 def sweep(side: int) -> tuple[int, ...]:
-    """Three sizes: from the small model's own upwards, or up to the size of a large one."""
+    """Three sizes: upwards from the small model's own, or up to a large model's own."""
     base = side if side < 512 else side // 2
     return base, base * 3 // 2 // 8 * 8, base * 2
 
 
 @contextmanager
 def object_store(home: Path) -> Iterator[Settings]:
-    """A real S3 server with an empty bucket, the embedded farm's, for as long as it is needed."""
+    """The embedded farm's S3 server with an empty bucket, while the block runs."""
     with LocalFarm(home, workers=0, dispatcher=False, flower=False) as farm:
         yield farm.settings
 

@@ -1,21 +1,19 @@
-"""The farm as a queue beside other queues: `python -m benchmarks.queue`, one table at the end.
+"""Compares the farm as a queue with other queues: `python -m benchmarks.queue` prints a table at the end.
 
-All on one Valkey, one after the other; the farm with its embedded servers and SQLite, where every job is durable before
-it is submitted. Nothing is rendered: the null pipeline draws flat pictures at once.
+All use one Valkey, one after the other. The farm runs with its embedded servers and SQLite, where every job is durable
+before it is submitted. Nothing is rendered: the null pipeline draws flat pictures at once.
 """
 
 import argparse
-import json
 import logging
 import os
-import shlex
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -27,7 +25,8 @@ from celery import Task
 from benchmarks import peers
 from benchmarks.peers import prompt
 from benchmarks.rows import Row
-from benchmarks.table import table, where
+from benchmarks.table import publish
+from benchmarks.waiting import wait_until
 from farm.client.farm import Farm
 from farm.client.job import Job
 from farm.jobs.database import Database
@@ -42,7 +41,7 @@ log = logging.getLogger("benchmarks")
 
 SLOTS = 16
 THREADS = SLOTS + max(2, SLOTS // 2)
-"""Of a worker of the farm, and so of the bare one."""
+"""The threads of a worker of the farm, and of the bare one."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,16 +59,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             peers.app.conf.update(make_app(farm.settings).conf.changes)
             rows = list(Cases(farm.settings, Path(place), 10 if options.quick else 1).run(options.only))
     rows = [replace(row, number=number) for number, row in enumerate(rows, 1)]
-    command = shlex.join(["python", "-m", "benchmarks.queue", *(arguments or sys.argv[1:])])
-    facts = [f"`{command}`", where()]
-    print(table(rows, facts))
-    if options.json:
-        options.json.write_text(json.dumps({"facts": facts, "rows": [asdict(row) for row in rows]}, indent=1))
-    return int(any(row.met is False for row in rows))
+    return publish("benchmarks.queue", arguments, rows, options.json)
 
 
 class Cases:
-    """What is measured, each case with nothing left of the one before."""
+    """The measurements; each case starts from an empty farm."""
 
     def __init__(self, settings: Settings, place: Path, part: int) -> None:
         self._settings = settings
@@ -78,7 +72,7 @@ class Cases:
         self._started = 0
 
     def run(self, only: Sequence[int]) -> Iterator[Row]:
-        """The rows of the cases asked for."""
+        """The rows of the requested cases."""
         for number in only:
             log.info("case %d", number)
             case = (self._submitting, self._serving, self._dispatching, self._status, self._killing)[number - 1]
@@ -91,7 +85,7 @@ class Cases:
         ways = peers.ways(self._settings.broker_url)
         ours: list[float] = []
         theirs: dict[str, list[float]] = {name: [] for name in ways}
-        for _ in range(rounds):  # in turns: what else the machine does hits all of them
+        for _ in range(rounds):  # interleaved, so that other load on the machine affects all of them
             with self._farm() as farm:
                 began = time.perf_counter()
                 farm.submit(prompt(n) for n in range(count))
@@ -112,7 +106,7 @@ class Cases:
         with self._farm() as farm, ExitStack() as stack:
             stack.enter_context(self._process("farm", "dispatcher"))
             stack.enter_context(self._process("workers", "--name", "w1", FARM_MODELS="tiny=null:", FARM_SLOTS=SLOTS))
-            _wait(partial(_alive, farm, "w1"))
+            wait_until(partial(_alive, farm, "w1"))
             farm.submit(["warm"] * 50, num_inference_steps=1).wait()
             began = time.perf_counter()
             farm.submit((prompt(n) for n in range(count)), num_inference_steps=1).wait()
@@ -129,7 +123,7 @@ class Cases:
             )  # fmt: skip
 
     def _bare(self, task: Task[Any, Any], count: int) -> float:
-        """Jobs a second through a worker of Celery's own, from the first `apply_async` to the last task."""
+        """Jobs per second through a bare Celery worker, from the first `apply_async` to the last task."""
         self._flush()
         bare = ("celery", "-A", "benchmarks.peers", "worker", "-P", "threads", "-c", str(THREADS), "-Q", "bench")
         with redis.Redis.from_url(self._settings.broker_url) as client, self._process(*bare, "--without-mingle"):
@@ -137,7 +131,7 @@ class Cases:
             def run(numbers: range) -> None:
                 for n in numbers:
                     task.apply_async((prompt(n),), queue="bench")
-                _wait(lambda: not client.llen("bench") and not client.hlen("unacked"))
+                wait_until(lambda: not client.llen("bench") and not client.hlen("unacked"))
 
             run(range(50))
             began = time.perf_counter()
@@ -160,7 +154,7 @@ class Cases:
         size = 1_000_000 // self._part
         with self._store() as store:
             batch_id = _fill(store, size)
-            took = sorted(_timed(lambda: store.batch(batch_id)) for _ in range(50))
+            took = sorted(_timed(lambda: store.queries.batch(batch_id)) for _ in range(50))
         value = median(took) * 1e3
         spread = took[0] * 1e3, took[-1] * 1e3
         yield Row(0, f"status of a batch of {size:,} jobs", value, " ms", "≤ 50", value <= 50, spread)
@@ -172,14 +166,14 @@ class Cases:
             slow = {"FARM_MODELS": "tiny=null:?seconds_per_step=0.1", "FARM_SLOTS": 4}
             for _ in range(3):
                 with self._process("workers", "--name", "first", **slow) as first:
-                    _wait(partial(_alive, farm, "first"))
+                    wait_until(partial(_alive, farm, "first"))
                     job = next(farm.submit("red", num_inference_steps=600).jobs())
-                    _wait(partial(_reached, job, JobState.RUNNING, 1))
+                    wait_until(partial(_reached, job, JobState.RUNNING, 1))
                     with self._process("workers", "--name", "second", **slow):
-                        _wait(partial(_alive, farm, "second"))
+                        wait_until(partial(_alive, farm, "second"))
                         first.kill()
                         killed = time.perf_counter()
-                        _wait(partial(_reached, job, JobState.RUNNING, 2))
+                        wait_until(partial(_reached, job, JobState.RUNNING, 2))
                         took.append(time.perf_counter() - killed)
                         job.cancel()
         value = max(took)
@@ -191,7 +185,7 @@ class Cases:
 
     @contextmanager
     def _farm(self) -> Iterator[Farm]:
-        """A client, with a new database and an empty Redis."""
+        """A client with a new database and an empty Redis."""
         self._fresh()
         with Farm(self._settings) as farm:
             yield farm
@@ -199,7 +193,7 @@ class Cases:
     @contextmanager
     def _store(self) -> Iterator[JobStore]:
         database = self._fresh()
-        yield JobStore(database, self._settings)
+        yield JobStore.over(database, self._settings)
         database.close()
 
     def _fresh(self) -> Database:
@@ -217,7 +211,7 @@ class Cases:
 
     @contextmanager
     def _process(self, *module: str, **env: object) -> Iterator[subprocess.Popen[bytes]]:
-        """A Python module in a process of its own, which finds this farm; killed at the end."""
+        """Run a Python module with this farm's settings in a process; kill it at the end."""
         secret = self._settings.s3_secret_access_key
         found = {
             "FARM_DATABASE_URL": self._settings.database_url,
@@ -245,17 +239,17 @@ class Cases:
 
 
 def _fill(store: JobStore, size: int) -> str:
-    return store.submit("large", "me", 50, (RenderSpec(prompt=prompt(n), seed=n) for n in range(size)))
+    return store.submissions.submit("large", "me", 50, (RenderSpec(prompt=prompt(n), seed=n) for n in range(size)))
 
 
 def _dispatch_cost(store: JobStore, passes: int = 30, each: int = 2 * SLOTS) -> float:
-    """Seconds a job, the median of passes; what was dispatched is put back and not counted."""
+    """Seconds per job, the median of passes; dispatched jobs are put back, which is not counted."""
     took = []
     for _ in range(passes):
         began = time.perf_counter()
-        bells = store.enqueue(each)
+        bells = store.backlog.enqueue(each)
         took.append((time.perf_counter() - began) / len(bells))
-        store.unqueue([bell.job_id for bell in bells])
+        store.backlog.unqueue([bell.job_id for bell in bells])
     return median(took)
 
 
@@ -272,14 +266,6 @@ def _timed(what: Callable[[], object]) -> float:
     began = time.perf_counter()
     what()
     return time.perf_counter() - began
-
-
-def _wait(true: Callable[[], bool], seconds: float = 300) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"waited {seconds} s in vain")
-        time.sleep(0.01)
 
 
 if __name__ == "__main__":

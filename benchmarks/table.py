@@ -1,25 +1,41 @@
-"""The rows as a Markdown table, with what they were measured on."""
+"""The rows of a benchmark as a Markdown table and as JSON, with the command, the versions and the machine."""
 
+import json
 import os
 import platform
+import shlex
+import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from importlib.metadata import version
+from pathlib import Path
 
 from benchmarks.rows import Row
 
 _PACKAGES = ("torch", "diffusers", "transformers")
 
 
+def publish(
+    module: str, arguments: Sequence[str] | None, rows: Sequence[Row], path: Path | None, facts: Sequence[str] = ()
+) -> int:
+    """Print the table of a benchmark, and write its rows to a JSON file if `path` is given; 1 if a goal was missed."""
+    command = shlex.join(["python", "-m", module, *(sys.argv[1:] if arguments is None else arguments)])
+    facts = [f"`{command}`", _machine(), *facts]
+    print(table(rows, facts))
+    if path is not None:
+        path.write_text(json.dumps({"facts": facts, "rows": [asdict(row) for row in rows]}, indent=1))
+    return int(any(row.met is False for row in rows))
+
+
 def table(rows: Sequence[Row], facts: Sequence[str]) -> str:
-    """Markdown: a line a row, then the facts."""
+    """Markdown: a line for each row, then the facts."""
     head = ("#", "what", "value", "spread", "goal", "", "farm", "other side", "peak farm", "peak other")
     lines = [head, tuple("---" for _ in head), *(_cells(row) for row in rows)]
     shown = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return "\n".join([shown, "", *(f"- {fact}" for fact in facts)])
 
 
-def where() -> str:
-    """Versions and cores."""
+def _machine() -> str:
     versions = ", ".join(f"{package} {version(package)}" for package in _PACKAGES)
     return f"Python {platform.python_version()}, {versions}, {os.cpu_count()} cores, {platform.machine()}"
 

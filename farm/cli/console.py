@@ -1,8 +1,6 @@
 """What the commands share: the terminal, JSON output, the farm they talk to, and how a batch or job is found."""
 
 import json
-import os
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -14,7 +12,7 @@ from farm.client.farm import Farm
 from farm.errors import NotFound, ServiceUnavailable
 from farm.jobs.records import JobInfo
 from farm.runtime.terminal_text import printable
-from farm.settings import Settings
+from farm.settings import Settings, uses_embedded_farm
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -45,18 +43,12 @@ def plural(noun: str, count: int) -> str:
     return noun + "s" * (count != 1)
 
 
-def home() -> Path:
-    """The folder of the embedded farm."""
-    return Path(os.environ.get("FARM_HOME", ".farm"))
-
-
 def open_farm() -> Farm:
     """Connect to the configured farm; raises `ServiceUnavailable` if it is an embedded farm that does not run."""
     from farm.local import running
-    from farm.local.home import SERVICE_VARIABLES
 
     settings = Settings.load()
-    if not SERVICE_VARIABLES & os.environ.keys() and running(settings.home) is None:
+    if uses_embedded_farm() and running(settings.home) is None:
         raise ServiceUnavailable(f"the farm in {settings.home.absolute()} does not run: start it with `farm up`")
     return Farm(settings)
 

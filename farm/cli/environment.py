@@ -1,4 +1,4 @@
-"""What another process needs to find the farm: its settings as variables, in a file or for a shell."""
+"""The settings with which other processes join the farm, as variables in a file or for a shell."""
 
 import ipaddress
 import re
@@ -10,7 +10,7 @@ from pydantic import SecretStr
 
 from farm.errors import NotConfigured
 from farm.jobs.database import database_url
-from farm.settings import Settings
+from farm.settings import Settings, variable
 
 SHARED = (
     "database_url",
@@ -32,37 +32,37 @@ SHARED = (
     "retry_max_seconds",
     "max_lost_leases",
 )
-"""What all processes of a farm have in common; the other settings are each process's own."""
+"""The settings that are the same in all processes of a farm; the others belong to one process."""
 _BARE = re.compile(r"[\w@%+=:,./?\[\]-]*", re.ASCII)
 
 
 def variables(settings: Settings) -> dict[str, str]:
-    """`FARM_*` of all that was set and is every process's; what is left out has the same default everywhere."""
+    """The variables of all shared settings that were set; the others have the same default everywhere."""
     found = {}
     for name in SHARED:
         if name in settings.model_fields_set:
             value = getattr(settings, name)
             text = value.get_secret_value() if isinstance(value, SecretStr) else value
-            found[f"FARM_{name.upper()}"] = "none" if text is None else str(text)
+            found[variable(name)] = "none" if text is None else str(text)
     return found
 
 
 def as_file(values: dict[str, str]) -> str:
-    """Lines that dotenv readers, systemd's `EnvironmentFile=`, `docker --env-file` and shells all read alike.
+    """A file that dotenv readers, systemd's `EnvironmentFile=`, `docker --env-file` and shells read in the same way.
 
-    Quotes are written where a value can't do without; Docker, which takes them literally, can't have such a value.
-    Raises `NotConfigured` for one that can't be written for all readers.
+    A value is quoted only if it must be: Docker takes quotes literally, and does not work with such a value. Raises
+    `NotConfigured` for a value that not every reader understands.
     """
     return "".join(f"{name}={_written(name, value)}\n" for name, value in values.items())
 
 
 def as_shell(values: dict[str, str]) -> str:
-    """Lines for `eval` in a shell."""
+    """Commands for `eval` in a shell."""
     return "".join(f"export {name}={shlex.quote(value)}\n" for name, value in values.items())
 
 
 def reach(settings: Settings) -> Iterator[str]:
-    """What keeps other machines from this farm, a line each, and what to do about it."""
+    """Yield the reasons why other machines can not join this farm, each with its remedy."""
     database = database_url(settings.database_url)
     if database.get_backend_name() == "sqlite":
         yield (

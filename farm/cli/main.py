@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from farm import __version__
-from farm.cli import get, models, operate, status, steer, submit, watch
+from farm.cli import doctor, get, models, operate, status, steer, submit, watch
 from farm.cli.console import complain, out, plural
 from farm.errors import FarmError, InvalidInput, ServiceUnavailable
 from farm.specs.sources import MoreProblems
@@ -23,7 +23,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for group in (submit, status, watch, get, steer, models, operate):
+for group in (submit, status, watch, get, steer, models, operate, doctor):
     app.add_typer(group.app)
 
 

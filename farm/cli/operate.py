@@ -1,4 +1,4 @@
-"""The commands that operate a farm: its processes, its settings for other machines, its schema and its health."""
+"""The commands that operate a farm: its processes, its settings for other machines and its schema."""
 
 import os
 import sys
@@ -9,10 +9,10 @@ from typing import Annotated
 
 import typer
 
-from farm.cli.console import Json, complain, home, out, print_json
+from farm.cli.console import complain, out
 from farm.errors import NotConfigured
 from farm.log import configure
-from farm.settings import Settings
+from farm.settings import Settings, embedded_home
 
 app = typer.Typer()
 
@@ -22,7 +22,7 @@ def up(workers: Annotated[int, typer.Option(min=0, help="The number of workers o
     """Start the embedded farm and keep it running: Redis, S3, SQLite, dispatcher, workers and Flower."""
     from farm.local import LocalFarm
 
-    LocalFarm(home(), workers=workers, console=out).run()
+    LocalFarm(embedded_home(), workers=workers, console=out).run()
 
 
 @app.command()
@@ -68,7 +68,7 @@ def dispatcher() -> None:
     from farm.dispatch.dispatcher import Dispatcher
     from farm.dispatch.metrics import serve
     from farm.jobs.database import Database
-    from farm.jobs.leadership import Leadership
+    from farm.jobs.leadership import DISPATCHER, Leadership
     from farm.jobs.store import JobStore
     from farm.objects.storage import Storage
     from farm.queue.broker import Broker
@@ -82,9 +82,11 @@ def dispatcher() -> None:
         db.check_schema()
         broker = Broker(settings)
         storage = Storage(settings)
-        store, leadership = JobStore(db, settings), Leadership(db, "dispatcher")
+        store, leadership = JobStore.over(db, settings), Leadership(db, DISPATCHER)
         dispatcher = Dispatcher(store, broker, storage, settings)
-        metrics = serve(db, store, dispatcher, leadership, settings, {"sql": db, "redis": broker, "s3": storage})
+        metrics = serve(
+            db, store.workers, dispatcher, leadership, settings, {"sql": db, "redis": broker, "s3": storage}
+        )
         try:
             dispatcher.run(stop, leadership)
         finally:
@@ -109,17 +111,3 @@ def migrate(
     if bucket:
         Storage(settings).ensure_bucket()
         out.print(f"bucket {settings.s3_bucket} is there")
-
-
-@app.command()
-def doctor(as_json: Json = False) -> None:
-    """Check every part of the farm, and print a line for each with its state and what to do."""
-    from farm.cli import doctor as checks
-
-    findings = checks.check(Settings.load())
-    if as_json:
-        print_json([vars(finding) for finding in findings])
-    else:
-        for finding in findings:
-            out.print(checks.line(finding), soft_wrap=True)
-    raise typer.Exit(checks.exit_code(findings))

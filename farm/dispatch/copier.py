@@ -6,17 +6,17 @@ import time
 from collections.abc import Callable, Mapping
 
 from farm.errors import NotFound, ServiceUnavailable
-from farm.jobs.reuse import Copying
-from farm.jobs.store import JobStore
+from farm.jobs.reuse import Copying, Reuse
 from farm.objects.storage import Storage
+from farm.runtime.backoff import Backoff
 
 log = logging.getLogger(__name__)
 
 _THREADS = 4
 _CHUNK = 16
 """Copies begun, and recorded, in one transaction."""
-_AWAY_SECONDS = 5.0, 60.0
-"""The pause after an error, which doubles with each further one; and its maximum."""
+_BACKOFF = Backoff(base_seconds=5.0, max_seconds=60.0)
+"""Between an error and the next copies."""
 _LOOK_SECONDS = 0.5
 
 
@@ -27,8 +27,8 @@ class Copier:
     dispatcher has such jobs rendered.
     """
 
-    def __init__(self, store: JobStore, storage: Storage, clock: Callable[[], float] = time.monotonic) -> None:
-        self._store = store
+    def __init__(self, reuse: Reuse, storage: Storage, clock: Callable[[], float] = time.monotonic) -> None:
+        self._reuse = reuse
         self._storage = storage
         self._clock = clock
         self._waiting: dict[str, str] = {}
@@ -65,17 +65,17 @@ class Copier:
         """
         made: list[Copying] = []
         error: ServiceUnavailable | None = None
-        for one in self._store.begin_copies(wanted):
+        for one in self._reuse.begin_copies(wanted):
             try:
                 if self._copied(one):
                     made.append(one)
                 else:
                     log.warning("the picture of job_id=%s is gone, or not its own: it serves no other", one.source_id)
-                    self._store.withdraw(one.source_id)
+                    self._reuse.withdraw(one.source_id)
             except ServiceUnavailable as raised:
                 error = raised
                 break
-        late = self._store.end_copies(made) if made else []
+        late = self._reuse.record_copies(made) if made else []
         self._storage.delete_many(key for one in late for key in one.keys.values())
         if error is not None:
             raise error
@@ -119,11 +119,10 @@ class Copier:
         return some
 
     def _pause(self, why: str) -> None:
-        least, most = _AWAY_SECONDS
         with self._changed:
             self._waiting.clear()
             if self.ready:  # only the first thread that notices
-                seconds = min(most, least * 2**self._errors)
                 self._errors += 1
+                seconds = _BACKOFF.seconds(self._errors)
                 self._away_until = self._clock() + seconds
                 log.warning("can't copy pictures, renders them for %.0f s: %s", seconds, why)

@@ -6,6 +6,7 @@ import os
 import secrets
 import socket
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sa
@@ -19,6 +20,28 @@ log = logging.getLogger(__name__)
 LEASE_SECONDS = 4.0
 """After how long without a renewal another one takes over."""
 RENEW_SECONDS = 1.0
+
+
+DISPATCHER = "dispatcher"
+"""The name in which dispatchers lead."""
+
+
+@dataclass(frozen=True)
+class Leader:
+    """The process that leads."""
+
+    host: str
+    pid: int
+
+
+def leader(db: Database, name: str) -> Leader | None:
+    """The process that leads under a name; None if no lease is live by the database's clock."""
+    with db.read() as session:
+        holder = session.scalar(sa.select(LeaderRow.holder).where(LeaderRow.name == name, LeaderRow.until >= now()))
+    if holder is None:
+        return None
+    host, pid, _ = holder.rsplit(":", 2)
+    return Leader(host, int(pid))
 
 
 class Leadership:

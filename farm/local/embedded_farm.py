@@ -1,7 +1,6 @@
 """The embedded farm as a whole: its parts started in order, kept running, drained and stopped."""
 
 import contextlib
-import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,14 +13,14 @@ from rich.text import Text
 
 from farm.errors import NotConfigured, PartFailed
 from farm.jobs.database import Database
-from farm.jobs.store import JobStore
+from farm.jobs.workers import Workers
 from farm.local import parts
-from farm.local.home import SERVICE_VARIABLES, Home
+from farm.local.home import Home
 from farm.local.kept_part import KeptPart, explained
 from farm.local.process import end_leftovers, rotate_log
 from farm.runtime.stopping import stop_signals
 from farm.runtime.supervisor import POLL_SECONDS, stop_all
-from farm.settings import EMBEDDED_FILE, Settings
+from farm.settings import EMBEDDED_FILE, Settings, variables_naming_a_farm
 
 
 class LocalFarm:
@@ -49,7 +48,7 @@ class LocalFarm:
         self._servers: list[KeptPart] = []
         self._users: list[KeptPart] = []
         # One thread starts, watches and ends all processes, so that none needs a lock. It lives as long as the farm:
-        # the tether kills a process when the thread that started it ends.
+        # the kernel kills a process when the thread that started it ends.
         self._keeper: threading.Thread | None = None
         self._up = threading.Event()
         self._stop = threading.Event()
@@ -158,7 +157,7 @@ class LocalFarm:
             self._console.print(Text(text), soft_wrap=True)
 
     def _warn_of_environment(self) -> None:
-        named = sorted(SERVICE_VARIABLES & os.environ.keys())
+        named = variables_naming_a_farm()
         if named:
             self._say(f"warning: {', '.join(named)} set: commands with that environment don't use this farm")
 
@@ -194,9 +193,9 @@ class LocalFarm:
             self._servers, [parts.valkey(self.home, access, settings), parts.seaweed(self.home, access, settings)]
         )
         users = [parts.dispatcher(self.home, settings)] if self._dispatcher else []
-        store = JobStore(database, settings)
+        workers = Workers(database, settings)
         users += [
-            parts.worker(self.home, settings, number, self._workers, store) for number in range(1, self._workers + 1)
+            parts.worker(self.home, settings, number, self._workers, workers) for number in range(1, self._workers + 1)
         ]
         if self._flower:
             users.append(parts.flower(self.home, access))

@@ -16,12 +16,12 @@ from pathlib import Path
 import redis
 
 from farm.errors import FarmError, NotConfigured, ServiceUnavailable
-from farm.jobs.store import JobStore
-from farm.local.home import GRPC, LOOPBACK, SERVICE_VARIABLES, Access, Home
+from farm.jobs.workers import Workers
+from farm.local.home import GRPC, LOOPBACK, Access, Home
 from farm.local.process import PartProcess
 from farm.objects.storage import Storage
 from farm.runtime.atomic_files import write_atomic
-from farm.settings import Settings
+from farm.settings import Settings, child_environment
 
 # -P: a folder `workers` in the current directory must not hide the package.
 PYTHON = (sys.executable, "-P", "-m")
@@ -190,7 +190,7 @@ def dispatcher(home: Home, settings: Settings) -> Part:
     )
 
 
-def worker(home: Home, settings: Settings, number: int, of: int, store: JobStore) -> Part:
+def worker(home: Home, settings: Settings, number: int, of: int, workers: Workers) -> Part:
     """One of the workers; they share the machine's cores, and take turns on its GPUs if it has several."""
     name = f"worker-{number}"
     here = f"{name}@{socket.gethostname()}"
@@ -206,7 +206,7 @@ def worker(home: Home, settings: Settings, number: int, of: int, store: JobStore
         try:
             return any(
                 found.name == here and found.started_at is not None and found.started_at >= process.started_at
-                for found in store.workers()
+                for found in workers.all()
             )
         except ServiceUnavailable:
             return False
@@ -265,9 +265,9 @@ def _bare_env(data: Path) -> dict[str, str]:
 
 def _farm_env(home: Home) -> dict[str, str]:
     """The environment in which the farm's own programs find this farm, whatever else the environment names."""
-    env = {name: value for name, value in os.environ.items() if name not in SERVICE_VARIABLES}
+    env = child_environment(home.path)
     no_proxy = ",".join(filter(None, (env.get("no_proxy") or env.get("NO_PROXY"), LOOPBACK)))
-    return env | {"FARM_HOME": str(home.path), "NO_PROXY": no_proxy, "no_proxy": no_proxy, "PYTHONUNBUFFERED": "1"}
+    return env | {"NO_PROXY": no_proxy, "no_proxy": no_proxy, "PYTHONUNBUFFERED": "1"}
 
 
 def _weed() -> str | None:

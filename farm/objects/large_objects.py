@@ -1,33 +1,37 @@
-"""Objects of many gigabytes: sent in parts that go on where they were, read in ranges."""
+"""Objects of many gigabytes: uploaded in parts that a later try resumes, read in ranges.
+
+boto3's own transfers (s3transfer) can't resume: each begins a new upload, and aborts it when it fails.
+"""
 
 import base64
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from farm.errors import NotFound, StorageUnavailable
 from farm.objects.storage import Storage
+from farm.runtime.parallel import parallel_map
 
 if TYPE_CHECKING:
     from mypy_boto3_s3.type_defs import CompletedPartTypeDef
 
 Report = Callable[[int], None]
-"""Told how many bytes more are there; from any thread."""
+"""Called with the number of bytes that have arrived since the last call."""
 
 _PART_BYTES = 16 * 2**20
 _MOST_PARTS = 9_000
-"""S3 takes 10,000."""
-_AT_ONCE = 8
+"""S3 accepts 10,000."""
 _HASH = "sha256"
-"""The key of an object's metadata that holds the SHA-256 of its bytes."""
+"""The key of an object's metadata with the SHA-256 of its bytes."""
 
 
 @dataclass(frozen=True)
 class Outgoing:
-    """A file to be sent."""
+    """A file to upload."""
 
     path: Path
     key: str
@@ -35,48 +39,47 @@ class Outgoing:
     sha256: str
 
 
-@dataclass
-class _Upload:
-    """A file on its way."""
+@dataclass(frozen=True)
+class _Part:
+    """A range of a file that goes in one request."""
 
     file: Outgoing
-    id: str = ""
-    parts: list[Future["CompletedPartTypeDef"]] = field(default_factory=list)
-    """In their order; none if all of it is there already, or goes in one piece."""
+    start: int
+    length: int
+    number: int = 1
+    upload_id: str | None = None
+    """None for a file that is small enough to be put whole."""
+    stored_etag: str | None = None
+    """The ETag of this part in the store, if an interrupted upload left it there."""
+
+    @property
+    def is_last(self) -> bool:
+        return self.start + self.length == self.file.bytes
 
 
 def send(storage: Storage, files: Sequence[Outgoing], report: Report = lambda _: None) -> int:
-    """Put files into the bucket, many parts of them at once; returns how many bytes were not there already.
+    """Upload files into the bucket, several parts at once; returns the number of bytes that were not stored before.
 
-    An object is there whole or not at all. Whoever is interrupted sends, the next time, only the parts that are
-    missing. Raises `StorageUnavailable`.
+    An object is stored whole or not at all. After an interruption the next call sends only the missing parts. Raises
+    `StorageUnavailable`.
     """
-    sent: list[int] = []
-
-    def told(count: int, was_sent: bool) -> None:
-        sent.append(count if was_sent else 0)
-        report(count)
-
-    with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="send") as pool:
-        try:
-            under_way = [_begin(storage, file, pool, told) for file in files]
-            for upload in under_way:
-                parts = [part.result() for part in upload.parts]
-                if upload.id:
-                    with storage.reaching(upload.file.key) as s3:
-                        s3.complete_multipart_upload(
-                            Bucket=storage.bucket,
-                            Key=upload.file.key,
-                            UploadId=upload.id,
-                            MultipartUpload={"Parts": parts},
-                        )
-        finally:
-            pool.shutdown(cancel_futures=True)
-    return sum(sent)
+    sent = 0
+    etags: list[CompletedPartTypeDef] = []
+    parts = (part for file in files for part in _missing_parts(storage, file, report))
+    with closing(parallel_map(partial(_send, storage), parts)) as stored:
+        for part, etag in stored:
+            sent += part.length if etag != part.stored_etag else 0
+            report(part.length)
+            etags.append({"PartNumber": part.number, "ETag": etag})
+            if part.is_last:
+                if part.upload_id is not None:
+                    _complete(storage, part.file.key, part.upload_id, etags)
+                etags = []
+    return sent
 
 
 def abort(storage: Storage, prefix: str) -> None:
-    """Forget the parts of objects that were never completed, of all whose keys begin so."""
+    """Delete the parts of interrupted uploads whose keys have a prefix."""
     with storage.reaching(prefix) as s3:
         for page in s3.get_paginator("list_multipart_uploads").paginate(Bucket=storage.bucket, Prefix=prefix):
             for found in page.get("Uploads", ()):
@@ -85,9 +88,9 @@ def abort(storage: Storage, prefix: str) -> None:
 
 
 def read(storage: Storage, bucket: str, key: str, start: int, length: int, etag: str | None = None) -> bytes:
-    """A range of an object's bytes, of any bucket; of an object with that ETag, if one is given.
+    """A range of an object's bytes, in any bucket; only if the object still has the ETag, where that is given.
 
-    Raises `NotFound`, or `StorageUnavailable` if what comes is shorter.
+    Raises `NotFound`, and `StorageUnavailable` for an answer that is too short.
     """
     if not length:
         return b""
@@ -104,36 +107,19 @@ def read(storage: Storage, bucket: str, key: str, start: int, length: int, etag:
     return data
 
 
-def _begin(storage: Storage, file: Outgoing, pool: ThreadPoolExecutor, report: Callable[[int, bool], None]) -> _Upload:
-    if _is_there(storage, file):
-        report(file.bytes, False)
-        return _Upload(file)
-    if file.bytes <= _PART_BYTES:
-        return _Upload(file, parts=[pool.submit(_put, storage, file, report)])
-    upload = _Upload(file)
-    with storage.reaching(file.key) as s3:
-        # The newest: an older one may be of another time's part size.
-        begun = [
-            found["UploadId"]
-            for page in s3.get_paginator("list_multipart_uploads").paginate(Bucket=storage.bucket, Prefix=file.key)
-            for found in page.get("Uploads", ())
-            if found["Key"] == file.key
-        ]
-        there: dict[int, str] = {}
-        if begun:
-            upload.id = begun[-1]
-            pages = s3.get_paginator("list_parts").paginate(Bucket=storage.bucket, Key=file.key, UploadId=upload.id)
-            there = {part["PartNumber"]: part["ETag"] for page in pages for part in page.get("Parts", ())}
-        else:
-            upload.id = s3.create_multipart_upload(Bucket=storage.bucket, Key=file.key, Metadata={_HASH: file.sha256})[
-                "UploadId"
-            ]
-    for number, (start, length) in enumerate(_parts(file.bytes), 1):
-        upload.parts.append(pool.submit(_send_part, storage, upload, number, start, length, there.get(number), report))
-    return upload
+def _missing_parts(storage: Storage, file: Outgoing, report: Report) -> Iterator[_Part]:
+    if _is_stored(storage, file):
+        report(file.bytes)
+    elif file.bytes <= _PART_BYTES:
+        yield _Part(file, 0, file.bytes)
+    else:
+        upload_id, etags = _open_upload(storage, file)
+        length = max(_PART_BYTES, -(-file.bytes // _MOST_PARTS))
+        for number, start in enumerate(range(0, file.bytes, length), 1):
+            yield _Part(file, start, min(length, file.bytes - start), number, upload_id, etags.get(number))
 
 
-def _is_there(storage: Storage, file: Outgoing) -> bool:
+def _is_stored(storage: Storage, file: Outgoing) -> bool:
     try:
         with storage.reaching(file.key) as s3:
             found = s3.head_object(Bucket=storage.bucket, Key=file.key)
@@ -142,53 +128,56 @@ def _is_there(storage: Storage, file: Outgoing) -> bool:
     return found["ContentLength"] == file.bytes and found["Metadata"].get(_HASH) == file.sha256
 
 
-def _parts(size: int) -> Iterator[tuple[int, int]]:
-    length = max(_PART_BYTES, -(-size // _MOST_PARTS))
-    for start in range(0, size, length):
-        yield start, min(length, size - start)
-
-
-def _put(storage: Storage, file: Outgoing, report: Callable[[int, bool], None]) -> "CompletedPartTypeDef":
-    data = file.path.read_bytes()
+def _open_upload(storage: Storage, file: Outgoing) -> tuple[str, dict[int, str]]:
+    """The id of an object's interrupted upload, and the ETags of its parts by number; of a new one if there is none."""
     with storage.reaching(file.key) as s3:
-        s3.put_object(
-            Bucket=storage.bucket, Key=file.key, Body=data, Metadata={_HASH: file.sha256}, ContentMD5=_md5(data)[0]
+        interrupted = [
+            found["UploadId"]
+            for page in s3.get_paginator("list_multipart_uploads").paginate(Bucket=storage.bucket, Prefix=file.key)
+            for found in page.get("Uploads", ())
+            if found["Key"] == file.key
+        ]
+        if not interrupted:
+            made = s3.create_multipart_upload(Bucket=storage.bucket, Key=file.key, Metadata={_HASH: file.sha256})
+            return made["UploadId"], {}
+        newest = interrupted[-1]  # older releases may have used another size of parts
+        pages = s3.get_paginator("list_parts").paginate(Bucket=storage.bucket, Key=file.key, UploadId=newest)
+        return newest, {part["PartNumber"]: part["ETag"] for page in pages for part in page.get("Parts", ())}
+
+
+def _complete(storage: Storage, key: str, upload_id: str, etags: "list[CompletedPartTypeDef]") -> None:
+    with storage.reaching(key) as s3:
+        s3.complete_multipart_upload(
+            Bucket=storage.bucket, Key=key, UploadId=upload_id, MultipartUpload={"Parts": etags}
         )
-    report(len(data), True)
-    return {}
 
 
-def _send_part(
-    storage: Storage,
-    upload: _Upload,
-    number: int,
-    start: int,
-    length: int,
-    there: str | None,
-    report: Callable[[int, bool], None],
-) -> "CompletedPartTypeDef":
-    with upload.file.path.open("rb") as stream:
-        stream.seek(start)
-        data = stream.read(length)
-    md5, hexadecimal = _md5(data)
-    # Where a store encrypts, its ETag is no MD5: the part is sent anew.
-    if there is not None and there.strip('"') == hexadecimal:
-        report(length, False)
-        return {"PartNumber": number, "ETag": there}
-    with storage.reaching(upload.file.key) as s3:
-        etag = s3.upload_part(
+def _send(storage: Storage, part: _Part) -> tuple[_Part, str]:
+    """Upload a part, unless the store has it; returns it with its ETag in the store."""
+    with part.file.path.open("rb") as stream:
+        stream.seek(part.start)
+        data = stream.read(part.length)
+    digest = hashlib.md5(data, usedforsecurity=False)
+    # A store that encrypts has other ETags: there each part is sent again.
+    if part.stored_etag is not None and part.stored_etag.strip('"') == digest.hexdigest():
+        return part, part.stored_etag
+    md5 = base64.b64encode(digest.digest()).decode()
+    with storage.reaching(part.file.key) as s3:
+        if part.upload_id is None:
+            found = s3.put_object(
+                Bucket=storage.bucket,
+                Key=part.file.key,
+                Body=data,
+                Metadata={_HASH: part.file.sha256},
+                ContentMD5=md5,
+            )
+            return part, found["ETag"]
+        sent = s3.upload_part(
             Bucket=storage.bucket,
-            Key=upload.file.key,
-            UploadId=upload.id,
-            PartNumber=number,
+            Key=part.file.key,
+            UploadId=part.upload_id,
+            PartNumber=part.number,
             Body=data,
             ContentMD5=md5,
-        )["ETag"]
-    report(length, True)
-    return {"PartNumber": number, "ETag": etag}
-
-
-def _md5(data: bytes) -> tuple[str, str]:
-    """An MD5 in base64 as S3 wants to be told it, and in hexadecimal as it says it itself."""
-    digest = hashlib.md5(data, usedforsecurity=False)
-    return base64.b64encode(digest.digest()).decode(), digest.hexdigest()
+        )
+        return part, sent["ETag"]

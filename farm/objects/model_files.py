@@ -1,4 +1,4 @@
-"""Which files a checkpoint is made of, and the manifest that names them with their hashes; no pickles, no code."""
+"""The files of a checkpoint, and the manifest with their hashes; no pickles, no code."""
 
 import hashlib
 import json
@@ -15,9 +15,9 @@ from farm.errors import ModelError
 
 INDEX = "model_index.json"
 MANIFEST = "farm-model.json"
-"""Lies beside a checkpoint's `model_index.json`: what each of its files must hash to."""
+"""The manifest's file name, beside a checkpoint's `model_index.json`."""
 CONFIGS = ("*.json", "*.txt", "*.model")
-# Exact names leave out the variants beside them (fp16, non_ema): gigabytes nobody would load.
+# Exact names exclude the variants beside them (fp16, non_ema): gigabytes that are never loaded.
 WEIGHTS = (
     "model.safetensors",
     "model-*-of-*.safetensors",
@@ -25,16 +25,16 @@ WEIGHTS = (
     "diffusion_pytorch_model-*-of-*.safetensors",
 )
 SHARD_INDEXES = ("model.safetensors.index.json", "diffusion_pytorch_model.safetensors.index.json")
-"""What the libraries read the names of shards from."""
+"""The files from which the libraries read the names of shards."""
 LIBRARIES = ("diffusers", "transformers")
 
 _NEVER_LOADED = ("safety_checker", "feature_extractor")
-"""Parts that no family renders with."""
+"""Parts that no family uses."""
 _WITHOUT_WEIGHTS = re.compile(r"(Scheduler|Tokenizer|TokenizerFast|Processor|Extractor)$")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 _OTHERS = (".bin", ".ckpt", ".pt", ".pth", ".safetensors")
 _HEADER_BYTES = 100_000_000
-"""The longest header that the safetensors library reads."""
+"""The longest header that the safetensors library accepts."""
 _MOST_FILES = 1000
 
 
@@ -57,13 +57,13 @@ class ModelFile(BaseModel):
 
 
 class Manifest(BaseModel):
-    """A checkpoint as it lies in the object store: its files and their hashes, and how it came there."""
+    """A checkpoint in the object store: its files, their hashes, and its origin."""
 
     model_config = ConfigDict(frozen=True)
 
     name: str = Field(max_length=2000)
     version: str
-    """SHA-256 over the names and hashes of its files: other content, another version."""
+    """SHA-256 over the names and hashes of its files."""
     family: str = Field(max_length=200)
     """`_class_name` of its model_index.json."""
     files: tuple[ModelFile, ...] = Field(max_length=_MOST_FILES)
@@ -81,17 +81,17 @@ class Manifest(BaseModel):
 
     @property
     def bytes(self) -> int:
-        """Of all its files."""
+        """The size of all files."""
         return sum(file.bytes for file in self.files)
 
     @property
     def hashes(self) -> Mapping[str, str]:
-        """What each file must hash to, by its path."""
+        """The SHA-256 of each file by path."""
         return {file.path: file.sha256 for file in self.files}
 
 
 def parse_manifest(data: bytes | str, where: str) -> Manifest:
-    """A manifest from its JSON; raises `ModelError`, which says where, unless every name in it is safe."""
+    """A manifest from its JSON; raises `ModelError` for invalid JSON or an unsafe name."""
     try:
         return Manifest.model_validate_json(data)
     except ValidationError as error:
@@ -101,7 +101,7 @@ def parse_manifest(data: bytes | str, where: str) -> Manifest:
 
 
 def version(hashes: Mapping[str, str]) -> str:
-    """SHA-256 over the names and hashes of files; those of a whole family's files are its model hash."""
+    """SHA-256 over the names and hashes of files; over all files of a family it is the model hash."""
     digest = hashlib.sha256()
     for path in sorted(hashes, key=lambda path: path.split("/")):
         digest.update(f"{path} {hashes[path]}\n".encode())
@@ -109,9 +109,9 @@ def version(hashes: Mapping[str, str]) -> str:
 
 
 def is_needed(path: str) -> bool:
-    """Whether a checkpoint is made of files so called: `model_index.json`, and configs and weights of its parts.
+    """Whether a path belongs to a checkpoint: `model_index.json`, and configs and weights of its parts.
 
-    No other name is: none that leaves its folder, has a control character in it, or is a pickle's or a program's.
+    Rejects every other name: paths out of the folder, control characters, pickles, programs.
     """
     if path == INDEX:
         return True
@@ -122,9 +122,9 @@ def is_needed(path: str) -> bool:
 
 
 def needed_files(folder: Path) -> list[str]:
-    """The files in a folder that its checkpoint is made of, by their paths in it.
+    """The relative paths of a checkpoint's files in a folder.
 
-    Raises `ModelError`, naming what is missing or must not be there, for a folder that no worker could open whatever
+    Raises `ModelError`, naming what is missing or not allowed, for a folder that no worker could open, whatever
     families it knows.
     """
     folder = folder.expanduser()
@@ -172,16 +172,16 @@ def _part_files(folder: Path, part: str, library: str, kind: str) -> list[str]:
 
 
 def no_weights(folder: Path) -> str:
-    """What is wrong with a part that has no weights which the farm loads."""
+    """The message for a part without weights that the farm can load."""
     others = sorted(file.name for file in folder.iterdir() if file.suffix in _OTHERS)
     found = f"only {', '.join(others)}" if others else "no weights at all"
     return f"{folder}: needs {WEIGHTS[0]} or {WEIGHTS[2]}, but there is {found}"
 
 
 def check_shards(folder: Path, there: Sequence[str]) -> None:
-    """Raise `ModelError` if an index names a shard that is none of the weights.
+    """Raise `ModelError` if an index names a shard that is not among the weights.
 
-    The libraries load whatever stands in it: pickled files too, and transformers even outside the folder.
+    The libraries load every file that an index names, even pickles, and transformers even files outside the folder.
     """
     for name in SHARD_INDEXES:
         if not (folder / name).exists():
@@ -212,14 +212,14 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def _refuse_strange(folder: Path, path: Path) -> None:
-    """Raise `ModelError` for a link that leads out of the folder; the hub's own cache is made of links to blobs."""
+    """Raise `ModelError` for a link out of the folder, except into the blobs of the hub's cache."""
     real, root = path.resolve(), folder.resolve()
     if not (real.is_relative_to(root) or real.is_relative_to(root.parent.parent / "blobs")):
         raise ModelError(f"{path} is a link that leads out of the checkpoint, to {real}")
 
 
 def _check_safetensors(path: Path) -> None:
-    """Raise `ModelError` unless a file's header and length fit: half a download and a Git LFS pointer have neither."""
+    """Raise `ModelError` unless header and length match: partial downloads and Git LFS pointers fail this check."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")

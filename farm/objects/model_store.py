@@ -1,8 +1,8 @@
-"""Checkpoints in the farm's own object store: pushed whole, with the hash of every file, found by name and version.
+"""Checkpoints in the farm's own object store: pushed whole, with the hash of every file, by name and version.
 
-`models/{name}/{version}/…` are a checkpoint's files and its manifest; `models/{name}/farm-model.json` is the manifest
-of the version that is current. It is written last, so that a push is there whole or not at all. No batch's objects
-begin like that: their ids end in a hyphen and eight characters.
+`models/{name}/{version}/…` contains a checkpoint's files and its manifest; `models/{name}/farm-model.json` is the
+manifest of the current version. It is written last, so that a push is visible whole or not at all. No batch's keys
+begin with this prefix, because batch ids end in a hyphen and eight characters.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ from farm.objects.model_files import (
 from farm.objects.storage import Storage
 
 Bars: TypeAlias = Callable[[str, int], AbstractContextManager[Report]]
-"""Makes a bar of what is done, given in words, and of how many bytes."""
+"""Creates a progress bar from a description and a number of bytes."""
 
 PREFIX = "models/"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -37,41 +37,41 @@ _REFERENCE = re.compile(rf"({_NAME.pattern})(?:@([0-9a-f]{{6,64}}))?")
 _VERSION = re.compile(r"[0-9a-f]{64}")
 _CHUNK = 2**20
 _MANIFEST_BYTES = 2**20
-"""The longest that is read."""
+"""The longest manifest that is read."""
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A model that lies in the store."""
+    """A model in the store."""
 
     manifest: Manifest
     older: int
-    """How many versions lie there beside the current one."""
+    """The number of older versions."""
 
 
 @dataclass(frozen=True)
 class Pushed:
-    """What a push did."""
+    """The result of a push."""
 
     manifest: Manifest
     sent_bytes: int
-    """What was not there already."""
+    """The bytes that were not in the store before."""
     new: bool
-    """Whether it became the current version; False if it was already."""
+    """Whether the current version changed."""
 
 
 class ModelStore:
-    """The models in a farm's bucket. All methods raise `StorageUnavailable` while it does not answer."""
+    """The models in a farm's bucket. All methods raise `StorageUnavailable` if it does not answer."""
 
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
 
     def push(self, folder: Path, name: str, owner: str, bar: Bars = lambda *_: nullcontext(lambda _: None)) -> Pushed:
-        """Put a checkpoint into the store under a name; nobody sees it before all of it is there.
+        """Upload a checkpoint under a name; it becomes visible when it is complete.
 
-        What was sent before is not sent again. A `bar` is made for what is hashed and another for what is sent. Raises
-        `ModelError` for a folder that is no checkpoint, before anything is sent, and `StorageUnavailable` if somebody
-        else pushes that name meanwhile.
+        Files that were sent before are not sent again. One `bar` is created for hashing and one for sending. Raises
+        `ModelError` for a folder that is no checkpoint, before anything is sent, and `StorageUnavailable` if another
+        push of that name finished meanwhile.
         """
         check_name(name)
         folder = folder.expanduser()
@@ -112,9 +112,9 @@ class ModelStore:
         return Pushed(manifest, sent, new=True)
 
     def find(self, reference: str) -> Manifest:
-        """The manifest of a `name`'s current version, or of `name@version`, of which the first six digits are enough.
+        """The manifest of a `name`'s current version, or of `name@version`; six digits of a version are enough.
 
-        Raises `NotFound`, and `ModelError` for a manifest that is none.
+        Raises `NotFound`, and `ModelError` for an invalid manifest.
         """
         name, asked = parse_reference(reference)
         current, _ = self._current(name)
@@ -132,7 +132,7 @@ class ModelStore:
         return manifest
 
     def models(self) -> Iterator[Stored]:
-        """The models that were pushed, by name; one whose push did not come to its end is none."""
+        """The pushed models, by name, without incomplete ones."""
         with self._storage.reaching(PREFIX) as s3:
             pages = s3.get_paginator("list_objects_v2").paginate(
                 Bucket=self._storage.bucket, Prefix=PREFIX, Delimiter="/"
@@ -146,9 +146,9 @@ class ModelStore:
                 yield Stored(current, sum(one != current.version for one in self._versions(name)))
 
     def delete(self, reference: str) -> Manifest:
-        """Delete a model with all its versions, or `name@version` alone; returns the manifest it had.
+        """Delete a model with all its versions, or only `name@version`; returns its manifest.
 
-        Workers that hold it go on. Raises `NotFound`, and `ModelError` for the current version alone.
+        Workers that hold the model keep it. Raises `NotFound`, and `ModelError` for the current version alone.
         """
         name, asked = parse_reference(reference)
         manifest = self.find(reference)
@@ -158,7 +158,7 @@ class ModelStore:
             if current is not None and current.version == manifest.version:
                 raise ModelError(f"{reference} is the current version: delete {name} as a whole, or push another first")
             prefix += f"{manifest.version}/"
-        # Its manifest first: nobody begins to fetch what goes.
+        # The manifest first, so that no worker starts to fetch it.
         self._storage.delete(f"{prefix}{MANIFEST}")
         self._storage.delete_many(self._storage.keys(prefix))
         abort(self._storage, prefix)
@@ -178,7 +178,7 @@ class ModelStore:
         return manifest, etag
 
     def _versions(self, name: str) -> list[str]:
-        """The versions that lie there whole."""
+        """The complete versions of a model."""
         with self._storage.reaching(PREFIX) as s3:
             pages = s3.get_paginator("list_objects_v2").paginate(
                 Bucket=self._storage.bucket, Prefix=f"{PREFIX}{name}/", Delimiter="/"
@@ -191,13 +191,13 @@ class ModelStore:
 
 
 def check_name(name: str) -> None:
-    """Raise `ModelError` unless a model may be called so in the store: what can stand in a key, a URL and a source."""
+    """Raise `ModelError` unless a name is valid in keys, URLs and sources."""
     if not _NAME.fullmatch(name):
         raise ModelError(f"a pushed model can't be called {name!r}: letters, digits, '.', '_' and '-', at most 100")
 
 
 def parse_reference(reference: str) -> tuple[str, str]:
-    """Name and version, or nothing, of a `name` or `name@version`; raises `ModelError`."""
+    """The name and the version (or "") of `name` or `name@version`; raises `ModelError`."""
     found = _REFERENCE.fullmatch(reference)
     if not found:
         raise ModelError(f"{reference!r} is no name of a pushed model, nor name@version (six to 64 hexadecimal digits)")
@@ -205,7 +205,7 @@ def parse_reference(reference: str) -> tuple[str, str]:
 
 
 def read_manifest(storage: Storage, bucket: str, key: str) -> Manifest:
-    """A manifest in any bucket, checked; raises `NotFound`, and `ModelError` for one that is none."""
+    """A validated manifest from any bucket; raises `NotFound`, and `ModelError` for an invalid one."""
     return _read(storage, bucket, key)[0]
 
 

@@ -21,15 +21,15 @@ if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
 PRESIGN_SECONDS = 7 * 24 * 3600
-"""The longest that signature version 4 allows."""
+"""The limit of signature version 4."""
 _DELETE_CHUNK = 1000
-"""The most that DeleteObjects takes."""
+"""The limit of DeleteObjects."""
 _LINES_BYTES = 256 * 1024
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def without_login(url: str) -> str:
-    """An address as it may be shown: no user, no password."""
+    """A URL without user and password, for messages."""
     return re.sub(r"(^|(?<=//))[^/?#]*@", "", url)
 
 
@@ -47,14 +47,14 @@ class Storage:
         self._made: dict[tuple[str | None, bool], S3Client] = {}
         self._making = threading.Lock()
         self.outages = 0
-        """How often it did not answer."""
+        """The number of failed requests."""
 
     @property
     def _s3(self) -> "S3Client":
         return self._client(self._endpoint)
 
     def _client(self, endpoint: str | None, *, patient: bool = True) -> "S3Client":
-        # Making a client reads boto3's data files for a third of a second: only who needs one pays.
+        # Creating a client reads boto3's data files for a third of a second, so it is done on first use.
         with self._making:
             if (endpoint, patient) not in self._made:
                 secret = self._settings.s3_secret_access_key
@@ -72,21 +72,21 @@ class Storage:
                         read_timeout=20 if patient else 4,
                         retries={"mode": "standard", "total_max_attempts": 3 if patient else 2},
                         max_pool_connections=32,
-                        # What is signed has its SHA-256 in the signature, which S3 checks: no second sum of it.
+                        # The signature contains the payload's SHA-256, which S3 checks: no second checksum.
                         request_checksum_calculation="when_required",
-                        # A proxy from the environment can't reach the loopback interface of this machine.
+                        # A proxy from the environment cannot reach this machine's loopback interface.
                         proxies={} if urlsplit(endpoint or "").hostname in _LOOPBACK else None,
                         s3={"addressing_style": "path" if endpoint else "auto"},
                     ),
                 )
-                # What is put here is small: to ask first whether it may be sent is one more way there and back.
+                # Objects are small: `Expect: 100-continue` would only cost a round trip.
                 made.meta.events.register_last("before-call.s3", _ask_nothing)
                 _give_up(made, self._settings.lease_seconds)
                 self._made[endpoint, patient] = made
             return self._made[endpoint, patient]
 
     def ensure_bucket(self) -> None:
-        """Make the bucket if it is not there."""
+        """Create the bucket if it does not exist."""
         with self._reached():
             try:
                 self._s3.create_bucket(Bucket=self.bucket)
@@ -95,19 +95,19 @@ class Storage:
                     raise
 
     def ping(self) -> None:
-        """Raise `StorageUnavailable` unless the bucket is there and may be read; within ten seconds."""
+        """Raise `StorageUnavailable` within ten seconds unless the bucket can be read."""
         with self._reached():
             self._client(self._endpoint, patient=False).list_objects_v2(Bucket=self.bucket, MaxKeys=1)
 
     def put(self, key: str, data: bytes, content_type: str = "application/octet-stream") -> None:
-        """Write an object, over any of that key."""
+        """Write an object, replacing one with the same key."""
         with self._reached(key):
             self._s3.put_object(Bucket=self.bucket, Key=key, Body=data, ContentType=content_type)
 
     def put_if(self, key: str, data: bytes, etag: str | None, content_type: str = "application/octet-stream") -> bool:
-        """Write an object if that of its key still has the ETag given, or if there is none and None is given.
+        """Write an object if the present one has the given ETag, or if None is given and there is none.
 
-        False if it was not written.
+        Returns whether it was written.
         """
         with self._reached(key):
             try:
@@ -129,18 +129,19 @@ class Storage:
         return True
 
     def copy(self, source: str, key: str, size: int | None = None) -> bool:
-        """Copy an object within the store, over any of that key; False, and no copy, if it has not that many bytes.
+        """Copy an object within the store; returns False without a copy if its size is not `size`.
 
-        Raises `NotFound` if there is none.
+        Raises `NotFound` if it does not exist.
         """
         with self._reached(source):
-            # Asked first: of a source that is not there, not every store says so when it is to copy it.
+            # HEAD first: not every store reports a missing source of a copy.
             try:
                 found = self._s3.head_object(Bucket=self.bucket, Key=source)
             except ClientError as error:
                 if error.response["Error"].get("Code") != "404":
                     raise
-                # It has no words, and may be that of something before the store; this has, if it is the store's.
+                # An answer to HEAD has no body, so a proxy may have sent the 404: a GET tells the store's own 404
+                # apart.
                 self._s3.get_object(Bucket=self.bucket, Key=source, Range="bytes=0-0")["Body"].close()
                 found = self._s3.head_object(Bucket=self.bucket, Key=source)
             if size is not None and found["ContentLength"] != size:
@@ -149,11 +150,11 @@ class Storage:
         return True
 
     def put_stream(self, key: str, lines: Iterable[bytes], content_type: str) -> None:
-        """Write an object as its bytes come, in few megabytes of memory however many they are.
+        """Stream an object, in a few megabytes of memory.
 
-        It is there whole or not at all: what `lines` raises is raised, and nothing is written.
+        It appears whole or not at all: an error of `lines` is raised, and nothing is written.
         """
-        from boto3.s3.transfer import TransferConfig  # here, since most clients never need it
+        from boto3.s3.transfer import TransferConfig  # imported here, because most clients never need it
 
         with self._reached(key):
             self._s3.upload_fileobj(
@@ -165,20 +166,20 @@ class Storage:
             )
 
     def lines(self, key: str) -> Iterator[bytes]:
-        """An object's lines as they come; raises `NotFound` if there is none."""
+        """Stream the lines of an object; raises `NotFound`."""
         with self._reached(key):
             yield from self._s3.get_object(Bucket=self.bucket, Key=key)["Body"].iter_lines(_LINES_BYTES)
 
     def get(self, key: str) -> bytes:
-        """An object's bytes; raises `NotFound` if there is none."""
+        """The bytes of an object; raises `NotFound`."""
         with self._reached(key):
             return self._s3.get_object(Bucket=self.bucket, Key=key)["Body"].read()
 
     def newer(self, key: str, etag: str | None = None) -> tuple[bytes, str] | None:
-        """An object's bytes and its ETag; None while it still has the ETag given. Raises `NotFound`."""
+        """The bytes and the ETag of an object, or None if its ETag has not changed. Raises `NotFound`."""
         with self._reached(key):
             try:
-                # A condition always, since an empty one is refused: no object has this ETag.
+                # An empty condition is refused: no object has this ETag.
                 found = self._s3.get_object(Bucket=self.bucket, Key=key, IfNoneMatch=etag or '"-"')
             except ClientError as error:
                 if error.response["Error"]["Code"] in ("304", "NotModified"):
@@ -187,12 +188,12 @@ class Storage:
             return found["Body"].read(), found["ETag"]
 
     def delete(self, key: str) -> None:
-        """Delete an object; one that is not there is no error."""
+        """Delete an object; a missing one is not an error."""
         with self._reached(key):
             self._s3.delete_object(Bucket=self.bucket, Key=key)
 
     def delete_many(self, keys: Iterable[str]) -> None:
-        """Delete objects, a thousand in a request; ones that are not there are no error."""
+        """Delete objects, a thousand per request; missing ones are not an error."""
         left = iter(keys)
         while chunk := list(islice(left, _DELETE_CHUNK)):
             with self._reached(chunk[0]):
@@ -204,21 +205,21 @@ class Storage:
                 raise StorageUnavailable(f"bucket {self.bucket} keeps {len(kept)} objects, the first: {kept[0]}")
 
     def url(self, key: str, seconds: int = 3600) -> str:
-        """A presigned address that anybody may GET for that many seconds (at most seven days)."""
+        """A presigned URL, valid for `seconds` (at most seven days)."""
         with self._reached(key):
             return self._client(self._public).generate_presigned_url(
                 "get_object", Params={"Bucket": self.bucket, "Key": key}, ExpiresIn=min(seconds, PRESIGN_SECONDS)
             )
 
     def keys(self, prefix: str = "") -> Iterator[str]:
-        """The keys that begin so, in order."""
+        """The keys with a prefix, in order."""
         with self._reached(prefix):
             for page in self._s3.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=prefix):
                 yield from (found["Key"] for found in page.get("Contents", ()))
 
     @contextmanager
     def reaching(self, what: str) -> Iterator["S3Client"]:
-        """The client itself, for what takes more than one call; its errors become the farm's, naming `what`."""
+        """The boto3 client, for operations of several calls; its errors become the farm's and name `what`."""
         with self._reached(what):
             yield self._s3
 
@@ -234,22 +235,23 @@ class Storage:
             yield
         except ClientError as error:
             code: Any = error.response["Error"].get("Code")
-            # A HEAD's answer has no words; any other 404 without them comes from something before the object store.
+            # Answers to HEAD have no body; any other 404 without an error code comes from a proxy before the object
+            # store.
             if code == "NoSuchKey" or (code == "404" and error.operation_name == "HeadObject"):
                 raise NotFound(f"{shown} has no {what}") from error
             self.outages += 1
             raise StorageUnavailable(f"{shown}: {self._told(error)}") from error
-        except (BotoCoreError, boto3.exceptions.Boto3Error, ValueError) as error:  # ValueError: no address at all
+        except (BotoCoreError, boto3.exceptions.Boto3Error, ValueError) as error:  # ValueError: an invalid URL
             self.outages += 1
             raise StorageUnavailable(f"{shown}: {self._told(error)}") from error
 
     def _told(self, error: Exception) -> str:
-        # boto3 names the address as it was given.
+        # boto3 quotes the URL with its login.
         return str(error).replace(self._endpoint, without_login(self._endpoint)) if self._endpoint else str(error)
 
 
 class _Joined(io.RawIOBase):
-    """Pieces of bytes as one file to read, each taken when it is needed."""
+    """A readable file over an iterator of bytes."""
 
     def __init__(self, pieces: Iterable[bytes]) -> None:
         self._pieces = iter(pieces)
@@ -271,10 +273,10 @@ class _Joined(io.RawIOBase):
 
 
 def _give_up(client: "S3Client", seconds: float) -> None:
-    """Let the kernel drop what is not acknowledged for so long, where it can.
+    """Let the kernel drop data that is not acknowledged for `seconds`, on systems that can.
 
-    It would send on for minutes, after a client that has gone: what a worker wrote before its network was cut would be
-    there when the network is back, after the sweep.
+    Otherwise it retransmits for minutes, even after the process has ended: an object that a worker wrote before its
+    network was cut would appear when the network is back, after the sweep.
     """
     if hasattr(socket, "TCP_USER_TIMEOUT"):
         # botocore has no setting for it.

@@ -1,25 +1,27 @@
-"""How long something that failed waits before it is tried again."""
+"""The wait between a failure and the next try."""
 
 import random
 from dataclasses import dataclass
 
 _FACTOR = 4.0
+_MOST_EXPONENT = 64
 
 
 @dataclass(frozen=True)
 class Backoff:
-    """Exponential back-off with jitter, so that what failed together does not come back together.
+    """Exponential back-off with jitter: clients that failed together do not come back together.
 
-    See Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015: half of the wait is drawn.
+    See Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015: half of the wait is random.
     """
 
     base_seconds: float
     max_seconds: float
 
     def most_seconds(self, failures: int) -> float:
-        """The longest wait after so many failures, from 1: four times as long with each."""
-        return min(self.max_seconds, self.base_seconds * _FACTOR ** (failures - 1))
+        """The longest wait after that many failures, 1 or more: four times as long after each."""
+        exponent = min(failures - 1, _MOST_EXPONENT)  # a float overflows after some hundred failures
+        return min(self.max_seconds, self.base_seconds * _FACTOR**exponent)
 
     def seconds(self, failures: int) -> float:
-        """A wait after so many failures, drawn from the upper half of `most_seconds`."""
-        return self.most_seconds(failures) * random.uniform(0.5, 1.0)  # noqa: S311 - nothing is kept secret with it
+        """A random wait after that many failures, between half of `most_seconds` and all of it."""
+        return self.most_seconds(failures) * random.uniform(0.5, 1.0)  # noqa: S311 - no secret depends on it

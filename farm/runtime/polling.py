@@ -1,16 +1,16 @@
-"""How a client waits for what others do: it asks ever more slowly, until a deadline."""
+"""Polls with growing pauses until a deadline."""
 
 import time
 from collections.abc import Iterator
 
 _POLL_SECONDS = (0.1, 1.0)
-"""How often it asks: at first, and in the end."""
+"""The first pause and the longest one."""
 
 
 def polls(timeout: float | None, late: str) -> Iterator[None]:
-    """Each time at which to ask, the first now; without end.
+    """Yields whenever the caller should poll, first at once, without end.
 
-    Raises `TimeoutError(late)` after `timeout` seconds; None waits for ever.
+    Raises `TimeoutError(late)` after `timeout` seconds; None waits without a limit.
     """
     deadline = None if timeout is None else time.monotonic() + timeout
     pause, most = _POLL_SECONDS

@@ -1,4 +1,4 @@
-"""How what runs until it is told to stop is told."""
+"""Turns stop signals into events."""
 
 import signal
 import threading
@@ -13,8 +13,8 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 @contextmanager
 def stop_signals(stop: threading.Event, hurry: threading.Event | None = None) -> Iterator[None]:
     """Let the first of SIGINT, SIGTERM and SIGHUP set `stop`, and any further one `hurry`, if given."""
-    # A handler runs amid whatever the main thread does, such as `stop.wait()`, whose lock it would wait for without
-    # end if it set the event itself. `SimpleQueue.put` is made for that.
+    # A handler interrupts the main thread, perhaps inside `stop.wait()`: if it set the event itself, it would deadlock
+    # on the event's lock. `SimpleQueue.put` is reentrant.
     told: SimpleQueue[bool] = SimpleQueue()
 
     def handle(_number: int, _frame: FrameType | None) -> None:
@@ -26,7 +26,7 @@ def stop_signals(stop: threading.Event, hurry: threading.Event | None = None) ->
 
     listener = threading.Thread(target=pass_on, name="stop signals", daemon=True)
     listener.start()
-    # `nohup` has the end of its terminal ignored, and what it starts is to stay.
+    # `nohup` ignores SIGHUP for its command: leave that as it is.
     numbers = [number for number in _SIGNALS if (number, signal.getsignal(number)) != (signal.SIGHUP, signal.SIG_IGN)]
     before = {number: signal.signal(number, handle) for number in numbers}
     try:

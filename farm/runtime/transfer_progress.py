@@ -1,4 +1,4 @@
-"""How far a transfer is: a bar where a person looks on, a line in the log now and then where nobody does."""
+"""The progress of a transfer: a bar on a terminal, or lines in the log."""
 
 import logging
 import threading
@@ -15,7 +15,7 @@ _LINE_PARTS = 10
 
 @contextmanager
 def transfer_bar(what: str, total: int, *, shown: bool = True) -> Iterator[Callable[[int], None]]:
-    """A bar of bytes on standard error while the block runs; the block tells it of each piece, from any thread."""
+    """A bar of bytes on standard error; yields a function that adds bytes, from any thread."""
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -30,7 +30,7 @@ def transfer_bar(what: str, total: int, *, shown: bool = True) -> Iterator[Calla
 
 @contextmanager
 def transfer_lines(what: str, total: int, log: logging.Logger) -> Iterator[Callable[[int], None]]:
-    """A line in the log with each tenth of it, at most one a second, and every ten seconds."""
+    """A log line per tenth, at most one per second, and at least every ten seconds."""
     lock = threading.Lock()
     began = told_at = time.monotonic()
     done = told = 0
@@ -55,6 +55,6 @@ def transfer_lines(what: str, total: int, log: logging.Logger) -> Iterator[Calla
 
 @contextmanager
 def transfer(what: str, total: int, log: logging.Logger) -> Iterator[Callable[[int], None]]:
-    """The bar on a terminal, the lines elsewhere."""
+    """A bar on a terminal, log lines elsewhere."""
     with transfer_bar(what, total) if Console(stderr=True).is_terminal else transfer_lines(what, total, log) as advance:
         yield advance

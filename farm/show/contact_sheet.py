@@ -1,4 +1,4 @@
-"""Many pictures on one page, each with its prompt below it."""
+"""Draws many pictures on one page, each with its prompt below it."""
 
 import math
 from collections.abc import Sequence
@@ -7,17 +7,17 @@ from PIL import Image, ImageDraw, ImageFont
 
 _GAP, _MARGIN, _LINES = 12, 16, 2
 _MOST_CHARS = 400
-"""More than fit below a frame: a word of 20,000 letters would be measured once for each of them."""
+"""More than fit below a frame; bounds the time for measuring very long words."""
 _PAPER, _INK, _FAINT = (250, 250, 248), (40, 40, 44), (225, 225, 222)
 
 
 def contact_sheet(
     pictures: Sequence[tuple[Image.Image | None, str]], columns: int | None = None, cell: int | None = None
 ) -> Image.Image:
-    """An RGB page of pictures in reading order; one that is None leaves an empty frame.
+    """An RGB page of pictures in reading order; None leaves an empty frame.
 
-    `cell` is the side of a frame in pixels: by default the largest picture's, between 160 and 256. Pictures are
-    enlarged or made smaller to fit it.
+    `cell` is the side of a frame in pixels: by default the largest picture's, between 160 and 256. Pictures are scaled
+    to fit it.
     """
     count = max(1, len(pictures))
     columns = columns or min(count, max(1, round(math.sqrt(count * 4 / 3))))
@@ -31,7 +31,7 @@ def contact_sheet(
     draw = ImageDraw.Draw(page)
     for place, (image, caption) in enumerate(pictures):
         left, top = _MARGIN + place % columns * pitch_x, _MARGIN + place // columns * pitch_y
-        # One pixel around: a white picture would end nowhere on white paper.
+        # A border of one pixel, so that a white picture has an edge.
         draw.rectangle((left - 1, top - 1, left + cell, top + cell), outline=_FAINT)
         if image is not None:
             shown = _fitted(image.convert("RGB"), cell)

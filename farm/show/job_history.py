@@ -1,4 +1,4 @@
-"""A job's whole story as a terminal shows it: what is to be rendered, each attempt, where the picture is."""
+"""Renders a job for a terminal: its spec, each attempt, the place of its picture."""
 
 from collections.abc import Iterable, Sequence
 from datetime import datetime
@@ -23,7 +23,7 @@ _OUTCOMES = {
 
 
 def story(job: JobInfo, attempts: Sequence[AttemptInfo], place: str | None) -> RenderableType:
-    """All that is known of a job; `place` is the address of its picture."""
+    """A job with all its attempts; `place` is the address of its picture."""
     facts = Table(box=None, show_header=False)
     facts.add_column(style="bold", no_wrap=True)
     facts.add_column(overflow="fold")

@@ -1,4 +1,4 @@
-"""Progress as text: bars of blocks, rates, durations, in the same form wherever they are shown."""
+"""Progress as text: bars of block characters, rates, durations."""
 
 from farm.jobs.tempo import Tempo
 
@@ -6,7 +6,7 @@ _BAR = 12
 
 
 def blocks(fraction: float, width: int = _BAR) -> tuple[str, str]:
-    """The full and the empty part of a bar; full only when all is done."""
+    """The full and the empty part of a bar; full only if all is done."""
     full = min(max(0, int(fraction * width + 0.5)), width if fraction >= 1 else width - 1)
     return "█" * full, "░" * (width - full)
 
@@ -17,7 +17,7 @@ def steps_line(steps_done: int, steps: int) -> str:
 
 
 def jobs_line(ended: int, total: int, speed: Tempo, note: str = "") -> str:
-    """`████░░░░░░░░ 312/1000 31% 4.2/s ETA 2m 44s`, and a word on it."""
+    """`████░░░░░░░░ 312/1000 31% 4.2/s ETA 2m 44s`, and a note."""
     full, empty = blocks(ended / max(1, total))
     parts = (f"{full}{empty} {ended}/{total} {_percent(ended, total)}", tempo_line(speed), note)
     return " ".join(filter(None, parts))
@@ -33,7 +33,7 @@ def _percent(done: int, of: int) -> str:
 
 
 def rate(per_second: float) -> str:
-    """`4.2/s`, or `2.5/min` and `3.1/h` for what is slower."""
+    """`4.2/s`; slower rates are `2.5/min` or `3.1/h`."""
     for unit, seconds in (("s", 1), ("min", 60)):
         if per_second * seconds >= 1:
             return f"{per_second * seconds:.{0 if per_second * seconds >= 100 else 1}f}/{unit}"
@@ -53,7 +53,7 @@ def duration(seconds: float) -> str:
 
 
 def tempo_line(tempo: Tempo) -> str:
-    """`4.2/s ETA 2m 44s`, or what is known of it."""
+    """`4.2/s ETA 2m 44s`, without unknown parts."""
     parts = (
         rate(tempo.per_second) if tempo.per_second is not None else "",
         f"ETA {duration(tempo.eta_seconds)}" if tempo.eta_seconds is not None else "",

@@ -1,4 +1,4 @@
-"""Batches and jobs as a terminal shows them."""
+"""Tables of batches and jobs for a terminal."""
 
 from collections.abc import Iterable
 from datetime import datetime
@@ -28,7 +28,7 @@ def state_style(state: JobState) -> str:
 
 
 def batch_table(batches: Iterable[BatchStatus]) -> RenderableType:
-    """A line a batch: how far it is, and in which states its jobs are."""
+    """One line per batch: progress, and the states of its jobs."""
     table = Table("batch", "done", "", "jobs", "submitted", box=None, header_style="bold")
     for batch in batches:
         counts = Text("paused  ", style="bold") if batch.paused else Text()
@@ -63,7 +63,7 @@ def _seconds(value: float | None) -> str:
 
 
 def job_table(jobs: Iterable[JobInfo], *, whole: bool = False) -> RenderableType:
-    """A line a job; its pace is left out and its prompt cut short unless it is asked for `whole`."""
+    """One line per job; with `whole` also its pace and its full prompt."""
     pace = ("s/step", "left") if whole else ()
     table = Table("job", "state", "steps", *pace, "worker", "prompt", "what", box=None, header_style="bold")
     for job in jobs:

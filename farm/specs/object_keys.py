@@ -1,4 +1,4 @@
-"""The keys of what a job leaves in the object store, readable by people."""
+"""The object store's keys of a job's objects, readable by people."""
 
 import re
 import unicodedata
@@ -7,9 +7,9 @@ _SLUG_CHARS = 48
 
 
 def slug(text: str) -> str:
-    """Up to 48 lower-case letters, digits and hyphens that remind of a text; empty if nothing is left of it.
+    """At most 48 lower-case letters, digits and hyphens of a text; may be empty.
 
-    Nothing of a prompt can leave its place in a key: no slash, dot or control character comes through.
+    The result contains no slash, dot or control character, so a prompt cannot escape from its key.
     """
     plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
     return re.sub(r"[^a-z0-9]+", "-", plain)[:_SLUG_CHARS].strip("-")
@@ -18,28 +18,28 @@ def slug(text: str) -> str:
 def image_key(batch_id: str, index: int, attempt: int, prompt: str) -> str:
     """`{batch}/{index}-{prompt}.a{attempt}.png`.
 
-    The attempt keeps a zombie from writing over the picture of the job's rightful worker.
+    The attempt in the key keeps late uploads of older attempts from replacing the current picture.
     """
     words = slug(prompt)
     return f"{batch_id}/{index:05d}{f'-{words}' if words else ''}.a{attempt}.png"
 
 
 def checkpoint_key(batch_id: str, index: int, attempt: int) -> str:
-    """`{batch}/{index}.a{attempt}.checkpoint.safetensors`: the state of a render on its way."""
+    """`{batch}/{index}.a{attempt}.checkpoint.safetensors`: the state of a running render."""
     return f"{batch_id}/{index:05d}.a{attempt}.checkpoint.safetensors"
 
 
 def preview_key(batch_id: str, index: int, attempt: int) -> str:
-    """`{batch}/{index}.a{attempt}.preview.png`: how a render that somebody watches looks by now."""
+    """`{batch}/{index}.a{attempt}.preview.png`: a preview of a running render."""
     return f"{batch_id}/{index:05d}.a{attempt}.preview.png"
 
 
 def trajectory_keys(image_key: str) -> tuple[str, str]:
-    """Beside a picture: the film strip of its steps, `….trajectory.png`, and their animation, `….trajectory.webp`."""
+    """The keys of a picture's film strip, `….trajectory.png`, and animation, `….trajectory.webp`."""
     stem = image_key.removesuffix(".png")
     return f"{stem}.trajectory.png", f"{stem}.trajectory.webp"
 
 
 def manifest_key(batch_id: str) -> str:
-    """`{batch}/manifest.jsonl`: what became of each job of a batch, a JSON line a job."""
+    """`{batch}/manifest.jsonl`: one JSON line per job of a batch."""
     return f"{batch_id}/manifest.jsonl"

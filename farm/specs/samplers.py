@@ -1,7 +1,7 @@
-"""Which samplers a spec may name: people's names and diffusers' class names, as plain data.
+"""The samplers that a spec may name, by short name or by diffusers' class name, as plain data.
 
-The names are those of k-diffusion and of the web UIs; each stands for a diffusers noise scheduler and the
-config it is built with. diffusers itself is not imported here: a client has none.
+The short names are those of k-diffusion and of the web UIs. Each stands for a noise scheduler of diffusers and the
+config values that it is built with. This module does not import diffusers, because clients do not install it.
 `python -m farm.specs.samplers` prints docs/samplers.md.
 """
 
@@ -15,32 +15,32 @@ _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 @dataclass(frozen=True)
 class Recipe:
-    """One of diffusers' noise schedulers, and how it is built from a checkpoint's own config."""
+    """A noise scheduler of diffusers, and how it is built from a checkpoint's config."""
 
     class_name: str
     config: Mapping[str, object] = field(default_factory=lambda: _NOTHING)
-    """Values set over the checkpoint's own."""
+    """Values that override the checkpoint's."""
     renamed: Mapping[str, str] = field(default_factory=lambda: _NOTHING)
-    """Values of the checkpoint's own that this class knows by another name: {its name: theirs}."""
+    """Values of the checkpoint that this class calls differently: {this class's name: the checkpoint's name}."""
     families: tuple[str, ...] = ()
-    """diffusers' pipelines that run it, by class name; all with models of its kind if empty."""
+    """Class names of the diffusers pipelines that support it; empty means all pipelines of its kind."""
     order: int = 1
-    """diffusers' word: of order 2, it calls the model twice a step, but for one of the steps."""
+    """As in diffusers: a scheduler of order 2 calls the model twice per step, except for one step."""
     draws_noise: bool = False
-    """Whether its steps draw from the request's generator."""
+    """Whether its steps draw noise from the request's generator."""
 
     def over(self, own: Mapping[str, object]) -> dict[str, object]:
-        """What `from_config` is to set over a checkpoint's own scheduler config."""
+        """The values with which `from_config` overrides a checkpoint's scheduler config."""
         return {**self.config, **{name: own[theirs] for name, theirs in self.renamed.items() if theirs in own}}
 
     def fits(self, family: str) -> bool:
-        """Whether diffusers' pipeline of that class name runs it."""
+        """Whether the diffusers pipeline of that class name supports it."""
         return not self.families or family in self.families
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """What one name stands for, by what the model predicts; None where there is no such sampler."""
+    """The recipes of one name, by what the model predicts; None if there is none."""
 
     diffusion: Recipe | None = None
     """For models that predict noise or v: Stable Diffusion 1.x and 2.x, SDXL."""
@@ -49,12 +49,12 @@ class Sampler:
 
     @property
     def class_name(self) -> str:
-        """The class for models that predict noise or v."""
+        """The class name of its first recipe."""
         return self._recipe.class_name
 
     @property
     def config(self) -> Mapping[str, object]:
-        """Its values set over the checkpoint's own."""
+        """The config values of its first recipe."""
         return self._recipe.config
 
     @property
@@ -70,9 +70,9 @@ _SDE = {"algorithm_type": "sde-dpmsolver++"}
 
 
 def _flow(class_name: str, draws_noise: bool = False, **config: object) -> Recipe:
-    """A scheduler made for diffusion, told to sample a flow with the checkpoint's own shift of its timesteps."""
+    """A diffusion scheduler configured to sample a flow, with the checkpoint's own timestep shift."""
     config = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", **config}
-    # FlowMatchEulerDiscreteScheduler, whose config the checkpoints carry, calls it otherwise.
+    # The checkpoints carry the config of FlowMatchEulerDiscreteScheduler, which calls the value `shift`.
     return Recipe(class_name, config, renamed={"flow_shift": "shift"}, draws_noise=draws_noise)
 
 
@@ -117,7 +117,7 @@ SAMPLERS: Mapping[str, Sampler] = MappingProxyType(
         "lms": Sampler(Recipe("LMSDiscreteScheduler")),
         "lms_karras": Sampler(Recipe("LMSDiscreteScheduler", _KARRAS)),
         "pndm": Sampler(Recipe("PNDMScheduler")),
-        # PNDM without its Runge-Kutta steps; most checkpoints' own config says so already.
+        # PNDM without its Runge-Kutta steps, as most checkpoints configure it already.
         "plms": Sampler(Recipe("PNDMScheduler", {"skip_prk_steps": True})),
         "sa_solver": Sampler(Recipe("SASolverScheduler", draws_noise=True)),
         "tcd": Sampler(Recipe("TCDScheduler")),
@@ -125,20 +125,20 @@ SAMPLERS: Mapping[str, Sampler] = MappingProxyType(
         "unipc_karras": Sampler(Recipe("UniPCMultistepScheduler", _KARRAS)),
     }
 )
-"""Every sampler a spec may name, by the name people know; of those made of one class the plain one first.
+"""All samplers that a spec may name, by short name; of several variants of one class the plain one comes first.
 
-Where both columns are filled, diffusers' own pipelines of all families of the kind run it and find a Gaussian's mean
-and deviation with it; with Karras sigmas the multistep ones make NaN of a flow.
+A recipe is listed only if diffusers' own pipelines of that kind run it and reproduce the mean and deviation of a
+Gaussian with it. With Karras sigmas the multistep schedulers produce NaN for a flow.
 """
 
-_TORCHSDE = "draws its noise from torchsde, which the farm does not install; dpmpp_2m_sde is close"
-_IGNORES = "has a noise schedule of its own and ignores the checkpoint's: the pictures are wrong; try "
-_EDM = "is for EDM models, which scale their inputs and outputs otherwise: the pictures are wrong; try "
+_TORCHSDE = "draws its noise from torchsde, which the farm does not install; try dpmpp_2m_sde"
+_IGNORES = "ignores the checkpoint's noise schedule, so its pictures are wrong; try "
+_EDM = "is for EDM models, which scale inputs and outputs differently: the pictures are wrong; try "
 _TOKENS = "samples discrete tokens, not latents"
-_OTHER_STEP = "takes more than the model's output in a step, which no text-to-image pipeline gives it"
-_ANCESTRAL_2S = "is not in diffusers; dpmpp_2s is the one without added noise"
-_INVERSE = "turns pictures into noise, not noise into pictures"
-_NO_STEP = "has no step that a pipeline can call"
+_OTHER_STEP = "needs more per step than a text-to-image pipeline provides"
+_ANCESTRAL_2S = "is not in diffusers; try dpmpp_2s, which adds no noise"
+_INVERSE = "turns pictures into noise"
+_NO_STEP = "has no step method that a pipeline can call"
 
 UNSUPPORTED: Mapping[str, str] = MappingProxyType(
     {
@@ -152,14 +152,14 @@ UNSUPPORTED: Mapping[str, str] = MappingProxyType(
         "AmusedScheduler": _TOKENS,
         "BlockRefinementScheduler": _TOKENS,
         "CMStochasticIterativeScheduler": "is for consistency models trained from scratch; try lcm",
-        "CogVideoXDDIMScheduler": "is for CogVideoX, whose noise schedule it shifts: the pictures are wrong; try ddim",
+        "CogVideoXDDIMScheduler": "is for CogVideoX, and shifts the noise schedule: the pictures are wrong; try ddim",
         "CogVideoXDPMScheduler": _OTHER_STEP,
         "ConsistencyDecoderScheduler": "is for a VAE's decoder",
         "CosineDPMSolverMultistepScheduler": _TORCHSDE,
         "DDIMInverseScheduler": _INVERSE,
         "DDIMParallelScheduler": "draws what DDIMScheduler draws; use ddim",
         "DDPMParallelScheduler": "draws what DDPMScheduler draws; use ddpm",
-        "DDPMWuerstchenScheduler": "is for Würstchen, and lacks what these pipelines ask of a scheduler",
+        "DDPMWuerstchenScheduler": "is for Würstchen, and lacks methods that these pipelines need",
         "DPMSolverMultistepInverseScheduler": _INVERSE,
         "DPMSolverSDEScheduler": _TORCHSDE,
         "DiscreteDDIMScheduler": _TOKENS,
@@ -171,22 +171,22 @@ UNSUPPORTED: Mapping[str, str] = MappingProxyType(
         "HeliosScheduler": "is for Helios' stages of resolution",
         "IPNDMScheduler": _IGNORES + "plms",
         "KarrasVeScheduler": _OTHER_STEP,
-        "MiniMaxH3Scheduler": "is for MiniMax H3, and counts timesteps its own way: the pictures are wrong; try euler",
-        "PiflowScheduler": "is for models distilled to policies, with timesteps of their own",
+        "MiniMaxH3Scheduler": "is for MiniMax H3, whose timesteps differ: the pictures are wrong; try euler",
+        "PiflowScheduler": "is for models distilled to policies, with other timesteps",
         "RFD4ProteinaScheduler": "is for proteins",
         "RePaintScheduler": _OTHER_STEP,
-        "SCMScheduler": "is for SANA-Sprint, and parametrized otherwise; try lcm",
+        "SCMScheduler": "is for SANA-Sprint, which is parametrized differently; try lcm",
         "ScoreSdeVeScheduler": _NO_STEP,
         "ScoreSdeVpScheduler": _NO_STEP,
-        "UnCLIPScheduler": "is for unCLIP, whose noise schedule it insists on; try ddpm",
+        "UnCLIPScheduler": "is for unCLIP, and requires its noise schedule; try ddpm",
         "VQDiffusionScheduler": _TOKENS,
     }
 )
-"""Samplers that are known but can't be named in a spec, by people's name or diffusers' class name, and why not."""
+"""Known samplers that a spec cannot name, by short name or class name, with the reason."""
 
 
 def _by_class() -> dict[str, Sampler]:
-    """What diffusers' class names stand for: the first sampler made of each, and nothing where the class is no use."""
+    """The samplers by class name: the first one that is made of each class."""
     found: dict[str, Sampler] = {}
     for sampler in SAMPLERS.values():
         for kind in ("diffusion", "flow"):
@@ -201,12 +201,12 @@ _BY_CLASS = _by_class()
 
 
 def find_sampler(name: str) -> Sampler | None:
-    """The sampler of that name, by people's name (`euler_a`) or diffusers' class name; None if it is no such name."""
+    """The sampler with a short name (`euler_a`) or class name; None if the name is unknown."""
     return SAMPLERS.get(name) or _BY_CLASS.get(name)
 
 
 def sampler_names() -> tuple[str, ...]:
-    """People's names for all samplers, sorted."""
+    """The short names of all samplers, sorted."""
     return tuple(sorted(SAMPLERS))
 
 
@@ -215,14 +215,14 @@ def sampler_names() -> tuple[str, ...]:
 _HEAD = """\
 # Samplers
 
-What a spec's `scheduler` may name: one of these names, or diffusers' class name of a noise scheduler. Left out, it is
-the model's own. Each name stands for a diffusers class, built from the checkpoint's own config with the values shown
-set over it. This page is printed by `python -m farm.specs.samplers`.
+The `scheduler` of a spec is one of these names, or the class name of a diffusers noise scheduler. The default is the
+model's own scheduler. Each name stands for a diffusers class, built from the checkpoint's own config with the values
+shown. This page is generated by `python -m farm.specs.samplers`.
 
-A class name stands for the plainest sampler that is made of it. A sampler of order 2 calls the model twice a step, but
-for one of the steps. Noise is drawn from the job's own generator, so that its seed still decides the picture; `ddim`
-and `tcd` draw some if the spec has an `eta`. `lcm` and `tcd` are for models distilled for them; those that predict
-noise or v take 50 steps at most.
+A class name stands for the first sampler in this list that uses the class. A sampler of order 2 calls the model twice
+per step, except for one step. Noise is drawn from the job's own generator, so the seed determines the picture; `ddim`
+and `tcd` draw noise if the spec has an `eta`. `lcm` and `tcd` are for models distilled for them; for models that
+predict noise or v they take at most 50 steps.
 
 | name | Stable Diffusion 1.x and 2.x, SDXL | Stable Diffusion 3, Flux | order | draws noise |
 |---|---|---|---|---|"""
@@ -230,12 +230,12 @@ noise or v take 50 steps at most.
 _FOOT = """
 ## Not supported
 
-| name | it |
+| name | reason: it |
 |---|---|"""
 
 
 def page() -> str:
-    """docs/samplers.md, in Markdown."""
+    """The Markdown text of docs/samplers.md."""
     return "\n".join(_lines()) + "\n"
 
 

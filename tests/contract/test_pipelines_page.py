@@ -9,10 +9,12 @@ import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
 
 from benchmarks.parity import Parity, References
+from farm.errors import BadRequest
 from farm.specs.spec import RenderSpec
 from tests.checkpoints import t5_encoder, t5_tokenizer
 from tests.parity import draw
 from workers import pipelines
+from workers.render.request import RenderRequest
 
 PAGE = Path(__file__).parents[2] / "docs" / "pipelines.md"
 
@@ -78,6 +80,23 @@ def test_the_family_of_the_page_draws_what_diffusers_draws_in_shared_forwards(ch
     theirs = References(checkpoint, use_resolution_binning=False, clean_caption=False)
     parity = Parity.of(pictures, [theirs.of(spec) for spec in specs])
     assert parity.holds, parity
+
+
+@pytest.mark.usefixtures("family")
+def test_the_family_of_the_page_loads_with_compile_on_and_says_that_nothing_was_compiled(
+    checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipeline = pipelines.load(str(checkpoint), torch.device("cpu"), torch.float32, compile=True)
+    assert not pipeline.compiled
+    assert "not compiled: diffusers names no repeated blocks in PixArtTransformer2DModel" in caplog.messages
+
+
+@pytest.mark.usefixtures("family")
+def test_the_family_of_the_page_refuses_a_text_option_that_it_does_not_take(checkpoint: Path) -> None:
+    pipeline = pipelines.load(str(checkpoint), torch.device("cpu"), torch.float32)
+    request = RenderRequest("a", RenderSpec(prompt="x", seed=1, clip_skip=1))
+    with pytest.raises(BadRequest, match="has no clip_skip: a PixArtSigmaPipeline does not take it"):
+        pipeline.plan(request)
 
 
 def test_every_command_of_the_page_selects_tests_that_are_there() -> None:

@@ -1,30 +1,33 @@
 """The doctor, over real servers in good and in bad health."""
 
-import json
+import os
+import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
-import boto3
 import pytest
 import redis
 import sqlalchemy as sa
 
 from farm import __version__
-from farm.cli import doctor
-from farm.cli.doctor import Finding, check, exit_code, line
+from farm.cli.doctor import check, exit_code, line
 from farm.client.farm import Farm
-from farm.jobs.database import Database
+from farm.jobs.checks import TAKEOVER_SECONDS, check_dispatcher
+from farm.jobs.database import Database, now_plus
+from farm.jobs.leadership import DISPATCHER, Leadership
 from farm.jobs.records import WorkerInfo
-from farm.jobs.schema import JobRow, WorkerRow
-from farm.jobs.served_models import ServedModel
+from farm.jobs.schema import BatchRow, JobRow, LeaderRow, WorkerRow
+from farm.jobs.served_models import MemoryLimit, ServedModel
 from farm.jobs.states import JobState
 from farm.jobs.store import JobStore
 from farm.objects.storage import Storage
+from farm.runtime.finding import Finding
 from farm.settings import Settings
+from farm.specs.guidance import UNGUIDED
 
 
 def found(settings: Settings, part: str) -> list[Finding]:
@@ -37,21 +40,24 @@ def only(settings: Settings, part: str) -> Finding:
 
 
 @pytest.fixture
-def on_sqlite(sqlite_url: str, valkey: str, s3: dict[str, str], tmp_path: Path) -> Settings:
-    """Settings for the tests to which the database does not matter."""
-    return Settings.load(database_url=sqlite_url, broker_url=valkey, home=tmp_path / "home", **s3)
+def on_sqlite(on_sqlite: Settings) -> Settings:
+    """Settings of a farm with a dispatcher, for the tests to which the database does not matter."""
+    database = Database(on_sqlite.database_url)
+    lead(database)
+    database.close()
+    return on_sqlite
 
 
 def introduce(store: JobStore, name: str, *, model: str = "tiny", version: str = __version__) -> None:
-    store.introduce(
+    store.workers.register(
         WorkerInfo(name=name, device="cpu", dtype="float32", slots=8, version=version, models=(ServedModel(model),))
     )
 
 
 def test_a_healthy_farm_is_all_ok(settings: Settings, database: Database) -> None:
-    store = JobStore(database, settings)
-    introduce(store, "worker-1@here")
-    findings = check(settings)
+    lead(database)
+    introduce(JobStore.over(database, settings), "worker-1@here")
+    findings = list(check(settings))
     assert [(finding.part, finding.level) for finding in findings] == [
         (part, "ok") for part in ("settings", "database", "broker", "storage", "dispatcher", "worker")
     ]
@@ -63,7 +69,7 @@ def test_a_healthy_farm_is_all_ok(settings: Settings, database: Database) -> Non
 
 
 def test_what_workers_lack_is_named(settings: Settings, database: Database) -> None:
-    store = JobStore(database, settings)
+    store = JobStore.over(database, settings)
     with Farm(settings) as farm:
         farm.submit(["a red circle"] * 3, model="sd15")
         farm.submit(["a red circle"], model="tiny")
@@ -74,7 +80,7 @@ def test_what_workers_lack_is_named(settings: Settings, database: Database) -> N
         session.execute(
             sa.update(WorkerRow).where(WorkerRow.name == "gone@here").values(seen_at=seen - timedelta(hours=1))
         )
-    findings = check(settings)
+    findings = list(check(settings))
     workers = {finding.what.split()[0]: finding for finding in findings if finding.part == "worker"}
     assert "not been heard of" in workers["gone@here"].what
     assert workers["gone@here"].level == "warn"
@@ -90,19 +96,102 @@ def test_a_farm_without_a_worker_is_told_to_start_one(on_sqlite: Settings) -> No
     assert (finding.level, finding.do) == ("bad", "start one: `farm worker`")
 
 
-def test_jobs_that_stay_in_the_backlog_show_that_no_dispatcher_runs(
-    settings: Settings, database: Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(doctor, "SECOND_LOOK_SECONDS", 0.01)
-    with Farm(settings) as farm:
-        farm.submit(["a red circle"] * 3)
+def lead(database: Database) -> None:
+    assert Leadership(database, DISPATCHER, lease_seconds=600).seek()
+
+
+def fill_the_window(farm: Farm, database: Database) -> None:
+    farm.submit(["a red circle"] * 200)
+    assert JobStore.over(database, farm.settings).slots() == {"tiny": 8}
+    assert len(JobStore.over(database, farm.settings).queued("tiny")) == 16
+
+
+def pause_a_batch_an_owner_and_a_job(farm: Farm, database: Database) -> None:
+    farm.submit(["a red circle"], owner="anna").pause()
+    farm.submit(["a red circle"], owner="ben")
+    farm.owner("ben").pause()
+    farm.job(f"{farm.submit(['a red circle'], owner='carl').id}-1").pause()
+    farm.submit(["a red circle"], owner="ben", model="sd15")  # and no worker serves it
+
+
+def leave_a_submission_unaccepted(farm: Farm, database: Database) -> None:
+    farm.submit(["a red circle"])
+    put_back(database)
     with database.write() as session:
-        session.execute(sa.update(JobRow).where(JobRow.index == 3).values(state=JobState.PENDING.value, queued_at=None))
+        session.execute(sa.update(BatchRow).values(accepted_at=None))
+
+
+def let_a_job_wait_for_its_next_try(farm: Farm, database: Database) -> None:
+    farm.submit(["a red circle"])
+    put_back(database, not_before=datetime.now(UTC) + timedelta(hours=1))
+
+
+def submit_twins(farm: Farm, database: Database) -> None:
+    farm.submit(["a red circle"] * 5, seed=3)
+    assert len(JobStore.over(database, farm.settings).queued("tiny")) == 1
+
+
+def submit_what_is_too_large(farm: Farm, database: Database) -> None:
+    model = ServedModel("tiny", limit=MemoryLimit(128 * 128, 1, UNGUIDED))
+    JobStore.over(database, farm.settings).describe(
+        WorkerInfo(name="worker-1@here", device="cpu", dtype="float32", slots=8, version=__version__, models=(model,))
+    )
+    farm.submit(["a red circle"], width=1024, height=1024)
+    assert farm.too_large() == {"tiny": 128 * 128}
+
+
+def put_back(database: Database, **values: object) -> None:
+    with database.write() as session:
+        session.execute(sa.update(JobRow).values(state=JobState.PENDING.value, queued_at=None, **values))
+
+
+@pytest.mark.parametrize(
+    "keep_jobs_in_the_backlog",
+    [
+        fill_the_window,
+        pause_a_batch_an_owner_and_a_job,
+        leave_a_submission_unaccepted,
+        let_a_job_wait_for_its_next_try,
+        submit_twins,
+        submit_what_is_too_large,
+    ],
+)
+def test_jobs_that_have_a_reason_to_wait_are_no_fault(
+    settings: Settings, database: Database, keep_jobs_in_the_backlog: Callable[[Farm, Database], None]
+) -> None:
+    lead(database)
+    introduce(JobStore.over(database, settings), "worker-1@here")
+    with Farm(settings) as farm:
+        keep_jobs_in_the_backlog(farm, database)
+    with database.read() as session:
+        assert session.scalar(sa.select(sa.func.count()).where(JobRow.state == JobState.PENDING.value))
+    findings = list(check(settings))
+    assert [finding for finding in findings if finding.level != "ok"] == []
+
+
+def test_a_dispatcher_that_runs_is_named(settings: Settings, database: Database) -> None:
+    lead(database)
     finding = only(settings, "dispatcher")
-    assert (finding.level, finding.do) == ("bad", "start one: `farm dispatcher`")
-    assert "models tiny" in finding.what
-    # A full window is no sign of it.
-    assert only(settings.model_copy(update={"window": 2}), "dispatcher").level == "ok"
+    assert (finding.level, finding.what) == ("ok", f"runs on {socket.gethostname()} as process {os.getpid()}")
+
+
+def test_without_a_dispatcher_the_doctor_says_so_even_if_no_job_waits(settings: Settings, database: Database) -> None:
+    finding = only(settings, "dispatcher")
+    assert (finding.level, finding.what, finding.do) == ("bad", "does not run", "start one: `farm dispatcher`")
+
+
+def test_a_dispatcher_whose_lease_has_run_out_does_not_run(settings: Settings, database: Database) -> None:
+    lead(database)
+    with database.write() as session:
+        session.execute(sa.update(LeaderRow).values(until=now_plus(sa.literal(-1.0))))
+    assert only(settings, "dispatcher").level == "bad"
+
+
+def test_a_dispatcher_that_takes_over_meanwhile_runs(settings: Settings, database: Database) -> None:
+    successor = threading.Timer(TAKEOVER_SECONDS / 4, lead, [database])
+    successor.start()
+    assert check_dispatcher(database, "start one").level == "ok"
+    successor.join()
 
 
 @pytest.mark.parametrize(
@@ -121,7 +210,7 @@ def test_jobs_that_stay_in_the_backlog_show_that_no_dispatcher_runs(
 def test_what_does_not_answer_is_bad_and_says_which_setting(
     on_sqlite: Settings, part: str, wrong: dict[str, str], what: str, do: str
 ) -> None:
-    findings = check(Settings.load(**{**given(on_sqlite), **wrong}))
+    findings = list(check(Settings.load(**{**given(on_sqlite), **wrong})))
     (finding,) = [finding for finding in findings if finding.part == part]
     assert finding.level == "bad"
     assert what in finding.what
@@ -157,30 +246,6 @@ def test_an_open_or_forgetful_redis_is_a_warning(on_sqlite: Settings) -> None:
     assert "without a password" in findings[1].what
 
 
-def test_a_bucket_that_anyone_may_read_is_a_warning(on_sqlite: Settings) -> None:
-    secret = on_sqlite.s3_secret_access_key
-    assert secret is not None
-    client = boto3.client(
-        "s3",
-        endpoint_url=on_sqlite.s3_endpoint_url,
-        region_name="us-east-1",
-        aws_access_key_id=on_sqlite.s3_access_key_id,
-        aws_secret_access_key=secret.get_secret_value(),
-    )
-    allow = {
-        "Effect": "Allow",
-        "Principal": "*",
-        "Action": "s3:GetObject",
-        "Resource": f"arn:aws:s3:::{on_sqlite.s3_bucket}/*",
-    }
-    client.put_bucket_policy(
-        Bucket=on_sqlite.s3_bucket, Policy=json.dumps({"Version": "2012-10-17", "Statement": [allow]})
-    )
-    client.close()
-    finding = only(on_sqlite, "storage")
-    assert (finding.level, finding.do) == ("warn", "take away public access")
-
-
 @pytest.mark.parametrize(("status", "level"), [(200, "warn"), (401, "ok"), (500, "bad")])
 def test_flower_must_ask_who_is_there(on_sqlite: Settings, status: int, level: str) -> None:
     with answering(status) as url:
@@ -211,13 +276,13 @@ def answering(status: int) -> Iterator[str]:
 
 def test_an_embedded_farm_that_does_not_run_is_told_to_be_started(embedded: Settings, tmp_path: Path) -> None:
     (tmp_path / "farm.json").write_bytes((embedded.home / "farm.json").read_bytes())
-    findings = check(embedded.model_copy(update={"home": tmp_path}))
+    findings = list(check(embedded.model_copy(update={"home": tmp_path}), embedded=True))
     assert [finding.part for finding in findings] == ["settings", "database"]
     assert (findings[0].level, findings[0].do) == ("bad", "start it: `farm up`")
 
 
 def test_an_embedded_farm_that_runs_is_looked_at_part_by_part(embedded: Settings) -> None:
-    levels = {finding.part: finding.level for finding in check(embedded)}
+    levels = {finding.part: finding.level for finding in check(embedded, embedded=True)}
     # The tests' own farm has neither dispatcher nor Flower nor worker.
     assert levels == {
         "settings": "ok",

@@ -16,14 +16,10 @@ import boto3
 import pytest
 import redis
 
-from farm.cli.doctor import Finding, check
+from farm.cli.doctor import check
+from farm.runtime.finding import Finding
 from farm.settings import Settings
 from tests.integration.conftest import wait_until
-
-
-@pytest.fixture
-def on_sqlite(sqlite_url: str, valkey: str, s3: dict[str, str], tmp_path: Path) -> Settings:
-    return Settings.load(database_url=sqlite_url, broker_url=valkey, home=tmp_path / "home", **s3)
 
 
 def found(settings: Settings, part: str) -> Finding:

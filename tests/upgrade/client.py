@@ -101,6 +101,10 @@ class Client:
         }
 
 
+def _name(model: Any) -> str:
+    return str(model["name"] if isinstance(model, dict) else model.name)  # a mapping in the previous release
+
+
 def _reported(job: Job) -> dict[str, Any]:
     info = job.info
     return {

@@ -1,4 +1,4 @@
-"""One worker process, on one device: its models loaded, then Celery's messages until it is told to stop."""
+"""One worker process on one device: its models are loaded, then it takes Celery's messages until it is to stop."""
 
 import logging
 import os
@@ -18,22 +18,21 @@ from workers.consumer import tasks
 from workers.consumer.progress import ProgressBars
 from workers.consumer.queue_order import HeldFirst, UrgentConsumer
 from workers.consumer.reporter import Reporter
-from workers.service.worker import Worker
+from workers.service.worker import Worker, build_worker
 
 
 def serve(name: str | None, given: dict[str, Any]) -> None:
-    """Load the models, then render until told to stop; `given` are the settings that the command line names.
+    """Load the models, then render until SIGTERM; `given` are the settings of the command line.
 
     The process ends with 2 where another start would end the same way, and with 3 where it may not.
     """
     nodename = f"{name or f'worker-{os.getpid()}'}@{socket.gethostname()}"
     configure()
-    # Until Celery listens itself, a stop ends the loading; nothing is claimed yet.
+    # Until Celery handles signals itself, SIGTERM ends the loading; nothing is claimed yet.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         settings = Settings.load(**given)
-        worker = Worker(settings, nodename)
-        worker.build()
+        worker = build_worker(settings, nodename)
     except KeyboardInterrupt:
         sys.exit(130)
     except FarmError as error:
@@ -47,7 +46,7 @@ def serve(name: str | None, given: dict[str, Any]) -> None:
     order = HeldFirst(lambda: worker.pins.held, lambda: worker.pins.failures)
     app.conf.broker_transport_options["queue_order_strategy"] = order
     app.steps["consumer"].add(UrgentConsumer)
-    signals.setup_logging.connect(lambda **_: None, weak=False)  # ours stands already
+    signals.setup_logging.connect(lambda **_: None, weak=False)  # keep the farm's own
     tasks.register(app, worker)
     attach(app, worker)
     app.worker_main(
@@ -65,12 +64,12 @@ def serve(name: str | None, given: dict[str, Any]) -> None:
 
 
 def attach(app: Celery, worker: Worker) -> None:
-    """Tie a worker's life to Celery's: known when it consumes, draining when it is told to stop, gone at the end."""
+    """Start the worker when Celery consumes, drain it when Celery is to stop, and stop it after Celery."""
     seconds = worker.settings.progress_seconds
-    bars = ProgressBars(worker.renders, seconds) if seconds is not None else None
+    bars = ProgressBars(worker.leases.renders, seconds) if seconds is not None else None
 
     def ready(sender: Any, **_: object) -> None:
-        worker.live()
+        worker.start()
         if bars is not None:
             bars.start(sender.reporter)
 
@@ -84,9 +83,9 @@ def attach(app: Celery, worker: Worker) -> None:
         worker.stop()
 
     app.steps["consumer"].add(Reporter)
-    # Each transition has its line already, where it is committed.
-    for told_anyway in ("celery.worker.strategy", "celery.app.trace"):
-        logging.getLogger(told_anyway).setLevel(logging.WARNING)
+    # The farm logs each transition where it is committed.
+    for logger in ("celery.worker.strategy", "celery.app.trace"):
+        logging.getLogger(logger).setLevel(logging.WARNING)
     signals.worker_ready.connect(ready, weak=False)
     signals.worker_shutting_down.connect(shutting_down, weak=False)
     signals.worker_shutdown.connect(shut_down, weak=False)

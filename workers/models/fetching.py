@@ -1,4 +1,7 @@
-"""The files of a model brought into a folder: many pieces at once, hashed as they come, on from where it broke off."""
+"""The download of a model's files into a folder: several pieces at once, hashed on arrival, resumed if interrupted.
+
+boto3's downloads (s3transfer) begin at the first byte each time, and write pieces out of order, which can't be hashed.
+"""
 
 import hashlib
 import os
@@ -16,7 +19,7 @@ from farm.runtime.retrying import insist
 from workers.models.remote import RemoteFile, RemoteModel
 
 Piece: TypeAlias = tuple[RemoteFile, int, int]
-"""A file, and the first and number of its bytes."""
+"""A file, the position of a first byte in it, and a number of bytes."""
 
 _PIECE_BYTES = 8 * 2**20
 _CHUNK = 2**20
@@ -32,11 +35,11 @@ def fetch(
     report: Report = lambda _: None,
     stopping: threading.Event | None = None,
 ) -> dict[str, str]:
-    """Bring files of a model into a folder, each written through to the disk; returns their SHA-256, by path.
+    """Download files of a model into a folder, each synced to the disk; returns their SHA-256, by path.
 
-    What an interrupted fetch has left there is hashed and gone on with, where the file's hash is known. `report` is
-    told of that too. Raises `ModelError`, naming it, for an object that is not what was pushed; `StorageUnavailable`
-    once the store was away for some seconds; `ModelUnavailable` when told to stop; `OSError` when the disk is full.
+    A file whose hash is known is resumed where an interrupted download left it; `report` counts those bytes too. Raises
+    `ModelError` with the name of an object that differs from what was pushed, `StorageUnavailable` if the store did not
+    answer for some seconds, `ModelUnavailable` once `stopping` is set, and `OSError` when the disk is full.
     """
     stopping = stopping or threading.Event()
     found: dict[str, str] = {}
@@ -61,7 +64,7 @@ def fetch(
                 if not have:
                     where = f"s3://{remote.bucket}/{remote.prefix}{file.path}"
                     raise ModelError(f"{where} is not what was pushed: its SHA-256 differs")
-                again.append(file)  # what lay here may be what is wrong
+                again.append(file)  # the part that was resumed may be the wrong one
                 report(-file.bytes)
         left = again
     return found
@@ -74,11 +77,11 @@ def sha256_of(path: Path) -> str:
 
 
 def _take_up(path: Path, file: RemoteFile) -> tuple[int, "hashlib._Hash"]:
-    """How many of a file's bytes are here already, and what they hash to so far."""
+    """The number of a file's bytes that are here already, and their running SHA-256."""
     path.parent.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256()
     have = 0
-    # Without its hash nobody could tell whether what a crash has left is right.
+    # Bytes that a crash left can be trusted only if the final hash is known.
     if path.is_file() and file.sha256 is not None and path.stat().st_size <= file.bytes:
         with path.open("rb") as stream:
             while data := stream.read(_CHUNK):

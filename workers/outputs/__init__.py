@@ -1,1 +1,1 @@
-"""What a render leaves: PNG, film strip, checkpoint."""
+"""The files of a render: PNG, film strip, animation, checkpoint."""

@@ -1,4 +1,4 @@
-"""A running request's state as bytes and back: safetensors, with the rest as JSON in its header."""
+"""Serializes the state of a running request: tensors as safetensors, the rest as JSON in its header."""
 
 import json
 from typing import Any
@@ -15,7 +15,7 @@ VERSION = 1
 
 
 def pack(snapshot: Snapshot) -> bytes:
-    """A snapshot as a safetensors file; from a GPU it is fetched here."""
+    """The bytes of a safetensors file; copies tensors from the GPU."""
     tensors = {"latents": snapshot.latents, "generator": snapshot.generator}
     tensors |= {f"history.{place}": tensor for place, tensor in enumerate(snapshot.history)}
     header = {
@@ -27,7 +27,7 @@ def pack(snapshot: Snapshot) -> bytes:
         "history": len(snapshot.history),
         "scheduler": _flattened(snapshot.scheduler, "scheduler", tensors),
     }
-    # Cloned: views of one forward's tensor would bring all of it along.
+    # Cloned: a view would save the whole tensor of its forward.
     packed: bytes = save(
         {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()},
         {"state": json.dumps(header)},
@@ -36,7 +36,7 @@ def pack(snapshot: Snapshot) -> bytes:
 
 
 def unpack(data: bytes) -> Snapshot:
-    """What `pack` wrote. Raises `ValueError` if it is anything else, or of another version."""
+    """The snapshot that `pack` wrote. Raises `ValueError` for other data or another version."""
     try:
         tensors = load(data)
         length = int.from_bytes(data[:8], "little")
@@ -58,7 +58,7 @@ def unpack(data: bytes) -> Snapshot:
 
 
 def _flattened(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
-    """A noise scheduler's memory as JSON: tensors go under their path. What JSON can't say is its config, or code."""
+    """A noise scheduler's attributes as JSON, tensors under their path; config and code are left out."""
     if isinstance(value, torch.Tensor):
         tensors[path] = value
         return {"tensor": path}
@@ -72,7 +72,7 @@ def _flattened(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
     if type(value) is dict:
         flat = {str(key): _flattened(item, f"{path}.{key}", tensors) for key, item in value.items() if key[0] != "_"}
         memory = {key: item for key, item in flat.items() if item is not None}
-        # The one private thing among it: which step comes next.
+        # The only private attributes that are needed: the next step.
         steps = {key: {"value": value[key]} for key in ("_step_index", "_begin_index") if key in value}
         return {"dict": {**memory, **steps}}
     return None

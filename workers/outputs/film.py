@@ -1,4 +1,4 @@
-"""How a picture came into being, as files: every step in a strip, and one after the other."""
+"""The trajectory of a render as files: a strip of all steps, and an animation."""
 
 import io
 import math
@@ -9,11 +9,11 @@ from PIL import Image
 FRAME_MILLISECONDS = 120
 _STRIP_COLUMNS = 10
 _STRIP_SIDE = 256
-"""The longest side of a step in the strip, in pixels."""
+"""The longer side of a step in the strip, in pixels."""
 
 
 def strip(frames: Sequence[Image.Image]) -> bytes:
-    """A PNG with the picture of every step, row by row, first to last."""
+    """A PNG with the pictures of all steps in order, row by row."""
     width, height = frames[0].size
     scale = min(1.0, _STRIP_SIDE / max(width, height))
     size = max(1, round(width * scale)), max(1, round(height * scale))
@@ -28,7 +28,7 @@ def strip(frames: Sequence[Image.Image]) -> bytes:
 
 
 def animation(frames: Sequence[Image.Image]) -> bytes:
-    """A lossless animated WebP with a frame a step, that plays on and on."""
+    """A lossless animated WebP with one frame per step, in a loop."""
     out = io.BytesIO()
     frames[0].save(
         out,

@@ -1,4 +1,4 @@
-"""A finished picture as a PNG that says how it was made."""
+"""Encodes a picture as a PNG with its settings as metadata."""
 
 import io
 import json
@@ -14,14 +14,14 @@ from farm.specs.spec import RenderSpec
 from workers.render.request import Rendered
 
 PARAMETERS = "parameters"
-"""The text chunk that AUTOMATIC1111's web UI writes and that galleries read."""
+"""The text chunk that AUTOMATIC1111's web UI writes and galleries read."""
 FARM = "diffusion-farm"
-"""The text chunk with everything, as JSON."""
+"""The text chunk with all metadata as JSON."""
 
 
 @cache
 def versions() -> Mapping[str, str]:
-    """The versions of what draws."""
+    """The versions of the packages that render."""
     found = {}
     for name in ("diffusion-farm", "torch", "diffusers", "transformers"):
         try:
@@ -32,7 +32,7 @@ def versions() -> Mapping[str, str]:
 
 
 def parameters(spec: RenderSpec, rendered: Rendered) -> str:
-    """The settings in the form of AUTOMATIC1111's web UI: prompt, negative prompt, one line of the rest."""
+    """The settings in the format of AUTOMATIC1111's web UI: prompt, negative prompt, one line with the others."""
     lines = [spec.prompt]
     if spec.negative_prompt:
         lines.append(f"Negative prompt: {spec.negative_prompt}")
@@ -51,9 +51,9 @@ def parameters(spec: RenderSpec, rendered: Rendered) -> str:
 
 
 def encode(spec: RenderSpec, rendered: Rendered, origin: Mapping[str, Any]) -> bytes:
-    """A PNG with the settings as people read them and, as JSON, the spec, the model's hash and the versions.
+    """The bytes of a PNG with the settings as text, and the spec, the model's hash and the versions as JSON.
 
-    `origin` says where it comes from: batch, job, attempt, worker.
+    `origin` is added to the JSON: batch, job, attempt, worker.
     """
     everything = {
         "spec": spec.model_dump(mode="json"),
@@ -76,6 +76,6 @@ def encode(spec: RenderSpec, rendered: Rendered, origin: Mapping[str, Any]) -> b
 
 
 def read(image: Image.Image) -> dict[str, Any]:
-    """What `encode` wrote as JSON; raises KeyError if the picture is not from a farm."""
+    """The JSON that `encode` wrote; raises KeyError for a picture without it."""
     found: dict[str, Any] = json.loads(image.info[FARM])
     return found

@@ -1,7 +1,7 @@
 """The GPUs of this machine, as `nvidia-smi` lists them, and the choice among them by `--gpus`.
 
-torch would take memory on each GPU to list them. nvidia-ml-py would not, but a driver that hangs would hang this process
-in it, where a program can be given a time limit.
+torch would take memory on each GPU to list them. nvidia-ml-py would not, but a hanging driver would block this process
+without end, while a program has a time limit.
 """
 
 import re

@@ -1,19 +1,18 @@
-"""What leaves a render while it runs: its state, so that another worker can go on from it, and how it looks."""
+"""Checkpoints and previews of running renders, written to the object store beside the render loop."""
 
 import io
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from PIL.PngImagePlugin import PngInfo
 
-from farm.errors import ErrorClass, FarmError
-from farm.jobs.records import Claim, Pace
-from farm.jobs.states import Outcome
-from farm.jobs.store import JobStore
+from farm.errors import FarmError
+from farm.jobs.attempts import Attempts
+from farm.jobs.records import Claim
 from farm.objects.storage import Storage
 from farm.settings import Settings
 from farm.specs.object_keys import checkpoint_key, preview_key
@@ -25,97 +24,85 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
-class Held:
-    """A job this worker has claimed and not ended yet."""
+class Observation:
+    """What is written of one attempt while it runs; only the `Observer` writes its fields."""
 
     claim: Claim
-    cancelled: threading.Event = field(default_factory=threading.Event)
-    """Set when somebody wants it stopped."""
-    paused: threading.Event = field(default_factory=threading.Event)
-    """Set when it is to be handed back until somebody lets it go on."""
-    lost: threading.Event = field(default_factory=threading.Event)
-    """Set when the lease is no longer ours, or could not be renewed in time."""
+    checkpointed_at: float
+    """When its last checkpoint by time was requested, or the attempt began."""
     writing: threading.Lock = field(default_factory=threading.Lock)
-    """Held while an object of it is written; after `ended` is set none is."""
-    ended: bool = False
-    renewed: float = field(default_factory=time.monotonic)
-    """When its lease was asked for that it lives by."""
-    pace: Pace = field(default_factory=lambda: Pace(0, None))
-    """As the engine told last."""
-    objects: set[str] = field(default_factory=set)
-    """Keys of what lies in the object store for it and goes with it."""
-    checkpointed: float = field(default_factory=time.monotonic)
-    """When its state was last written down, or asked for."""
-    keeping: bool = False
-    """Whether it is on its way there: while the object store is away, no more states of it pile up."""
-    outcome: Outcome | None = None
-    """What became of this attempt, once that is recorded."""
-    error_class: ErrorClass | None = None
-    """What the error needs that ended it, if one did."""
+    """Held while one of its objects is written; none is after `closed` is set."""
+    closed: bool = False
+    keys: set[str] = field(default_factory=set)
+    """Of its objects in the store: they are deleted when the job ends."""
+    checkpointing: bool = False
+    """Whether a checkpoint by time is on its way: only one at a time, so that none pile up in an outage."""
     preview_vae: bool | None = None
-    """How somebody wants to see it now; None while nobody does."""
+    """How a person wants to see it now; None while nobody watches."""
 
 
 class Observer:
-    """Looks at running renders between their steps, and writes what it sees into the object store.
+    """Takes snapshots of running renders between their steps, and writes checkpoints and previews of them.
 
-    Beside the render loop, and harmless: what can't be written is logged, and the render goes on.
+    An error is logged, and the render goes on. Its methods may be called from any thread.
     """
 
-    def __init__(self, engine: Engine, storage: Storage, store: JobStore, settings: Settings) -> None:
-        self._engine, self._storage, self._store = engine, storage, store
+    def __init__(
+        self,
+        engine: Engine,
+        storage: Storage,
+        attempts: Attempts,
+        settings: Settings,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._engine, self._storage, self._attempts, self._clock = engine, storage, attempts, clock
         self._checkpoint_seconds = settings.checkpoint_seconds
         self._checkpoint_steps = settings.checkpoint_steps
         self._preview_steps = settings.preview_steps
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="observer")
+        self._open: dict[str, Observation] = {}
+        self._lock = threading.Lock()
 
-    def begin(self, held: Held) -> None:
-        """Look at a claimed job every so many steps, if that is how checkpoints are set."""
-        if self._checkpoint_steps is not None and not held.claim.spec.trajectory:
-            self._look(held, self._checkpoint_steps, self._checkpoint_on)
+    def open(self, claim: Claim) -> Observation:
+        """Observe an attempt until `close`."""
+        observation = Observation(claim, self._clock())
+        with self._lock:
+            self._open[claim.job_id] = observation
+        return observation
 
-    def beat(self, held: Sequence[Held], previews: Mapping[str, bool]) -> None:
-        """Checkpoint those whose time has come, and begin to show those somebody watches; called with every beat."""
-        now = time.monotonic()
-        for one in held:
-            wanted = previews.get(one.claim.job_id)
-            begins = wanted is not None and one.preview_vae is None
-            one.preview_vae = wanted
+    def begin(self, observation: Observation) -> None:
+        """Checkpoint it every `checkpoint_steps`, if they are set; called once its request is in the engine."""
+        if self._checkpoint_steps is not None and not observation.claim.spec.trajectory:
+            self._after_steps(observation, self._checkpoint_steps, self._checkpoint_on)
+
+    def observe(self, previews: Mapping[str, bool]) -> None:
+        """Begin the checkpoints that are due and the previews that are watched; called with every heartbeat.
+
+        `previews` says of each watched job whether its previews are decoded by the VAE.
+        """
+        now = self._clock()
+        with self._lock:
+            observations = list(self._open.values())
+        for observation in observations:
+            wanted = previews.get(observation.claim.job_id)
+            begins = wanted is not None and observation.preview_vae is None
+            observation.preview_vae = wanted
             if begins:
-                self._look(one, 0, self._preview)
-            due = self._checkpoint_seconds is not None and now - one.checkpointed >= self._checkpoint_seconds
-            # The film of a trajectory needs every step: such a render begins anew.
-            if due and not one.claim.spec.trajectory and not one.keeping:
-                one.checkpointed, one.keeping = now, True
-                self._look(one, 0, self._keep)
+                self._after_steps(observation, 0, self._preview)
+            due = self._checkpoint_seconds is not None and now - observation.checkpointed_at >= self._checkpoint_seconds
+            # The film of a trajectory needs every step: such a render is not resumed.
+            if due and not observation.claim.spec.trajectory and not observation.checkpointing:
+                observation.checkpointed_at, observation.checkpointing = now, True
+                self._after_steps(observation, 0, self._checkpoint_once)
 
-    def end(self, held: Held) -> None:
-        """Write nothing more of a job, whatever is under way."""
-        with held.writing:
-            held.ended = True
-
-    def forget(self, held: Held) -> None:
-        """Delete what this and earlier attempts wrote of a job that has ended; raises `StorageUnavailable`."""
-        self.end(held)
-        claim = held.claim
-        for attempt in range(1, claim.attempt):  # one that died can't have told what it wrote last
-            held.objects.add(checkpoint_key(claim.batch_id, claim.index, attempt))
-            held.objects.add(preview_key(claim.batch_id, claim.index, attempt))
-        if held.objects:
-            self._storage.delete_many(sorted(held.objects))
-
-    def close(self) -> None:
-        """Look no more."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
-
-    def checkpoint(self, held: Held, snapshot: Snapshot) -> None:
-        """Write a job's state down, for a later attempt on any worker. Logs what goes wrong."""
-        claim = held.claim
+    def checkpoint(self, observation: Observation, snapshot: Snapshot) -> None:
+        """Write a checkpoint for a later attempt on any worker; an error is logged."""
+        claim = observation.claim
         key = checkpoint_key(claim.batch_id, claim.index, claim.attempt)
-        if self._put(held, key, checkpoint.pack(snapshot), "application/octet-stream"):
+        if self._put(observation, key, checkpoint.pack(snapshot), "application/octet-stream"):
             try:
-                if not self._store.checkpointed(claim, key):
-                    return  # the next attempt may go on from what lies there; all of it is swept in the end
+                if not self._attempts.record_checkpoint(claim, key):
+                    return  # the next attempt may resume from this object; the sweep deletes it in the end
                 if claim.checkpoint_key is not None:
                     self._storage.delete(claim.checkpoint_key)
             except FarmError as error:
@@ -123,18 +110,46 @@ class Observer:
             else:
                 log.info("checkpointed job_id=%s attempt=%d step=%d", claim.job_id, claim.attempt, snapshot.steps_done)
 
-    def _keep(self, held: Held, snapshot: Snapshot) -> None:
+    def close(self, observation: Observation) -> None:
+        """Write nothing more of an attempt; waits for the object that is being written."""
+        with self._lock:
+            if self._open.get(observation.claim.job_id) is observation:
+                del self._open[observation.claim.job_id]
+        with observation.writing:
+            observation.closed = True
+
+    def delete_leftovers(self, observation: Observation) -> None:
+        """Close it, and delete what this and earlier attempts wrote; raises `StorageUnavailable`."""
+        self.close(observation)
+        claim = observation.claim
+        for attempt in range(1, claim.attempt):  # a worker that died may not have recorded its last checkpoint
+            observation.keys.add(checkpoint_key(claim.batch_id, claim.index, attempt))
+            observation.keys.add(preview_key(claim.batch_id, claim.index, attempt))
+        if observation.keys:
+            self._storage.delete_many(sorted(observation.keys))
+
+    def leave_to_sweep(self, observation: Observation) -> None:
+        """Close it, and record that it may have left objects; raises `DatabaseUnavailable`."""
+        self.close(observation)
+        if observation.keys:
+            self._attempts.report_leftovers(observation.claim)
+
+    def stop(self) -> None:
+        """Take no more snapshots."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _checkpoint_once(self, observation: Observation, snapshot: Snapshot) -> None:
         try:
-            self.checkpoint(held, snapshot)
+            self.checkpoint(observation, snapshot)
         finally:
-            held.keeping = False
+            observation.checkpointing = False
 
-    def _checkpoint_on(self, held: Held, snapshot: Snapshot) -> None:
-        self.checkpoint(held, snapshot)
-        self._look(held, snapshot.steps_done + (self._checkpoint_steps or 1), self._checkpoint_on)
+    def _checkpoint_on(self, observation: Observation, snapshot: Snapshot) -> None:
+        self.checkpoint(observation, snapshot)
+        self._after_steps(observation, snapshot.steps_done + (self._checkpoint_steps or 1), self._checkpoint_on)
 
-    def _preview(self, held: Held, snapshot: Snapshot) -> None:
-        claim, vae = held.claim, held.preview_vae
+    def _preview(self, observation: Observation, snapshot: Snapshot) -> None:
+        claim, vae = observation.claim, observation.preview_vae
         if vae is None:
             return
         try:
@@ -143,34 +158,41 @@ class Observer:
             text.add_text("steps", str(snapshot.spec.num_inference_steps))
             out = io.BytesIO()
             image.save(out, "PNG", pnginfo=text, compress_level=1)
-            self._put(held, preview_key(claim.batch_id, claim.index, claim.attempt), out.getvalue(), "image/png")
+            key = preview_key(claim.batch_id, claim.index, claim.attempt)
+            self._put(observation, key, out.getvalue(), "image/png")
         finally:
-            self._look(held, snapshot.steps_done + self._preview_steps, self._preview)
+            self._after_steps(observation, snapshot.steps_done + self._preview_steps, self._preview)
 
-    def _look(self, held: Held, steps_done: int, then: Callable[[Held, Snapshot], None]) -> None:
-        def seen(look: Future[Snapshot]) -> None:
-            # Called by the render loop, between two steps: the work is for a thread of ours.
-            if look.cancelled():  # it is not in the engine yet, while its model is loaded, or is no more
-                held.keeping, held.preview_vae = False, None
-            elif not held.ended:
-                self._pool.submit(self._safely, then, held, look.result())
+    def _after_steps(
+        self, observation: Observation, steps_done: int, then: Callable[[Observation, Snapshot], None]
+    ) -> None:
+        """Take a snapshot after so many steps, or after the next one, and pass it on in a thread of the observer."""
 
-        self._engine.look(held.claim.job_id, steps_done).add_done_callback(seen)
+        def taken(look: Future[Snapshot]) -> None:
+            # Called by the render loop between two steps: it must not wait.
+            if look.cancelled():  # the request has left the engine, or waits for its model to be loaded
+                observation.checkpointing, observation.preview_vae = False, None
+            elif not observation.closed:
+                self._pool.submit(self._safely, then, observation, look.result())
 
-    def _safely(self, then: Callable[[Held, Snapshot], None], held: Held, snapshot: Snapshot) -> None:
+        self._engine.look(observation.claim.job_id, steps_done).add_done_callback(taken)
+
+    def _safely(
+        self, then: Callable[[Observation, Snapshot], None], observation: Observation, snapshot: Snapshot
+    ) -> None:
         try:
-            then(held, snapshot)
+            then(observation, snapshot)
         except Exception:
-            log.exception("can't show or keep the state of job_id=%s", held.claim.job_id)
+            log.exception("can't show or keep the state of job_id=%s", observation.claim.job_id)
 
-    def _put(self, held: Held, key: str, data: bytes, content_type: str) -> bool:
-        with held.writing:
-            if held.ended:
+    def _put(self, observation: Observation, key: str, data: bytes, content_type: str) -> bool:
+        with observation.writing:
+            if observation.closed:
                 return False
             try:
-                if not held.objects and not self._store.leaves(held.claim):
+                if not observation.keys and not self._attempts.expect_objects(observation.claim):
                     return False
-                held.objects.add(key)
+                observation.keys.add(key)
                 self._storage.put(key, data, content_type)
             except FarmError as error:
                 log.warning("can't write %s: %s", key, error)

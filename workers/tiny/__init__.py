@@ -1,6 +1,6 @@
-"""What the small model that ships is, and where its weights lie.
+"""The small model that ships with the package: a Stable Diffusion in miniature.
 
-A Stable Diffusion in miniature, trained by `python -m workers.tiny.train` on scenes the package draws itself.
+`python -m workers.tiny.train` trains it on scenes that this package draws.
 """
 
 from pathlib import Path

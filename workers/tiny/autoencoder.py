@@ -1,7 +1,7 @@
-"""How the image decoder, and the encoder that training needs, are trained.
+"""Trains the image decoder, and the encoder that training needs.
 
-On pictures alone. The loss counts edges as well as colours, since flat areas and sharp edges are what is seen, and the
-latents get a little noise before they are decoded, so that the denoiser's small errors do not show.
+Training uses pictures only. The loss includes edges as well as colours, because the scenes consist of flat areas and
+sharp edges. The latents get a little noise before they are decoded, so that the denoiser's small errors do not show.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def draw_many(count: int, seed: int) -> tuple[list[scenes.Scene], npt.NDArray[np
 
 
 def autoencoder_loss(vae: AutoencoderKL, pictures: npt.NDArray[np.uint8], batch: int) -> Loss:
-    """How far pictures are from what they were, encoded and decoded, and a light KL term."""
+    """A loss of the difference between pictures and their reconstructions, plus a light KL term."""
 
     def loss(generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         picked = torch.randint(len(pictures), (batch,), generator=generator)
@@ -70,7 +70,7 @@ class Decoder(nn.Module):
 
 
 def decoder_loss(decoder: Decoder, pictures: npt.NDArray[np.uint8], latents: Tensor, batch: int) -> Loss:
-    """How far pictures are from what is decoded from their latents, which no longer change."""
+    """A loss of the difference between pictures and the decodings of their fixed latents."""
 
     def loss(generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         picked = torch.randint(len(pictures), (batch,), generator=generator)
@@ -92,9 +92,9 @@ def picture_distance(drawn: Tensor, true: Tensor) -> tuple[Tensor, dict[str, flo
 
 @torch.no_grad()
 def normalise(vae: AutoencoderKL, pictures: npt.NDArray[np.uint8]) -> None:
-    """Give each latent channel mean 0 and spread 1 over `pictures`, decoding to the same pictures as before.
+    """Give each latent channel mean 0 and standard deviation 1 over `pictures`, without changing the decoded pictures.
 
-    Both are folded into the 1x1 convolutions either side of the latents, as the file format has a single
+    Both are folded into the 1x1 convolutions before and after the latents, because the file format has one
     `scaling_factor` for all channels and no shift.
     """
     latents = encode(vae, pictures)
@@ -109,7 +109,7 @@ def normalise(vae: AutoencoderKL, pictures: npt.NDArray[np.uint8]) -> None:
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pictures: npt.NDArray[np.uint8], batch: int = 64) -> Tensor:
-    """The most likely latents of pictures, `(n, 4, 8, 8)`, not yet scaled."""
+    """The modes of pictures' latents, `(n, 4, 8, 8)`, unscaled."""
     return torch.cat(
         [
             vae.encode(to_tensor(part)).latent_dist.mode()
@@ -120,7 +120,7 @@ def encode(vae: AutoencoderKL, pictures: npt.NDArray[np.uint8], batch: int = 64)
 
 @torch.no_grad()
 def reconstruction_error(vae: AutoencoderKL, pictures: npt.NDArray[np.uint8], batch: int = 64) -> float:
-    """The mean squared error of pictures encoded and decoded, in units of -1..1."""
+    """The mean squared error of reconstructed pictures, in units of -1..1."""
     total = 0.0
     for part in np.array_split(pictures, -(-len(pictures) // batch)):
         drawn = vae.decode(encode(vae, part)).sample

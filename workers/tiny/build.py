@@ -1,8 +1,8 @@
-"""What parts the tiny model has, and how they become a checkpoint folder.
+"""Builds the parts of the tiny model, and writes them as a checkpoint folder.
 
 The parts and their file format are those of Stable Diffusion 1 (Rombach et al. 2022, https://arxiv.org/abs/2112.10752):
-a CLIP text encoder over 77 tokens, a UNet that predicts noise, and an autoencoder that makes pictures eight times
-smaller each way. Only the widths are smaller.
+a CLIP text encoder over 77 tokens, a UNet that predicts noise, and an autoencoder with a factor of eight. Only
+the widths are smaller.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _START, _END = "<|startoftext|>", "<|endoftext|>"
 
 @dataclass(frozen=True)
 class Widths:
-    """How wide the parts are; the defaults are the model that ships."""
+    """The widths of the parts; the defaults are those of the model that ships."""
 
     vae: tuple[int, ...] = (32, 48, 64, 64)
     unet: tuple[int, int] = (128, 128)
@@ -49,10 +49,11 @@ def build_vae(widths: Widths) -> AutoencoderKL:
 
 
 def build_unet(widths: Widths) -> UNet2DConditionModel:
-    """An untrained denoiser of latents `(n, 4, 8, 8)`, told by 77 vectors of the text encoder's width.
+    """An untrained denoiser of latents `(n, 4, 8, 8)`, conditioned on 77 vectors of the text encoder's width.
 
-    It looks at the text at 8x8 and in its middle, where a figure is one latent pixel or a few; `attention_head_dim`
-    is the number of heads, as in Stable Diffusion 1 (https://github.com/huggingface/diffusers/issues/2011).
+    It has cross-attention at 8x8 and in its middle, where a figure covers one latent pixel or a few;
+    `attention_head_dim` is the number of heads, as in Stable Diffusion 1
+    (https://github.com/huggingface/diffusers/issues/2011).
     """
     return UNet2DConditionModel(
         sample_size=scenes.SIDE // 8,
@@ -87,7 +88,7 @@ def build_text_encoder(widths: Widths, tokenizer: CLIPTokenizer) -> CLIPTextMode
 
 
 def build_tokenizer(captions: int = 5000) -> CLIPTokenizer:
-    """CLIP's byte-level tokenizer with the word pieces of so many of the training set's captions.
+    """CLIP's byte-level tokenizer with the word pieces of `captions` captions of the training set.
 
     Every byte is a token, alone and at a word's end, so any text can be tokenised.
     """
@@ -105,7 +106,7 @@ def build_tokenizer(captions: int = 5000) -> CLIPTokenizer:
 
 
 def build_noise_scheduler() -> DDIMScheduler:
-    """Stable Diffusion 1's noise: 1000 steps of scaled-linear betas; the model predicts the noise itself."""
+    """Stable Diffusion 1's noise schedule: 1000 steps of scaled-linear betas; the model predicts the noise."""
     return DDIMScheduler(
         num_train_timesteps=1000,
         beta_start=0.00085,
@@ -126,7 +127,7 @@ def save(
     vae: AutoencoderKL,
     noise_scheduler: DDIMScheduler,
 ) -> float:
-    """Write the checkpoint in diffusers' folder format, weights as float16; returns its size in megabytes."""
+    """Write the checkpoint in diffusers' folder format with float16 weights; returns its size in megabytes."""
     parts = [deepcopy(part).half().eval() for part in (text_encoder, unet, vae)]
     pipeline = StableDiffusionPipeline(
         vae=parts[2],

@@ -1,9 +1,8 @@
-"""Whether a picture shows what its caption says.
+"""Checks whether a picture shows what its caption says, by its pixels only.
 
-Looks at pixels only. The background is the usual colour along the upper and lower border; whatever differs from it is
-cut into connected pieces. A piece's colour is the nearest name to its inner pixels; its shape is the template, drawn
-with the same area about the same centre, that it overlaps best; its size is that template's. What the caption leaves
-unsaid is not judged.
+The background is the median colour along the upper and lower border; the rest is split into connected pieces. A
+piece's colour is the name nearest to its inner pixels. Its shape is the template, drawn with the same area about the
+same centre, that overlaps it best; its size is that template's. Attributes that the caption leaves out are not judged.
 """
 
 from __future__ import annotations
@@ -20,17 +19,17 @@ from scipy import ndimage
 from workers.tiny import scenes
 
 NOTHING_KNOWN = "?"
-"""The name of a shape or colour that is like none of the known ones."""
+"""The name of an unknown shape or colour."""
 
 _LEAST_CONTRAST = 30.0
 _LEAST_AREA = 24
 _LEAST_OVERLAP = 0.75
-_FARTHEST_COLOUR = 44.0  # half the way between orange and yellow, the nearest two of the palette
+_FARTHEST_COLOUR = 44.0  # half the distance between orange and yellow, the two nearest colours
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a picture shows of what its caption says; an attribute is right if every figure's is."""
+    """Whether each attribute of a caption is right in the picture, for all figures."""
 
     count: bool
     shape: bool
@@ -38,16 +37,16 @@ class Verdict:
     size: bool
     background: bool
     order: bool
-    """False if the two figures are the said ones, but stand the wrong way round."""
+    """False if the two figures are right but swapped."""
 
     @property
     def right(self) -> bool:
-        """Whether everything the caption says is there to be seen."""
+        """Whether all attributes are right."""
         return self.count and self.shape and self.colour and self.size and self.background and self.order
 
 
 def check(image: Image.Image | npt.NDArray[np.uint8], caption: str) -> Verdict:
-    """Judge a picture, RGB of any size, by its caption.
+    """Judge an RGB picture of any size by its caption.
 
     Raises:
         ValueError: the caption is not one that `scenes.parse` understands.
@@ -74,7 +73,7 @@ def check(image: Image.Image | npt.NDArray[np.uint8], caption: str) -> Verdict:
 
 
 def look(image: Image.Image | npt.NDArray[np.uint8]) -> scenes.Scene:
-    """The scene a picture, RGB of any size, shows; it may hold no figure, or more than a caption can say."""
+    """The scene in an RGB picture of any size; it may have no figure, or more than a caption can name."""
     if isinstance(image, np.ndarray):
         image = Image.fromarray(image)
     side = scenes.SIDE
@@ -89,7 +88,7 @@ def look(image: Image.Image | npt.NDArray[np.uint8]) -> scenes.Scene:
             continue
         inside = ndimage.binary_erosion(piece)
         colour = np.median(pixels[inside if inside.sum() >= 8 else piece], axis=0)
-        # Antialiased edges, back to the share of the pixel that the figure covers.
+        # Convert antialiased edges back to the share of the pixel that the figure covers.
         along = (colour - behind) / max(1.0, float(np.sum((colour - behind) ** 2)))
         near = ndimage.binary_dilation(piece) & ((pieces == 0) | piece)
         cover = np.clip((pixels - behind) @ along, 0, 1) * near
@@ -102,7 +101,7 @@ def look(image: Image.Image | npt.NDArray[np.uint8]) -> scenes.Scene:
 
 
 def _shape(cover: npt.NDArray[np.float32]) -> tuple[str, float]:
-    """The shape that overlaps best, and the radius it was drawn with."""
+    """The best overlapping shape and its radius."""
     area = float(cover.sum())
     y, x = ndimage.center_of_mass(cover)
     best, best_overlap, best_radius = NOTHING_KNOWN, _LEAST_OVERLAP, math.sqrt(area / math.pi)
@@ -118,7 +117,7 @@ def _shape(cover: npt.NDArray[np.float32]) -> tuple[str, float]:
 
 @cache
 def _moments(shape: str) -> tuple[float, float]:
-    """A shape's area at radius 1, and how far its centre of mass lies below its middle."""
+    """A shape's area at radius 1, and the distance of its centre of mass below its middle."""
     radius, middle = 100.0, 128.0
     drawn = scenes.mask(shape, radius, middle, middle, side=256)
     return float(drawn.sum()) / radius**2, (float(ndimage.center_of_mass(drawn)[0]) + 0.5 - middle) / radius

@@ -1,7 +1,7 @@
-"""How the UNet and the text encoder learn to predict noise.
+"""Trains the UNet and the text encoder to predict noise.
 
-Together, and on latents made once beforehand: noise of a chosen amount is added to a picture's latents, the UNet gets
-the sum, the amount and the caption's 77 vectors, and has to say what the noise was (Ho et al. 2020,
+Both are trained together on precomputed latents: a known amount of noise is added to a picture's latents; the UNet gets
+the sum, the amount and the caption's 77 vectors, and predicts the noise (Ho et al. 2020,
 https://arxiv.org/abs/2006.11239).
 """
 
@@ -22,14 +22,14 @@ DROPPED_CAPTIONS = 0.1
 """The share of captions replaced by the empty one, for classifier-free guidance (https://arxiv.org/abs/2207.12598)."""
 
 SNR_CAP = 5.0
-"""Little-noised latents count less, from this signal-to-noise ratio on (Hang et al. 2023, https://arxiv.org/abs/2303.09556)."""
+"""Latents with a higher signal-to-noise ratio than this get a lower weight (Hang et al. 2023, https://arxiv.org/abs/2303.09556)."""
 
 
 class Denoiser(nn.Module):
     """The two parts that are trained together.
 
-    Attention is done in plain steps: on a CPU, and at this size, the backward pass of torch's fused attention takes
-    several times as long, and with it a whole training step half as long again.
+    Attention is not fused: at this size on a CPU, the backward pass of torch's fused attention takes several times as
+    long, and a whole training step half as long again.
     """
 
     def __init__(self, text_encoder: CLIPTextModel, unet: UNet2DConditionModel) -> None:
@@ -41,7 +41,7 @@ class Denoiser(nn.Module):
 
 
 def add_noise(latents: Tensor, noise: Tensor, timesteps: Tensor, alphas_cumprod: Tensor) -> Tensor:
-    """Noise of a chosen amount added to latents `(n, 4, h, w)`.
+    """Latents `(n, 4, h, w)` with noise added.
 
     At timestep `t` a share `1 - alphas_cumprod[t]` of the variance is noise; the same as diffusers' `add_noise`.
     """
@@ -57,7 +57,7 @@ def denoiser_loss(
     latents: Tensor,
     batch: int,
 ) -> Loss:
-    """The squared error of the predicted noise; each use of a scene gets a fresh wording."""
+    """The squared error of the predicted noise; each use of a scene gets another wording."""
     alphas_cumprod: Tensor = noise_scheduler.alphas_cumprod
 
     def loss(generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
@@ -66,7 +66,7 @@ def denoiser_loss(
         captions = ["" if rng.random() < DROPPED_CAPTIONS else scenes.caption(drawn[i], rng) for i in picked.tolist()]
         true = latents[picked]
         noise = torch.randn(true.shape, generator=generator)
-        # One timestep from each of `batch` equal ranges: every amount of noise in every batch.
+        # One timestep from each of `batch` equal ranges, so that every batch has all amounts of noise.
         timesteps = (
             (torch.arange(batch) + torch.rand(batch, generator=generator)) * (len(alphas_cumprod) / batch)
         ).long()
@@ -89,7 +89,7 @@ def noise_error(
     drawn: list[scenes.Scene],
     latents: Tensor,
 ) -> float:
-    """The mean squared error of the predicted noise, over all amounts of noise alike, in float32."""
+    """The mean squared error of the predicted noise, over all amounts of noise equally, in float32."""
     generator = torch.Generator().manual_seed(0)
     rng = random.Random(0)
     total = 0.0

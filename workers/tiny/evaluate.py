@@ -1,8 +1,8 @@
-"""How often the tiny model draws what a caption says.
+"""Measures how often the tiny model draws what a caption says.
 
     python -m workers.tiny.evaluate --n 300 --steps 25 --guidance 5
 
-Captions of combinations that were never trained on are rendered with diffusers' own pipeline and judged by the checker.
+Renders captions of held-out combinations with diffusers' own pipeline, and judges the pictures with the checker.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from workers.tiny.checker import Verdict, check
 
 
 def load(folder: Path = WEIGHTS) -> StableDiffusionPipeline:
-    """The checkpoint as diffusers' pipeline, in float32 on the CPU, its own progress bar off."""
+    """The checkpoint as diffusers' pipeline in float32 on the CPU, without its progress bar."""
     pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32, low_cpu_mem_usage=False)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -33,7 +33,7 @@ def load(folder: Path = WEIGHTS) -> StableDiffusionPipeline:
 def render(
     pipeline: StableDiffusionPipeline, captions: Sequence[str], *, steps: int, guidance: float, seed: int = 0
 ) -> list[Image.Image]:
-    """One 64x64 picture a caption; picture `i` starts from the noise of seed `seed + i`."""
+    """One 64x64 picture per caption; picture `i` starts from the noise of seed `seed + i`."""
     images: list[Image.Image] = pipeline(
         list(captions),
         num_inference_steps=steps,

@@ -1,7 +1,7 @@
-"""How a part of the model is trained, stopped and taken up again with the same result.
+"""Trains a part of the model; a stopped run resumes with the same result.
 
-Step `n` of a seed draws all its random numbers from a generator seeded by the two, so a run that was stopped needs no
-random state to go on: weights, their average, Adam's moments and the number of steps done are the whole of it.
+Step `n` draws all its random numbers from a generator seeded by the seed and `n`, so the state of a run has no random
+state: only weights, their average, Adam's moments and the number of steps done.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from farm.runtime.atomic_files import atomic_file
 
 Module = TypeVar("Module", bound=nn.Module)
 Loss = Callable[[torch.Generator], tuple[Tensor, dict[str, float]]]
-"""One batch's loss, with figures worth showing; draws its batch from the generator."""
+"""The loss of one batch, with values to print; it draws the batch from the generator."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How long and how fast to train."""
+    """The length and the learning rate of a training run."""
 
     steps: int
     learning_rate: float
@@ -53,7 +53,7 @@ def fit(
     stop_at: int | None = None,
     console: Console | None = None,
 ) -> Module:
-    """Train `model` in place and return the running average of its weights, going on from `folder` where it can.
+    """Train `model` in place and return the running average of its weights; resumes from `folder`.
 
     The state lies in `folder/NAME.pt`, written aside and moved into place, so that a kill at any moment leaves a whole
     one. `stop_at` ends the run early, as a kill would.

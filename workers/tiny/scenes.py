@@ -1,10 +1,10 @@
-"""What the tiny model can draw, and how such pictures and their captions are made.
+"""Scenes that the tiny model can draw, their pictures and their captions.
 
 A scene is one figure, or two side by side, on a plain background. `draw` turns a scene into 64x64 pixels, `caption`
 puts it into words in one of many wordings, and `parse` reads such words back. Everything random comes from the
-`random.Random` handed in, so the same seed gives the same scene, picture and words.
+given `random.Random`, so the same seed gives the same scene, picture and words.
 
-What is held out: `held_out` picks about a tenth of all (shape, colour, background) triples by a hash of their names.
+Held out: `held_out` picks about a tenth of all (shape, colour, background) triples by a hash of their names.
 `random_scene` never puts a figure of a held-out triple into a scene, whether or not the caption would say so;
 every figure in `held_out_captions` is one of them, with its colour and background said.
 """
@@ -43,7 +43,7 @@ COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "white"
 BACKGROUNDS = ("white", "black", "grey", "blue", "green", "pink")
 
 RADII: dict[tuple[int, str], float] = {(1, "small"): 12.5, (1, "big"): 22.5, (2, "small"): 9.5, (2, "big"): 13.5}
-"""Half the width of a figure in pixels, by the number of figures in the scene and the size word."""
+"""Half the width of a figure in pixels, by number of figures and size word."""
 SIZES = ("small", "big")
 
 _OTHER_WORDS = {
@@ -62,7 +62,7 @@ _SUPERSAMPLING = 4
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One shape of one colour; `None` is what a caption leaves unsaid."""
+    """One shape of one colour; None if a caption leaves it out."""
 
     shape: str
     colour: str | None = None
@@ -71,13 +71,13 @@ class Figure:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """One figure or two, named from left to right, on a background; `None` is what a caption leaves unsaid."""
+    """One figure or two, from left to right, on a background; None if a caption leaves it out."""
 
     figures: tuple[Figure, ...]
     background: str | None = None
 
     def agrees_with(self, said: Scene) -> bool:
-        """Whether everything `said` says is so in this scene."""
+        """Whether everything in `said` is true of this scene."""
         return (
             len(self.figures) == len(said.figures)
             and said.background in (None, self.background)
@@ -90,12 +90,12 @@ class Scene:
 
 @cache
 def held_out(shape: str, colour: str, background: str) -> bool:
-    """Whether a figure of this shape and colour on this background is kept out of training."""
+    """Whether a figure of this shape and colour on this background is excluded from training."""
     return hashlib.sha256(f"{shape}/{colour}/{background}".encode()).digest()[0] % 10 == 0
 
 
 def random_scene(rng: random.Random) -> Scene:
-    """A scene of the training set, fully said: one figure two times in five, else two."""
+    """A complete scene of the training set: one figure in two of five cases, else two."""
     background = rng.choice(BACKGROUNDS)
     figures: list[Figure] = []
     wanted = 1 if rng.random() < 0.4 else 2
@@ -107,9 +107,9 @@ def random_scene(rng: random.Random) -> Scene:
 
 
 def held_out_captions(n: int, seed: int = 0) -> list[str]:
-    """`n` captions, half of one figure and half of two, in which every figure is one never trained on.
+    """`n` captions, half of one figure and half of two, with held-out figures only.
 
-    Each says colours and background; a size is said two times in five.
+    Each names colours and background; two in five name a size.
     """
     rng = random.Random(f"held-out {seed}")
     triples = {
@@ -133,7 +133,7 @@ def held_out_captions(n: int, seed: int = 0) -> list[str]:
 
 
 def caption(scene: Scene, rng: random.Random) -> str:
-    """The scene in one of its wordings; sizes, the background and now and then a colour may go unsaid."""
+    """One of the scene's wordings; it may leave out sizes, the background and sometimes a colour."""
     figures = tuple(
         replace(
             figure,
@@ -146,7 +146,7 @@ def caption(scene: Scene, rng: random.Random) -> str:
 
 
 def parse(text: str) -> Scene:
-    """What a caption says, figures from left to right; two figures stand in the order named unless it says otherwise.
+    """The scene of a caption, figures from left to right: in the order named, unless it says otherwise.
 
     Raises:
         ValueError: the text names no shape, or more than two.
@@ -175,12 +175,12 @@ def parse(text: str) -> Scene:
 
 
 def draw(scene: Scene, rng: random.Random) -> npt.NDArray[np.uint8]:
-    """The scene as pixels, `(64, 64, 3)` RGB; `rng` moves and sizes the figures a little.
+    """The scene as pixels, `(64, 64, 3)` RGB; `rng` varies positions and sizes a little.
 
-    A size left unsaid is drawn at random; colours and background have to be there.
+    A missing size is drawn at random; colours and background are required.
 
     Raises:
-        KeyError: a colour or the background is unsaid.
+        KeyError: a colour or the background is missing.
 
     """
     pixels = np.empty((SIDE, SIDE, 3), np.float32)
@@ -197,7 +197,7 @@ def draw(scene: Scene, rng: random.Random) -> npt.NDArray[np.uint8]:
 
 
 def mask(shape: str, radius: float, x: float, y: float, side: int = SIDE) -> npt.NDArray[np.float32]:
-    """How much of each pixel a shape covers, 0 to 1, `(side, side)`; antialiased by drawing it four times as large."""
+    """The share of each pixel that a shape covers, `(side, side)`, antialiased by drawing it four times as large."""
     k = _SUPERSAMPLING
     picture = Image.new("L", (side * k, side * k))
     pen = ImageDraw.Draw(picture)
@@ -242,7 +242,7 @@ _OUTLINES: dict[str, tuple[tuple[_Outline, int], ...]] = {
 
 
 def _in_words(scene: Scene, rng: random.Random) -> str:
-    """A scene in words that say all of it that is not `None`."""
+    """A caption that names everything in the scene that is not None."""
 
     def word(meaning: str) -> str:
         return rng.choice(_OTHER_WORDS[meaning]) if meaning in _OTHER_WORDS and rng.random() < 0.2 else meaning

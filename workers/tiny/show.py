@@ -1,9 +1,9 @@
-"""What noise being added, and noise being taken away, look like.
+"""Draws how noise is added, and how it is removed.
 
     python -m workers.tiny.show "a red heart left of a yellow star on a blue background"
 
 Writes two strips of pictures: forward, a drawn scene's latents with more and more noise; and backward, the latents
-after each denoising step. Every picture in either is made by the image decoder, from latents.
+after each denoising step. The image decoder makes every picture from latents.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def denoising_strip(
 
 @torch.no_grad()
 def decode(pipeline: StableDiffusionPipeline, latents: Tensor) -> list[Image.Image]:
-    """Latents `(n, 4, h, w)`, scaled as the UNet sees them, as pictures eight times as large."""
+    """The pictures of latents `(n, 4, h, w)`, scaled as the UNet gets them."""
     drawn = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
     images: list[Image.Image] = pipeline.image_processor.postprocess(drawn, output_type="pil")
     return images
@@ -115,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _filled_in(caption: str, seed: int) -> scenes.Scene:
-    """What a caption says, and for what it leaves unsaid what a random scene has."""
+    """The scene of a caption, completed from a random scene."""
     said, rng = scenes.parse(caption), random.Random(seed)
     while True:
         other = scenes.random_scene(rng)

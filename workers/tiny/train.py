@@ -1,10 +1,10 @@
-"""How the tiny model is made, from nothing to a checkpoint folder.
+"""Trains the tiny model from scratch and writes its checkpoint folder.
 
     python -m workers.tiny.train --out build/tiny
 
-First the autoencoder; then, on its latents, the UNet and the text encoder, and both once more from the average of
-their weights, at half the rate; then the decoder by itself, now that the latents are settled; then `OUT/weights` is
-written. Run again after a stop it goes on where it was; the same seed gives the same weights on the same machine.
+Stages: the autoencoder; on its latents, the UNet and the text encoder; both again from the average of their weights at
+half the rate; the decoder alone, with fixed latents. Then `OUT/weights` is written. The command resumes after a stop;
+the same seed gives the same weights on the same machine.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TEST_SCENES = 1024
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train the three stages, then write the checkpoint."""
+    """Train all stages, then write the checkpoint."""
     options = _parser().parse_args(arguments)
     console = Console()
     if options.threads:
@@ -55,9 +55,9 @@ def train(
     batch: int = 64,
     stop_at: int | None = None,
 ) -> None:
-    """Go on from what `out` holds until all stages are done, and write `out/weights`.
+    """Train all stages, resuming from `out`, and write `out/weights`.
 
-    `stop_at` leaves off at that step of the denoiser, as a kill would.
+    `stop_at` stops at that step of the denoiser, as a kill would.
     """
     seed = plan.seed
     torch.manual_seed(seed)

@@ -1,7 +1,7 @@
-"""From prompts in arguments, files and Python to specs.
+"""Specs from prompts in arguments, files and Python.
 
 `rows` reads arguments and files; `texts`, `wildcards` and `templates` write prompts; `grid` varies fields; `stream`
-makes specs of all of it, one by one, and says at the end what is wrong, with file, line and column.
+yields the specs one by one and raises all errors at the end, with file, line and column.
 """
 
 from farm.specs.sources.grid import Grid, is_axis

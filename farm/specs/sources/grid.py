@@ -1,4 +1,4 @@
-"""Grids: the values that fields are to take in turn, `steps=20,30 guidance=5,7.5` and seeds `0..9`, as axes."""
+"""Grids: lists of values for fields, `steps=20,30 guidance=5,7.5` and seeds `0..9`, as axes."""
 
 import csv
 import re
@@ -11,7 +11,7 @@ from farm.specs.sources.problems import Problems, parsed
 from farm.specs.spec import SHORT_NAMES, RenderSpec, shown
 
 MAX_SPECS = 10_000_000
-"""How many pictures one submission may ask for."""
+"""The most pictures of one submission."""
 SIZE = "size"
 _INTEGERS = {name for name, field in RenderSpec.model_fields.items() if field.annotation in (int, int | None)}
 _RANGE = re.compile(r"([0-9]{1,18})\.\.([0-9]{1,18})")
@@ -19,32 +19,32 @@ _PIXELS = re.compile(r"([0-9]{1,6})[xX]([0-9]{1,6})")
 _AXIS = re.compile(r"""\s*([A-Za-z_]\w*)=((?:"(?:[^"]|"")*"|(?!\s+[A-Za-z_]\w*=)[^"])*)""")
 
 Grid = Mapping[str, Any] | Iterable[str] | str
-"""Axes by name with their values, or as written: `"steps=20,30 guidance=5,7.5"`, or several of those."""
+"""Values by axis name, or as text: `"steps=20,30 guidance=5,7.5"`, or several such texts."""
 
 
 @dataclass(frozen=True)
 class Axis:
-    """What one place of a grid takes in turn."""
+    """One axis of a grid: the values that a field takes in turn."""
 
     names: tuple[str, ...]
-    """The fields it sets; two for a size."""
+    """The fields that it sets; two for a size."""
     values: Sequence[Any]
-    """Of one field its values, of two pairs of theirs."""
+    """The values of one field, or pairs of values of two fields."""
 
     def fields(self, value: Any) -> dict[str, Any]:
-        """One of its values as fields."""
+        """One value as a mapping of fields."""
         return dict(zip(self.names, value, strict=True)) if len(self.names) > 1 else {self.names[0]: value}
 
 
 def is_axis(text: str) -> bool:
-    """Whether a text can only mean an axis: `steps=20,30`."""
+    """Whether a text is an axis, such as `steps=20,30`."""
     name, equals, _ = text.partition("=")
     return bool(equals) and (name == SIZE or name in SHORT_NAMES or name in RenderSpec.model_fields)
 
 
 def combinations(axes: Sequence[Axis]) -> Iterator[dict[str, Any]]:
-    """The fields of each place of the grid, the last axis fastest; of no axes, one that sets nothing."""
-    # Not itertools.product, which would hold every seed of a range.
+    """The fields of each combination of a grid, the last axis fastest; without axes, one empty combination."""
+    # Not itertools.product, which keeps every seed of a range in memory.
     if not axes:
         yield {}
         return
@@ -56,9 +56,9 @@ def combinations(axes: Sequence[Axis]) -> Iterator[dict[str, Any]]:
 def read_axes(
     grid: Grid | None, seeds: str | Iterable[int] | None, variables: Iterable[str], problems: Problems
 ) -> tuple[Axis, ...]:
-    """The axes in their order, seeds last; `variables` are those of the template, which may be axes as well.
+    """The axes in order, seeds last; the template's `variables` may be axes as well.
 
-    What is wrong is added to the problems, and its axis left out.
+    An invalid axis is added to the problems and left out.
     """
     axes: list[Axis] = []
     taken: set[str] = set()
@@ -106,7 +106,7 @@ def _written_axes(grid: Grid | None, problems: Problems) -> Iterator[tuple[str, 
 
 
 def _values(where: str, called: str, name: str, given: Any) -> Sequence[Any]:
-    """An axis' values; raises `InvalidInput`."""
+    """The values of an axis; raises `InvalidInput`."""
     values: Sequence[Any]
     if isinstance(given, str):
         values = _written_values(where, called, name, given)
@@ -155,11 +155,11 @@ def _size(value: Any) -> tuple[Any, Any] | None:
 
 
 def _check(where: str, called: str, axis: Axis) -> None:
-    """Raise `InvalidInput` for values out of bounds, before every row would."""
+    """Raise `InvalidInput` for values out of bounds, once instead of in every row."""
     if not set(axis.names) <= RenderSpec.model_fields.keys():
         return
     ranged = isinstance(axis.values, range)
-    # What lies between the ends of a range of seeds is a seed as well.
+    # If both ends of a range of seeds are valid, all seeds between them are.
     values = (axis.values[0], axis.values[-1]) if ranged and axis.names == ("seed",) else axis.values
     found: dict[str, None] = {}
     for value in values:
@@ -167,7 +167,7 @@ def _check(where: str, called: str, axis: Axis) -> None:
             parsed({"prompt": "", **axis.fields(value)}, where)
         except InvalidInput as error:
             found.update(dict.fromkeys(problem.message for problem in error.problems))
-            if ranged:  # of 1..100000 the first is enough
+            if ranged:  # the first of 1..100000 is enough
                 break
     if found:
         raise InvalidInput([Problem(where, called, message) for message in found])

@@ -1,4 +1,4 @@
-"""Prompts from arguments and from text, CSV and JSONL files, row by row; each knows its file and line."""
+"""Rows of prompts from arguments and from text, CSV and JSONL files, with file and line."""
 
 import csv
 import json
@@ -19,20 +19,20 @@ _NOT_UTF8 = "is not UTF-8; save the file as UTF-8"
 
 @dataclass(frozen=True)
 class Row:
-    """What one line says, and where it stands."""
+    """The content of one line, and its position."""
 
     where: str
     values: Mapping[str, Any] | str | Problem | RenderSpec
-    """A spec's fields, a prompt alone, a whole spec, or what is wrong with the line."""
+    """The fields of a spec, a prompt, a whole spec, or the problem of the line."""
 
 
 def is_file(argument: str) -> bool:
-    """Whether an argument means a file of prompts and not a prompt."""
+    """Whether an argument is a file of prompts rather than a prompt."""
     return argument.endswith(SUFFIXES) or (len(argument) < 256 and "\n" not in argument and Path(argument).is_file())
 
 
 def rows(arguments: Iterable[str], *, variables: bool = False) -> Iterator[Row]:
-    """Each prompt among the arguments, and each line of the files among them, one by one; see `file_rows`."""
+    """One row per prompt among the arguments, and the rows of each file; see `file_rows`."""
     for number, argument in enumerate(arguments, 1):
         if is_file(argument):
             yield from file_rows(Path(argument), variables=variables)
@@ -41,11 +41,11 @@ def rows(arguments: Iterable[str], *, variables: bool = False) -> Iterator[Row]:
 
 
 def file_rows(path: Path, *, variables: bool = False) -> Iterator[Row]:
-    """The rows of a file: CSV (a header with `prompt`), JSONL (an object or a string a line), or a prompt a line.
+    """The rows of a file: CSV (a header with `prompt`), JSONL (an object or a string per line), or a prompt per line.
 
-    UTF-8, with or without a byte order mark; lines end in LF or CRLF. In a text file, empty lines and those that begin
-    with # are passed over; in CSV, an empty cell leaves its field out. With `variables`, for a template, CSV may have
-    columns of any name and needs no `prompt`. Holds one row at a time. What can't be read is a row with its `Problem`.
+    Files are UTF-8, with or without a byte order mark; lines end in LF or CRLF. In a text file, empty lines and lines
+    that begin with # are skipped; in CSV, an empty cell leaves its field out. With `variables`, for a template, CSV may
+    have columns of any name and needs no `prompt`. Reads one row at a time; an unreadable line becomes a `Problem`.
     """
     try:
         with path.open("rb") as stream:
@@ -76,7 +76,7 @@ def _wrong(where: str, field: str, message: str) -> Row:
 
 
 def _decoded(path: Path, stream: BinaryIO) -> Iterator[str]:
-    """The lines; bytes that are not UTF-8 become lone surrogates, so that only their own cell is at fault."""
+    """The lines; bytes that are not UTF-8 become lone surrogates, so that only their cell is reported."""
     number = 0
     while line := stream.readline(_MAX_LINE_BYTES + 1):
         number += 1
@@ -137,7 +137,7 @@ def _csv(path: Path, lines: Iterator[str], variables: bool) -> Iterator[Row]:
             return
         began = reader.line_num + 1
         for cells in reader:
-            # A quoted newline makes a row of several lines: its first is where an editor should go.
+            # A row with quoted newlines has several lines: report the first.
             where, began = f"{path}:{began}", reader.line_num + 1
             if not cells:
                 continue
@@ -149,7 +149,7 @@ def _csv(path: Path, lines: Iterator[str], variables: bool) -> Iterator[Row]:
             for name in undecoded:
                 yield _wrong(where, name, _NOT_UTF8)
             if not undecoded:
-                # An empty cell leaves its field out, but a variable may well be nothing.
+                # An empty cell leaves its field out, but a variable may be empty.
                 yield Row(
                     where,
                     {

@@ -1,4 +1,4 @@
-"""The one way from prompts to specs: rows in, specs out one by one, every problem at the end."""
+"""Turns rows into specs one by one, and raises all problems at the end."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,21 +16,21 @@ from farm.specs.sources.wildcards import Draws, Wildcards
 from farm.specs.spec import PROMPT_FIELDS, RenderSpec
 
 Given = Row | str | os.PathLike[str] | Mapping[str, Any] | RenderSpec
-"""What can be handed in: a prompt, a spec's fields, a whole spec, a file of those, or a row of one."""
+"""What can be submitted: a prompt, fields of a spec, a whole spec, a file of those, or a row of a file."""
 
 WILDCARD_FOLDER = Path("wildcards")
-"""Where files of choices are when nobody says otherwise."""
+"""The default folder of files with choices."""
 
 
 @dataclass(frozen=True)
 class Expansion:
-    """What makes other specs of a row, and more than one; `Expansion()` leaves it alone."""
+    """Turns one row into several specs; `Expansion()` changes nothing."""
 
     axes: tuple[Axis, ...] = ()
     template: Template | None = None
     wildcards: Wildcards | None = None
     wildcard_seed: int | None = None
-    """What the draws come from; None means the spec's own seed, and 0 where it has none."""
+    """The seed of the draws; None means the spec's seed, or 0 if it has none."""
 
     @classmethod
     def read(
@@ -43,7 +43,7 @@ class Expansion:
         wildcards: bool | str | os.PathLike[str] = False,
         wildcard_seed: int | None = None,
     ) -> "Expansion":
-        """An expansion as people write it; what is wrong with it is added to the problems, and left out."""
+        """An expansion from a user's options; invalid parts are added to the problems and left out."""
         folder = WILDCARD_FOLDER if isinstance(wildcards, bool) else Path(wildcards)
         choices = Wildcards(folder) if wildcards is not False else None
         if not isinstance(wildcards, bool) and not folder.is_dir():
@@ -62,9 +62,9 @@ class Expansion:
     def fields(
         self, row: Mapping[str, Any], columns: Iterable[str], number: int, where: str
     ) -> tuple[dict[str, Any], list[Problem]]:
-        """The fields of the spec that the row of that number makes at one place of the grid, and what is wrong.
+        """The fields of a row's spec for one combination of the grid, and its problems.
 
-        `columns` are those that the row itself has: a template needs not use them all.
+        `columns` are the row's own columns; a template need not use all of them.
         """
         values = dict(row)
         wrong: list[Problem] = []
@@ -98,11 +98,11 @@ def specs(
     *,
     expansion: Expansion = Expansion(),
 ) -> Iterator[RenderSpec]:
-    """A spec of each row and each place of the grid, the rows outermost; with the defaults where the row says nothing.
+    """A spec for each row and each combination of the grid, rows outermost; defaults fill in what a row leaves out.
 
-    `check` is asked about every spec and where it stands, and says what is wrong with it beyond its bounds.
-    From the first problem on nothing more is yielded, but all rows are read. At the end, raises `InvalidInput`
-    with everything that is wrong: whoever takes the specs must keep none of them then. Holds one row at a time.
+    `check` gets every spec and its position, and returns a problem beyond the bounds of its fields. After the first
+    problem no further specs are yielded, but all rows are read. At the end `InvalidInput` is raised with all problems;
+    the caller must then discard all specs. Keeps one row in memory at a time.
     """
     problems = Problems()
     count = 0
@@ -144,7 +144,7 @@ def _of_row(
     expansion: Expansion,
     problems: Problems,
 ) -> Iterator[RenderSpec]:
-    """The specs of one row; what is wrong is added to the problems, once for all places of the grid."""
+    """The specs of one row; a problem is added once for all combinations of the grid."""
     said: set[Problem] = set()
     for place in combinations(expansion.axes):
         try:
@@ -159,7 +159,7 @@ def _of_row(
         problems.add(*(problem for problem in wrong if problem not in said))
         said.update(wrong)
         if any(problem.field not in place for problem in wrong):
-            return  # the row's own fault, which every place of the grid would repeat
+            return  # the row's own problem, which every combination would repeat
 
 
 def _fields(
@@ -172,11 +172,11 @@ def _fields(
     elif isinstance(values, str):
         own = {"prompt": values}
     elif isinstance(values, Mapping):
-        # A seed of null is as good as none, and leaves room for a default.
+        # A seed of null counts as left out, so that a default applies.
         own = {name: value for name, value in values.items() if name != "seed" or value is not None}
     else:
         return values, []
     merged = {**defaults, **own, **place}
     if merged.get("seed", 0) is None:
-        del merged["seed"]  # as good as not given, and then whoever stores it may draw it
+        del merged["seed"]  # counts as left out, so that the submission draws it
     return expansion.fields(merged, own, number, row.where) if expansion else (merged, [])

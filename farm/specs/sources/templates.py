@@ -1,6 +1,6 @@
-"""Prompts made of a template and a row's columns: `a {animal} in {style}`.
+"""Prompts from a template and a row's columns: `a {animal} in {style}`.
 
-A `{name}` is looked up among the columns and nothing else: what a column says is data, and so is what a template says.
+A `{name}` is only looked up among the columns. Templates and columns are data and never evaluated.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,7 +12,7 @@ from farm.specs.spec import MAX_PROMPT_CHARS
 
 
 class Template:
-    """A prompt with `{name}` in it for what rows say; with wildcards, choices too. Raises `BadText`."""
+    """A prompt with `{name}` placeholders, and with choices if there are wildcards. Raises `BadText`."""
 
     def __init__(self, text: str, wildcards: Wildcards | None = None) -> None:
         if wildcards is None:
@@ -20,12 +20,12 @@ class Template:
         else:
             self._nodes = wildcards.parse(text, variables=True)
         self.names = tuple(dict.fromkeys(node.name for node in walk(self._nodes) if isinstance(node, Variable)))
-        """Of its variables, in their order."""
+        """The names of its variables, in order."""
 
     def fill(self, values: Mapping[str, Any], draws: Draws | None = None) -> str:
-        """The prompt of a row; raises `BadText` where the row lacks a variable.
+        """The prompt of a row; raises `BadText` if the row lacks a variable.
 
-        With draws, choices in what the row says are drawn as well. They can't reach out into the template.
+        With `draws`, choices in the row's values are drawn as well, each value by itself.
         """
         filled = {name: self._value(name, values) for name in self.names}
         if draws is None:
@@ -44,7 +44,7 @@ class Template:
 
 
 def write(nodes: Nodes, values: Mapping[str, Nodes], draws: Draws | None = None) -> str:
-    """The text of a tree, its variables filled in and its choices drawn; raises `BadText` where that never ends."""
+    """The text of a tree with its variables and choices filled in; raises `BadText` if it becomes too long."""
     written: list[str] = []
     length = 0
     for part in _parts(nodes, values, draws):

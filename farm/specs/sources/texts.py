@@ -1,11 +1,11 @@
-r"""A text with variables and choices in it, read into a tree: `a {red|blue} {animal} in __place__`.
+r"""Parses a text with variables and choices into a tree: `a {red|blue} {animal} in __place__`.
 
-    {red|blue}    a choice; options may be empty, and hold all of this in turn
+    {red|blue}    a choice; options may be empty or nested
     __place__     a line of the file place.txt
     {animal}      a variable
     \{ \| \} \_ \\  the character itself
 
-A `{…}` that is none of these stays as it is.
+Any other `{…}` stays as it is.
 """
 
 import re
@@ -14,32 +14,32 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 MAX_DEPTH = 20
-"""How deep braces may stand in braces."""
+"""How deep braces may be nested."""
 _WORD = r"(?:[^\W_]|-)+"
 _TOKEN = re.compile(r"\\[{}|\\_]|[{}|]|__(" + _WORD + "(?:[_/]" + _WORD + r")*)__")
 
 
 class BadText(Exception):
-    """A text that can't be read or written out; says why."""
+    """Raised for a text that cannot be parsed or expanded; says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Variable:
-    """Stands for what a row says under that name."""
+    """A placeholder for the row's value of that name."""
 
     name: str
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Stands for one of its options."""
+    """A placeholder for one of its options."""
 
     options: "tuple[Nodes, ...]"
 
 
 @dataclass(frozen=True, slots=True)
 class Pick:
-    """Stands for one line of the file of that name."""
+    """A placeholder for one line of the file of that name."""
 
     name: str
 
@@ -56,7 +56,7 @@ class _Group:
 
 @lru_cache(maxsize=256)
 def parse(text: str, *, variables: bool, choices: bool) -> Nodes:
-    """The tree of a text; what is not asked for stays text. Raises `BadText`."""
+    """The tree of a text; variables or choices that are not enabled stay text. Raises `BadText`."""
     open_groups = [_Group(0)]
     end = 0
     for token in _TOKEN.finditer(text):
@@ -98,7 +98,7 @@ def _closed(group: _Group, variables: bool, choices: bool) -> list[Node]:
 
 
 def walk(nodes: Nodes) -> Iterator[Node]:
-    """Every node, those in options included."""
+    """Every node, including those in options."""
     for node in nodes:
         yield node
         if isinstance(node, Choice):

@@ -1,4 +1,4 @@
-"""Choices in prompts: `{red|blue}`, and `__animal__` for a line of animal.txt; the same submission draws the same."""
+"""Choices in prompts: `{red|blue}`, and `__animal__` for a line of animal.txt, drawn from a seed."""
 
 from collections.abc import Sequence
 from itertools import islice
@@ -13,7 +13,7 @@ _SHOWN = 20
 
 
 class Wildcards:
-    """A folder of choices: text files, one choice a line; empty lines and those that begin with # are passed over."""
+    """A folder of text files with one choice per line; empty lines and lines that begin with # are skipped."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -22,7 +22,7 @@ class Wildcards:
         self._there: str | None = None
 
     def parse(self, text: str, *, variables: bool = False) -> Nodes:
-        """The tree of a text, all of whose files are there; raises `BadText`."""
+        """The tree of a text; raises `BadText`, also if a file that it names is missing."""
         nodes = parse(text, variables=variables, choices=True)
         for node in walk(nodes):
             if isinstance(node, Pick):
@@ -30,7 +30,7 @@ class Wildcards:
         return nodes
 
     def choices(self, name: str) -> Sequence[Nodes]:
-        """The lines of a file, which may hold choices themselves; raises `BadText`."""
+        """The parsed lines of a file, which may contain choices themselves; raises `BadText`."""
         found = self._read.get(name)
         if found is None:
             path = self.folder / f"{name}.txt"
@@ -44,7 +44,7 @@ class Wildcards:
             try:
                 found = self._lines(path)
             except BadText as error:
-                if len(self._reading) > 1:  # it may be the way to it that is wrong
+                if len(self._reading) > 1:  # the fault may be in the file that led here
                     raise
                 found = error
             finally:
@@ -83,16 +83,16 @@ class Wildcards:
 
 
 class Draws:
-    """The choices of one text, drawn from a key: the same key draws the same."""
+    """Draws the choices of one text; the same key draws the same choices."""
 
     def __init__(self, wildcards: Wildcards, key: str) -> None:
         self.wildcards = wildcards
-        # Not `choice`: one `random()` a draw, so that an option more in one place leaves the other places alone.
+        # Not `choice`: one `random()` per draw, so that another option in one place does not change the other places.
         self._random = Random(key)  # noqa: S311
         self._left = _MAX_DRAWS
 
     def one(self, options: Sequence[Nodes]) -> Nodes:
-        """One of the options; raises `BadText` when the text never ends."""
+        """One of the options; raises `BadText` after too many draws."""
         self._left -= 1
         if self._left < 0:
             raise BadText(f"draws more than {_MAX_DRAWS:,} choices")

@@ -3,8 +3,17 @@ from pathlib import Path
 
 import pytest
 
+import farm
 from farm.errors import NotConfigured
-from farm.settings import EMBEDDED_FILE, Settings
+from farm.settings import (
+    EMBEDDED_FILE,
+    Settings,
+    child_environment,
+    embedded_home,
+    uses_embedded_farm,
+    variables_naming_a_farm,
+)
+from farm.settings.__main__ import page
 
 SERVICES = {"database_url": "sqlite:///x.db", "broker_url": "redis://:pw@h/0", "s3_bucket": "b"}
 
@@ -58,6 +67,58 @@ def test_half_a_farm_in_the_environment_is_refused(home: Path, monkeypatch: pyte
     monkeypatch.setenv("FARM_DATABASE_URL", "sqlite:///y.db")
     with pytest.raises(NotConfigured, match="FARM_BROKER_URL, FARM_S3_BUCKET not set"):
         Settings.load()
+
+
+@pytest.mark.parametrize("name", ["FARM_DATABASE_URL", "farm_database_url", "Farm_S3_Endpoint_Url", "farm_env_file"])
+def test_a_variable_that_names_a_farm_counts_in_any_case(
+    home: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    leave(home)
+    monkeypatch.setenv(name, "elsewhere")
+    assert variables_naming_a_farm() == [name]
+    assert not uses_embedded_farm()
+    with pytest.raises(NotConfigured, match=r"not set, while|can't be read"):
+        Settings.load()
+
+
+def test_the_url_of_flower_names_no_farm(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    leave(home)
+    monkeypatch.setenv("FARM_FLOWER_URL", "http://flower:5555")
+    assert uses_embedded_farm()
+    settings = Settings.load()
+    assert (settings.s3_bucket, settings.flower_url) == ("b", "http://flower:5555")
+
+
+def test_the_object_store_of_another_farm_is_refused_and_named(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    leave(home)
+    monkeypatch.setenv("FARM_S3_ENDPOINT_URL", "https://s3.lan")
+    with pytest.raises(NotConfigured, match="FARM_S3_BUCKET not set, while FARM_S3_ENDPOINT_URL is: set all of them"):
+        Settings.load()
+
+
+def test_the_home_is_found_in_any_case(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert embedded_home() == Path(".farm")
+    monkeypatch.setenv("farm_home", "/elsewhere")
+    assert embedded_home() == Path("/elsewhere")
+
+
+def test_a_child_of_the_embedded_farm_uses_that_farm(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    leave(home)
+    set_all(monkeypatch)
+    for name, value in {
+        "farm_s3_endpoint_url": "https://s3.lan",
+        "FARM_ENV_FILE": "farm.env",
+        "farm_home": "/elsewhere",
+        "farm_slots": "3",
+        "Other": "kept",
+    }.items():
+        monkeypatch.setenv(name, value)
+    environment = child_environment(home)
+    assert {name: value for name, value in environment.items() if name.lower().startswith("farm_")} == {
+        "FARM_HOME": str(home),
+        "FARM_SLOTS": "3",
+    }
+    assert environment["Other"] == "kept"
 
 
 def test_without_any_farm_one_is_told_what_to_do(home: Path) -> None:
@@ -115,7 +176,10 @@ def test_a_setting_out_of_bounds_is_named(home: Path, monkeypatch: pytest.Monkey
         ({"BEAT_SECONDS": "5"}, "FARM_LEASE_SECONDS=10 is too short for FARM_BEAT_SECONDS=5"),
         ({"LEASE_SECONDS": "4.5"}, "FARM_LEASE_SECONDS=4.5 is too short"),
         ({"RETRY_SECONDS": "301"}, "FARM_RETRY_SECONDS=301 is more than FARM_RETRY_MAX_SECONDS=300"),
-        ({"S3_ACCESS_KEY_ID": "me"}, "FARM_S3_ACCESS_KEY_ID and FARM_S3_SECRET_ACCESS_KEY: set both"),
+        (
+            {"DATABASE_URL": "sqlite://", "BROKER_URL": "redis://h", "S3_BUCKET": "b", "S3_ACCESS_KEY_ID": "me"},
+            "FARM_S3_ACCESS_KEY_ID and FARM_S3_SECRET_ACCESS_KEY: set both",
+        ),
     ],
 )
 def test_settings_that_are_impossible_together_are_refused_in_one_line(
@@ -134,3 +198,20 @@ def test_the_shortest_lease_that_two_beats_fit_into_is_accepted(home: Path, monk
     leave(home)
     monkeypatch.setenv("FARM_LEASE_SECONDS", "4.6")
     assert Settings.load().lease_seconds == 4.6
+
+
+def test_every_setting_says_what_it_means() -> None:
+    assert [name for name, field in Settings.model_fields.items() if not field.description] == []
+
+
+def test_the_page_of_all_settings_is_current() -> None:
+    written = Path(farm.__file__).parents[1] / "docs" / "settings.md"
+    assert written.read_text() == page(), "python -m farm.settings > docs/settings.md"
+
+
+def test_the_page_does_not_depend_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = page()
+    monkeypatch.setenv("HOME", "/elsewhere")
+    monkeypatch.setenv("USER", "somebody")
+    monkeypatch.setenv("FARM_SLOTS", "3")
+    assert page() == here

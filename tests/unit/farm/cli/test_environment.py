@@ -10,9 +10,9 @@ import pytest
 from dotenv import dotenv_values
 from typer.testing import CliRunner
 
-from farm.cli.environment import as_file, as_shell, reach, variables
+from farm.cli.environment import SHARED, as_file, as_shell, reach, variables
 from farm.cli.main import app
-from farm.errors import NotConfigured
+from farm.errors import NotConfigured, SchemaMismatch, ServiceUnavailable
 from farm.settings import EMBEDDED_FILE, Settings
 
 SERVICES = {
@@ -51,6 +51,10 @@ def embed(home: Path) -> None:
         "s3_secret_access_key": "secret",
     }
     (home / EMBEDDED_FILE).write_text(json.dumps(services))
+
+
+def test_every_shared_setting_is_a_setting() -> None:
+    assert set(SHARED) <= Settings.model_fields.keys()
 
 
 def test_a_file_holds_all_that_is_every_process_s_own_and_nothing_else(environment: pytest.MonkeyPatch) -> None:
@@ -105,6 +109,38 @@ def test_an_embedded_farm_says_that_other_machines_can_not_reach_it(tmp_path: Pa
     assert "SQLite is a file of this machine" in told
     assert "docker-compose.yml" in told
     assert "FARM_BROKER_URL, FARM_S3_ENDPOINT_URL lead to this machine's loopback address" in told
+
+
+@pytest.fixture(params=[{}, {"FARM_FLOWER_URL": "http://flower:5555"}, {"farm_slots": "3"}], ids=lambda it: str([*it]))
+def stopped(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """An embedded farm that does not run, with variables that do not lead to another farm."""
+    embed(tmp_path / ".farm")
+    for name, value in request.param.items():
+        monkeypatch.setenv(name, value)
+    return tmp_path / ".farm"
+
+
+def test_commands_say_that_the_embedded_farm_does_not_run(stopped: Path) -> None:
+    with pytest.raises(ServiceUnavailable, match=f"the farm in {stopped} does not run: start it with `farm up`"):
+        CliRunner().invoke(app, ["status"], catch_exceptions=False)
+
+
+def test_the_doctor_says_that_the_embedded_farm_does_not_run(stopped: Path) -> None:
+    done = CliRunner().invoke(app, ["doctor", "--json"], catch_exceptions=False)
+    assert done.exit_code == 1
+    assert [finding["part"] for finding in json.loads(done.stdout)] == ["settings", "database"]
+    assert json.loads(done.stdout)[0]["what"].endswith("but the farm there does not run")
+
+
+def test_services_in_lower_case_lead_away_from_the_embedded_farm(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    embed(tmp_path / ".farm")
+    monkeypatch.setenv("farm_database_url", f"sqlite:///{tmp_path}/other.db")
+    monkeypatch.setenv("farm_broker_url", "redis://127.0.0.1:1/0")
+    monkeypatch.setenv("farm_s3_bucket", "pictures")
+    with pytest.raises(SchemaMismatch, match="no farm schema"):
+        CliRunner().invoke(app, ["status"], catch_exceptions=False)
 
 
 def test_a_farm_that_others_reach_has_nothing_to_say(environment: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,6 @@ from workers.pipelines.null import NullPipeline
 from workers.render.device import memory
 from workers.render.request import RenderRequest
 from workers.service.metrics import WorkerMetrics
-from workers.service.observer import Held
 
 Value = Callable[..., float | None]
 
@@ -48,11 +47,8 @@ def claim(model: str = "tiny", attempt: int = 1, **more: object) -> Claim:
     return Claim("b-1", attempt, spec, "b", "b", 1, 1, 50, None, waited_seconds=7.0, **more)
 
 
-def ended(
-    metrics: WorkerMetrics, outcome: Outcome | None, model: str = "tiny", error: ErrorClass | None = None
-) -> None:
-    held = Held(claim(model), outcome=outcome, error_class=error)
-    metrics.ended(held)
+def ended(metrics: WorkerMetrics, outcome: Outcome, model: str = "tiny", error: ErrorClass | None = None) -> None:
+    metrics.ended(claim(model), outcome, error)
 
 
 def scraped(metrics: WorkerMetrics) -> dict[str, float]:
@@ -78,7 +74,7 @@ def test_what_becomes_of_attempts_is_counted_by_model_and_outcome(metrics: Worke
         assert value(metrics, "worker_jobs_total", model="tiny", outcome=outcome.value) == 0
     ended(metrics, Outcome.SUCCEEDED)
     ended(metrics, Outcome.RETRIED, error=ErrorClass.TRANSIENT)
-    ended(metrics, None)  # nothing of it could be recorded
+    ended(metrics, Outcome.LOST)
     assert value(metrics, "worker_jobs_total", model="tiny", outcome="succeeded") == 1
     assert value(metrics, "worker_jobs_total", model="tiny", outcome="lost") == 1
     assert value(metrics, "worker_errors_total", error_class="transient") == 1

@@ -1,4 +1,4 @@
-"""A child process that ends with its parent, and takes its own children with it."""
+"""A child process that ends with its parent, together with its own children."""
 
 import contextlib
 import os
@@ -9,20 +9,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-_TETHER = Path(__file__).with_name("tether.py")
+_LAUNCHER = Path(__file__).with_name("die_with_parent.py")
 
 
-class Tethered:
-    """A running command in a session of its own: Ctrl-C reaches only its parent, which stops it in order.
+class ChildProcess:
+    """A running command in its own session: Ctrl-C reaches only the parent, which stops it in order.
 
-    Make it in a thread that lives as long as the process shall: on Linux it is killed when that thread ends.
+    Create it in a thread that lives as long as the process should: on Linux it is killed when that thread ends.
     """
 
     def __init__(
         self, command: Sequence[str], *, env: Mapping[str, str], output: IO[bytes] | int, cwd: Path | None = None
     ) -> None:
         self._popen = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(_TETHER), str(os.getpid()), *command],
+            [sys.executable, "-I", "-S", str(_LAUNCHER), str(os.getpid()), *command],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -35,14 +35,14 @@ class Tethered:
 
     @property
     def output(self) -> IO[bytes] | None:
-        """The pipe with its output; None unless it was started with one."""
+        """The pipe with its output, if it was started with one."""
         return self._popen.stdout
 
     def ended(self) -> int | None:
-        """The exit status (negative: the signal), or None while it lives."""
+        """The exit status (negative: the signal), or None while it runs."""
         if self._popen.returncode is not None:
             return self._popen.returncode
-        # It stays a zombie until `clear`, so that no other process gets its id, which is its group's too.
+        # It stays a zombie until `clear`, so that no other process gets its id, which is also its group's.
         end = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         if end is None:
             return None
@@ -54,7 +54,7 @@ class Tethered:
             os.kill(self.pid, signal.SIGTERM)
 
     def clear(self) -> None:
-        """Kill what is left of its process group."""
+        """Kill the rest of its process group."""
         if self._popen.returncode is None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, signal.SIGKILL)
