@@ -74,26 +74,28 @@ def farm(old_farm: MixedFarm) -> MixedFarm:
     The programs of the previous release that ran before the migration still run.
     """
     farm = old_farm
-    under_way = farm.old.ask(
-        "submit", specs=[{"prompt": f"under way {n}", "model": "tiny"} for n in range(80)], num_inference_steps=20
-    )
+    specs = [{"prompt": f"under way {n}", "model": "tiny"} for n in range(1000)]
+    batch = farm.old.ask("submit", specs=specs, num_inference_steps=20)["batch"]
 
     def succeeded() -> int:
-        counts: dict[str, int] = farm.old.ask("status", batch=under_way["batch"])["counts"]
+        counts: dict[str, int] = farm.old.ask("status", batch=batch)["counts"]
         assert not {"failed", "cancelled"} & counts.keys(), f"{counts} {farm.logged('ended job_id')}"
         return counts.get("succeeded", 0)
 
     wait_until(lambda: succeeded() >= 4, "the old farm renders", 120)
     farm.run(farm.new, "migrate")
     before = succeeded()
-    assert before < 76, "the migration came while jobs were under way"
+    assert before < len(specs), "the batch has ended before the migration"
     wait_until(lambda: succeeded() >= before + 4, "the old farm goes on against the new schema", 120)
     farm.open_client(farm.new)
     farm.start_dispatcher(farm.new)
     for number in (1, 2):
         farm.start_worker(farm.new, f"new-{number}", models("new"))
+    wait_until(lambda: farm.ended_by(farm.new) > 0, "a new worker renders jobs of the old client", 120)
+    assert succeeded() < len(specs), "the batch has ended before the new workers came"
+    farm.new.ask("steer", what="batch", name=batch, verb="cancel")
     for side in farm.sides:
-        farm.wait_for_batch(side, under_way["batch"])
+        wait_until(lambda side=side: side.ask("status", batch=batch)["done"], f"it ends for {side.name}")
     return farm
 
 
@@ -268,7 +270,7 @@ def test_a_failed_job_is_retried_by_the_other_releases_client(farm: MixedFarm, f
         found = farm.wait_for_job(
             client,
             job,
-            lambda it, attempt=attempt: it["state"] == "failed" and it["attempt"] == attempt,  # type: ignore[misc]
+            lambda it, attempt=attempt: it["state"] == "failed" and it["attempt"] == attempt,
             f"{job} fails for the {attempt}. time",
         )
         assert "/no/such/folder" in found["error"], found

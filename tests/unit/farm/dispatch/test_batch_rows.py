@@ -43,7 +43,7 @@ def nothing() -> None:
 
 def rows(parts: Parts, stream: EventStream | None = None, **settings: Any) -> BatchRows:
     """The rows of a dispatcher that looks once a second."""
-    found = BatchRows(parts.store, parts.settings.model_copy(update={"progress_seconds": 1.0, **settings}))
+    found = BatchRows(parts.store.overview, parts.settings.model_copy(update={"progress_seconds": 1.0, **settings}))
     if stream is not None:
         found._stream = stream
     return found
