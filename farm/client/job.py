@@ -69,7 +69,7 @@ class Job:
 
     def refresh(self) -> Self:
         """Look at it again; returns itself."""
-        self._info = self._store.job(self.id)
+        self._info = self._store.queries.job(self.id)
         return self
 
     def wait(self, timeout: float | None = None) -> Self:
@@ -139,23 +139,23 @@ class Job:
 
     def cancel(self) -> bool:
         """Cancel it; False if it had ended. If it is running, it stops within a beat."""
-        return bool(self._store.cancel(job_id=self.id))
+        return bool(self._store.steering.cancel(job_id=self.id))
 
     def pause(self) -> bool:
         """Do not render it until `resume`; False if it had ended. If it is running, it stops within a beat."""
-        return bool(self._store.pause(job_id=self.id))
+        return bool(self._store.steering.pause(job_id=self.id))
 
     def resume(self) -> bool:
         """Go on with it, from the step it was at; False if it had ended."""
-        return bool(self._store.resume(job_id=self.id))
+        return bool(self._store.steering.resume(job_id=self.id))
 
     def retry(self) -> bool:
         """Give it all its tries anew; False unless it had failed."""
-        return bool(self._store.retry(job_id=self.id))
+        return bool(self._store.steering.retry(job_id=self.id))
 
     def attempts(self) -> list[AttemptInfo]:
         """What became of each attempt that has ended: its worker, its times, its outcome and the reason."""
-        return self._store.attempts(self.id)
+        return self._store.queries.attempts(self.id)
 
     def _looked_at(self) -> JobInfo:
         """What SQL says of it, again unless it had ended."""

@@ -10,9 +10,9 @@ from typing import Any
 
 from farm.errors import BrokerUnavailable, ServiceUnavailable
 from farm.jobs.leadership import Leadership
+from farm.jobs.overview import Overview
 from farm.jobs.records import BatchStatus
 from farm.jobs.states import JobState
-from farm.jobs.store import JobStore
 from farm.queue.broker import make_app
 from farm.runtime.backoff import Backoff
 from farm.runtime.terminal_text import printable
@@ -43,8 +43,8 @@ class BatchRows:
     that can't be sent follow with a later look. A look costs by active batches and a few hundred others, not by jobs.
     """
 
-    def __init__(self, store: JobStore, settings: Settings) -> None:
-        self._store = store
+    def __init__(self, overview: Overview, settings: Settings) -> None:
+        self._overview = overview
         self._seconds = settings.progress_seconds
         self._bucket = settings.s3_bucket
         self._stream = EventStream(settings)
@@ -86,10 +86,10 @@ class BatchRows:
 
         Raises `ServiceUnavailable`; the next look sends the same batches.
         """
-        again = frozenset(self._store.just_ended(_ENDED_SECONDS, MOST) if self._looks % _ENDED_EVERY == 0 else ())
-        moving = frozenset(self._store.moving(MOST))
+        again = frozenset(self._overview.just_ended(_ENDED_SECONDS, MOST) if self._looks % _ENDED_EVERY == 0 else ())
+        moving = frozenset(self._overview.moving(MOST))
         looked_at = [*{**dict.fromkeys(moving), **dict.fromkeys(self._others()), **dict.fromkeys(again)}]
-        found = self._store.statuses(looked_at)
+        found = self._overview.statuses(looked_at)
         events: list[Event] = []
         marks: dict[str, object] = {}
         for batch_id in self._longest_untold_first(looked_at):
@@ -114,7 +114,7 @@ class BatchRows:
 
     def _others(self) -> Iterator[str]:
         """The next page of open batches, and the next of those that were open when they were last sent."""
-        page = self._store.open_batches(MOST, self._place)
+        page = self._overview.open_batches(MOST, self._place)
         self._place = page[-1] if len(page) == MOST else None
         yield from (batch_id for _, batch_id in page)
         known = list(self._open)
@@ -148,7 +148,7 @@ class BatchRows:
             if status.id not in self._open:
                 # Without it Flower keeps a batch with retried jobs in its terminal state.
                 yield "task-retried", row
-            line = jobs_line(status.ended, status.total, self._store.tempo(status), note(status))
+            line = jobs_line(status.ended, status.total, self._overview.tempo(status), note(status))
             yield "task-progress", {**row, "result": line}
             return
         took = (status.finished_at - status.created_at).total_seconds() if status.finished_at else 0.0
@@ -166,7 +166,7 @@ class BatchRows:
     def _shown(self, status: BatchStatus) -> str:
         models = self._models.get(status.id)
         if models is None:
-            models = self._models[status.id] = ", ".join(self._store.models_of(status.id))
+            models = self._models[status.id] = ", ".join(self._overview.models_of(status.id))
         jobs = f"{status.total} job{'s' * (status.total != 1)}"
         return printable(f"{status.name[:80]}: {jobs} of {status.owner[:40]} (model {models[:200]})")
 

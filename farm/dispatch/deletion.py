@@ -3,7 +3,7 @@
 import time
 from itertools import islice
 
-from farm.jobs.store import JobStore
+from farm.jobs.deletions import Deletions
 from farm.objects.large_objects import abort
 from farm.objects.storage import Storage
 
@@ -15,8 +15,8 @@ _REST_SECONDS = 0.05
 class Deletion:
     """Deletes batches that are given up. Any number may at once, and whoever is interrupted is only repeated."""
 
-    def __init__(self, store: JobStore, storage: Storage) -> None:
-        self._store = store
+    def __init__(self, deletions: Deletions, storage: Storage) -> None:
+        self._deletions = deletions
         self._storage = storage
 
     def go_on(self, batch_id: str) -> bool:
@@ -32,7 +32,7 @@ class Deletion:
             return False
         after = 0
         for _ in range(_PIECES):
-            following = self._store.forget(batch_id, after)
+            following = self._deletions.delete_rows(batch_id, after)
             if following is None:
                 return True
             after = following
@@ -45,7 +45,7 @@ class Deletion:
         Their workers stop within a beat, or lose their leases: the dispatcher deletes it then. Who records a picture
         before that has put it where it is found, and nobody does after it. Raises `StorageUnavailable`.
         """
-        while self._store.at_rest(batch_id):
+        while self._deletions.at_rest(batch_id):
             if self.go_on(batch_id):
                 return True
         return False

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from farm.errors import NotFound
-from farm.jobs.store import JobStore
+from farm.jobs.endings import Endings
 from farm.objects.large_objects import abort
 from farm.objects.storage import Storage
 from farm.specs.object_keys import manifest_key
@@ -17,8 +17,8 @@ log = logging.getLogger(__name__)
 class Manifests:
     """The manifests of batches that have ended, each written once for each time that its batch ended."""
 
-    def __init__(self, store: JobStore, storage: Storage) -> None:
-        self._store = store
+    def __init__(self, endings: Endings, storage: Storage) -> None:
+        self._endings = endings
         self._storage = storage
 
     def write(self, batch_id: str) -> bool:
@@ -27,17 +27,17 @@ class Manifests:
         In constant memory. Written first, noted second: what fails between is only done again. Raises
         `StorageUnavailable`.
         """
-        ended_at = self._store.last_ended_at(batch_id)
+        ended_at = self._endings.last_ended_at(batch_id)
         if ended_at is None:
             return False
         key = manifest_key(batch_id)
         abort(self._storage, key)  # a dispatcher that died halfway through a long one left parts that no listing shows
         self._storage.put_stream(key, self.lines(batch_id), "application/jsonl")
-        return self._store.note_end(batch_id, ended_at)
+        return self._endings.note(batch_id, ended_at)
 
     def lines(self, batch_id: str) -> Iterator[bytes]:
         """A manifest's lines as SQL has them now."""
-        for entry in self._store.entries(batch_id):
+        for entry in self._endings.entries(batch_id):
             yield json.dumps(entry).encode() + b"\n"
 
     def read(self, batch_id: str) -> Iterator[dict[str, Any]]:
@@ -45,11 +45,11 @@ class Manifests:
 
         Raises `StorageUnavailable`.
         """
-        if self._store.end_is_noted(batch_id):
+        if self._endings.noted(batch_id):
             try:
                 yield from map(json.loads, self._storage.lines(manifest_key(batch_id)))
             except NotFound:
                 log.warning("the manifest of batch_id=%s is gone from the bucket", batch_id)
             else:
                 return
-        yield from self._store.entries(batch_id)
+        yield from self._endings.entries(batch_id)

@@ -28,7 +28,7 @@ from farm.jobs.database import Database
 from farm.jobs.demand import Demands, demands
 from farm.jobs.leadership import Leadership
 from farm.jobs.states import JobState
-from farm.jobs.store import JobStore
+from farm.jobs.workers import Workers
 from farm.runtime.metrics_server import MetricsServer, Service, respond
 from farm.settings import Settings
 
@@ -149,12 +149,12 @@ class DispatcherCollector(Collector):
 class WorkerTargets:
     """The live workers with metrics, as targets for Prometheus' `http_sd_configs`."""
 
-    store: JobStore
+    workers: Workers
 
     def __call__(self, _environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """Answer a refresh; after an error Prometheus keeps its present targets."""
         try:
-            found = [target(one.name, one.metrics_url) for one in self.store.workers() if one.alive and one.metrics_url]
+            found = [target(one.name, one.metrics_url) for one in self.workers.all() if one.alive and one.metrics_url]
         except ServiceUnavailable as error:
             return respond(start_response, http.HTTPStatus.SERVICE_UNAVAILABLE, f"{error}\n")
         return respond(start_response, http.HTTPStatus.OK, json.dumps(found), "application/json")
@@ -171,7 +171,7 @@ def target(worker: str, url: str) -> dict[str, Any]:
 
 def serve(
     db: Database,
-    store: JobStore,
+    workers: Workers,
     dispatcher: Dispatcher,
     leadership: Leadership,
     settings: Settings,
@@ -185,7 +185,7 @@ def serve(
         ProcessCollector(registry=registry)
     registry.register(FarmCollector(db, settings))
     registry.register(DispatcherCollector(dispatcher, leadership, services))
-    server = MetricsServer(settings, registry, {"/workers": WorkerTargets(store)})
+    server = MetricsServer(settings, registry, {"/workers": WorkerTargets(workers)})
     server.start()
     log.info("metrics at %s", server.url)
     return server

@@ -20,8 +20,8 @@ class Retention:
 
     def __init__(self, store: JobStore, storage: Storage, settings: Settings) -> None:
         self._store = store
-        self._manifests = Manifests(store, storage)
-        self._deletion = Deletion(store, storage)
+        self._manifests = Manifests(store.endings, storage)
+        self._deletion = Deletion(store.deletions, storage)
         self._days = settings.retention_days
 
     def turn(self, stop: threading.Event | None = None) -> bool:
@@ -30,17 +30,17 @@ class Retention:
         Raises `StorageUnavailable`, after which the next turn goes on where this one was.
         """
         stop = stop or threading.Event()
-        ended = self._store.unnoted(_BATCHES)
+        ended = self._store.endings.unnoted(_BATCHES)
         noted = sum(self._manifests.write(batch_id) for batch_id in ended if not stop.is_set())
         if self._days:
-            self._store.give_up_older_than(self._days)
-        given_up = self._store.given_up(_BATCHES)
+            self._store.deletions.mark_older_than(self._days)
+        given_up = self._store.deletions.marked(_BATCHES)
         moved = sum(self._went(batch_id) for batch_id in given_up if not stop.is_set())
         return noted == _BATCHES or moved > 0
 
     def _went(self, batch_id: str) -> bool:
         """Whether a batch is gone, or some of it: not if it waits for its workers."""
-        if not self._store.at_rest(batch_id):
+        if not self._store.deletions.at_rest(batch_id):
             return False
         self._deletion.go_on(batch_id)
         return True

@@ -14,15 +14,17 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
+from farm.jobs.conditions import BATCH_PAUSED, VISIBLE, in_state, models_in
 from farm.jobs.database import Database, now
 from farm.jobs.fair_share import Charge, FairLine, Ledger, Owner, Served, Share, window
-from farm.jobs.memory_limits import Limits, allowed
-from farm.jobs.queries import ACCEPTED, JobQueries, in_state, models_in
+from farm.jobs.memory_limits import Limits, allowed, memory_limits
 from farm.jobs.records import Doorbell
 from farm.jobs.reuse import Works
 from farm.jobs.schema import BatchRow, JobRow, OwnerRow
 from farm.jobs.served_models import MemoryLimit
 from farm.jobs.states import JobState
+from farm.jobs.transitions import UNQUEUE, Move
+from farm.jobs.workers import live_models
 from farm.settings import Settings
 from farm.specs.spec import URGENT
 
@@ -45,11 +47,12 @@ class _InFlight:
     queued_by_owner: dict[str, int]
 
 
-class Backlog(JobQueries):
+class Backlog:
     """Jobs that wait, and how they get their turn."""
 
     def __init__(self, db: Database, settings: Settings) -> None:
-        super().__init__(db, settings)
+        self._db = db
+        self._lease_seconds = settings.lease_seconds
         self._starvation_seconds = settings.starvation_seconds
         self._most_queued = settings.most_queued
         self._ledger = Ledger()
@@ -77,7 +80,7 @@ class Backlog(JobQueries):
                 return []
             in_flight = _in_flight(session)
             works = Works(session, self._lease_seconds, copies)
-            self._memory_limits = self.memory_limits(session)
+            self._memory_limits = memory_limits(live_models(session, self._lease_seconds))
             for model in models:
                 rows = session.execute(in_line(model)).all()
                 for urgent in (True, False):
@@ -87,6 +90,22 @@ class Backlog(JobQueries):
                         if urgent:  # what its owner has just been charged counts
                             rows = session.execute(in_line(model)).all()
         return bells
+
+    def unqueue(self, job_ids: Sequence[str]) -> int:
+        """Put queued jobs back into the backlog: their messages were not published, or are gone; returns how many."""
+        with self._db.write() as session:
+            moved = session.execute(UNQUEUE.update.where(JobRow.id.in_(job_ids)).returning(JobRow.id)).all()
+        return len(moved)
+
+    def queued_models(self) -> list[str]:
+        """The models that have queued jobs."""
+        with self._db.read() as session:
+            return list(models_in(session, JobState.QUEUED))
+
+    def queued(self, model: str) -> list[str]:
+        """The ids of a model's queued jobs; at most a window of them."""
+        with self._db.read() as session:
+            return list(session.scalars(sa.select(JobRow.id).where(in_state(JobState.QUEUED), JobRow.model == model)))
 
     def _enqueue_kind(
         self,
@@ -190,7 +209,7 @@ class Backlog(JobQueries):
             reached = reached if last is None else last
             found += more
             self._seen[model, batch_id] = reached
-            if len(rows) < works.further and (not rows or last == rows[-1].place):
+            if len(rows) < works.further and (not rows or last == rows[-1].position):
                 del self._seen[model, batch_id]  # the end: from the first again
             works.further -= len(rows)
         return found, reached
@@ -263,12 +282,7 @@ def in_line(model: str) -> sa.Select[*tuple[Any, ...]]:
         )
         .join(waiting, waiting.c.batch_id == BatchRow.id)
         .outerjoin(OwnerRow, OwnerRow.name == BatchRow.owner)
-        .where(
-            ACCEPTED,
-            BatchRow.deleted_at.is_(None),
-            ~BatchRow.paused,
-            sa.or_(OwnerRow.paused.is_(None), ~OwnerRow.paused),
-        )
+        .where(VISIBLE, ~BATCH_PAUSED)
         .order_by(BatchRow.accepted_at, BatchRow.id)
     )
 
@@ -281,17 +295,17 @@ def next_jobs(
     Without those that are larger than all of the `limits` allow; with no limits, every job may be.
     """
     return (
-        sa.select(JobRow.id, JobRow.index.label("place"), JobRow.work_sha256)
+        sa.select(JobRow.id, JobRow.position, JobRow.work_sha256)
         .where(
             in_state(JobState.PENDING),
             JobRow.model == model,
             JobRow.batch_id == batch_id,
-            JobRow.index > after,
+            JobRow.position > after,
             sa.or_(JobRow.not_before.is_(None), JobRow.not_before <= now()),
             ~JobRow.paused,
             *((allowed(limits),) if limits else ()),
         )
-        .order_by(JobRow.index)
+        .order_by(JobRow.position)
         .limit(count)
     )
 
@@ -332,12 +346,8 @@ def _move(session: Session, turns: Sequence[tuple[str, Served]]) -> dict[str, sa
         by_priority[served.priority].append(job_id)
     moved: dict[str, sa.Row[Any]] = {}
     for priority, job_ids in by_priority.items():
-        rows = session.execute(
-            sa.update(JobRow)
-            .where(JobRow.id.in_(job_ids), in_state(JobState.PENDING))
-            .values(state=JobState.QUEUED.value, queued_at=now(), priority=priority)
-            .returning(JobRow.id, JobRow.spec, JobRow.index.label("place"))
-        )
+        queue = Move({JobState.PENDING: JobState.QUEUED}, queued_at=now(), priority=priority).update
+        rows = session.execute(queue.where(JobRow.id.in_(job_ids)).returning(JobRow.id, JobRow.spec, JobRow.position))
         moved.update({row.id: row for row in rows})
     return moved
 
@@ -365,7 +375,7 @@ def _doorbell(job_id: str, model: str, priority: int, batch: sa.Row[Any], job: s
         model=model,
         priority=priority,
         # The prompt early: Flower's page cuts a long text short.
-        shown=f"{_shortened(batch.name, 40)} {job.place}/{batch.total}: {_shortened(job.spec['prompt'], 80)} "
+        shown=f"{_shortened(batch.name, 40)} {job.position}/{batch.total}: {_shortened(job.spec['prompt'], 80)} "
         f"(model {model})",
     )
 

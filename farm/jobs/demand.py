@@ -14,12 +14,13 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from farm.jobs.backlog import batches_waiting
-from farm.jobs.database import Database, now, now_plus
+from farm.jobs.conditions import BATCH_PAUSED, VISIBLE, in_state, models_in
+from farm.jobs.database import Database, now
 from farm.jobs.fair_share import UNKNOWN_SECONDS
-from farm.jobs.queries import VISIBLE, in_state, models_in
-from farm.jobs.schema import BatchRow, JobCountRow, JobRow, OwnerRow, WorkerRow
+from farm.jobs.schema import BatchRow, JobCountRow, JobRow, WorkerRow
 from farm.jobs.served_models import served_models
 from farm.jobs.states import JobState
+from farm.jobs.workers import alive
 
 _OF_BATCH, _OF_MODEL, _BATCHES = 16, 40, 50
 """From how many of a batch's last jobs it is learnt what one costs; and for a batch that has none, from how many of
@@ -72,8 +73,7 @@ def demands(db: Database, lease_seconds: float) -> Demands:
             .group_by(JobCountRow.state)
         )
         jobs = {JobState(state): int(count) for state, count in rows}
-        alive = WorkerRow.seen_at > now_plus(sa.literal(-lease_seconds))
-        living = session.execute(sa.select(WorkerRow.slots, WorkerRow.models).where(alive)).all()
+        living = session.execute(sa.select(WorkerRow.slots, WorkerRow.models).where(alive(lease_seconds))).all()
         for slots, served in living:
             for name in {model.name for model in served_models(served)}:
                 models[name].workers += 1
@@ -131,16 +131,14 @@ def _add_in_flight(session: Session, models: Mapping[str, Demand]) -> None:
 
 def _line(model: str) -> sa.Select[*tuple[Any, ...]]:
     waiting = batches_waiting(model)
-    held_up = sa.or_(BatchRow.paused, sa.func.coalesce(OwnerRow.paused, sa.false()))
     return (
         sa.select(
             BatchRow.id,
             BatchRow.accepted_at,
-            held_up.label("held_up"),
+            BATCH_PAUSED.label("held_up"),
             _batch_seconds(sa.literal(model)).label("seconds"),
         )
         .join(waiting, waiting.c.batch_id == BatchRow.id)
-        .outerjoin(OwnerRow, OwnerRow.name == BatchRow.owner)
         .where(VISIBLE)
     )
 

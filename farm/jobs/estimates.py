@@ -7,8 +7,8 @@ from itertools import chain, islice
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
+from farm.jobs.conditions import ACCEPTED, in_state
 from farm.jobs.database import Database
-from farm.jobs.queries import ACCEPTED, in_state
 from farm.jobs.schema import BatchRow, JobRow, WorkerRow
 from farm.jobs.served_models import served_models
 from farm.jobs.states import JobState

@@ -225,7 +225,7 @@ def job_info(row: JobRow) -> JobInfo:
     return JobInfo(
         id=row.id,
         batch_id=row.batch_id,
-        index=row.index,
+        index=row.position,
         spec=RenderSpec.model_validate(row.spec),
         state=JobState(row.state),
         attempt=row.attempt,

@@ -13,11 +13,12 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.orm import Session, aliased
 
-from farm.jobs.database import now, now_plus
-from farm.jobs.queries import JobQueries, in_state
-from farm.jobs.schema import AttemptRow, BatchRow, JobRow, LeaderRow, WorkerRow
-from farm.jobs.served_models import served_models
+from farm.jobs.conditions import JOB_PAUSED, in_state
+from farm.jobs.database import Database, now
+from farm.jobs.schema import AttemptRow, BatchRow, JobRow, LeaderRow
 from farm.jobs.states import JobState, Outcome
+from farm.jobs.transitions import UNQUEUE, Ending, Move, finalize
+from farm.jobs.workers import live_models
 from farm.specs.object_keys import image_key, trajectory_keys
 
 log = logging.getLogger(__name__)
@@ -82,17 +83,13 @@ class Works:
                 decided = False
             elif work is None or not self._led or self._goes_first(row.id, work, priority):
                 chosen.append(row.id)
-            last = row.place if decided else last
+            last = row.position if decided else last
         return chosen, last
 
     def put_back(self) -> None:
         """Return to the backlog what was queued, and is to wait for a twin of a higher priority now."""
         if self._passed_by:
-            self._session.execute(
-                sa.update(JobRow)
-                .where(in_state(JobState.QUEUED), JobRow.id.in_(self._passed_by))
-                .values(state=JobState.PENDING.value, queued_at=None)
-            )
+            self._session.execute(UNQUEUE.update.where(JobRow.id.in_(self._passed_by)))
             log.info("put back behind twins of a higher priority: %s", ", ".join(self._passed_by))
             self._passed_by = []
 
@@ -136,10 +133,9 @@ class Works:
     @cached_property
     def _weights(self) -> dict[str, set[str]]:
         """The hashes of each model's weights that the live workers which serve it report."""
-        alive = WorkerRow.seen_at > now_plus(sa.literal(-self._lease_seconds))
         found: dict[str, set[str]] = {}
-        for models in self._session.scalars(sa.select(WorkerRow.models).where(alive)):
-            for model in served_models(models):
+        for models in live_models(self._session, self._lease_seconds):
+            for model in models:
                 found.setdefault(model.name, set()).update(filter(None, [model.sha256]))
         return found
 
@@ -167,12 +163,15 @@ def pictures_of(works: Collection[str]) -> sa.Select[*tuple[Any, ...]]:
     )
 
 
-class Reuse(JobQueries):
+class Reuse:
     """Copies of pictures, begun and recorded.
 
     A job stays pending while a copy is made, so that nothing has to be undone when that breaks off. But the copy has
     an attempt of its own: no worker writes to its key, and it is no longer recorded once the job has gone elsewhere.
     """
+
+    def __init__(self, db: Database) -> None:
+        self._db = db
 
     def begin_copies(self, wanted: Mapping[str, str]) -> list[Copying]:
         """Take an attempt of each of these pending jobs for a copy of the picture of the job that it is mapped to."""
@@ -196,7 +195,7 @@ class Reuse(JobQueries):
                 .where(
                     in_state(JobState.PENDING),
                     JobRow.id.in_([job_id for job_id, source_id in wanted.items() if source_id in sources]),
-                    ~JobRow.paused,
+                    ~JOB_PAUSED,
                 )
                 .values(
                     attempt=JobRow.attempt + 1,
@@ -204,13 +203,13 @@ class Reuse(JobQueries):
                     # So that what it leaves is swept when the job has ended, unless this is how it ends.
                     checkpoint_key=sa.func.coalesce(JobRow.checkpoint_key, ""),
                 )
-                .returning(JobRow.id, JobRow.attempt, JobRow.batch_id, JobRow.index.label("place"), JobRow.spec)
+                .returning(JobRow.id, JobRow.attempt, JobRow.batch_id, JobRow.position, JobRow.spec)
             ).all()
             if taken:
                 session.execute(sa.insert(AttemptRow).values([_begun(row, wanted[row.id]) for row in taken]))
         return [_copying(row, sources[wanted[row.id]]) for row in taken]
 
-    def end_copies(self, made: Sequence[Copying]) -> list[Copying]:
+    def record_copies(self, made: Sequence[Copying]) -> list[Copying]:
         """Record copies whose objects are there; returns those that came too late, and whose objects are nobody's.
 
         All that is known of the picture comes with it, what it took to render included; a copy of its own serves
@@ -219,20 +218,23 @@ class Reuse(JobQueries):
         late = []
         with self._db.write() as session:
             for one in made:
-                attempt = (AttemptRow.job_id == one.job_id, AttemptRow.attempt == one.attempt)
-                if session.scalar(_recorded(one)) is None:
-                    late.append(one)
-                    continue
-                session.execute(
-                    sa.update(AttemptRow)
-                    .where(*attempt)
-                    .values(ended_at=now(), outcome=Outcome.SUCCEEDED.value, reason=f"a copy of {one.source_id}")
+                source = aliased(JobRow)
+                move = Move({JobState.PENDING: JobState.SUCCEEDED}, **_facts_of(source, one))
+                recorded = finalize(
+                    session,
+                    move,
+                    JobRow.id == one.job_id,
+                    JobRow.attempt == one.attempt,
+                    sa.exists().where(source.id == one.source_id, source.image_key.is_not(None)),
+                    # The job's own batch may be marked for deletion by now, and its objects deleted.
+                    sa.exists().where(BatchRow.id == JobRow.batch_id, BatchRow.deleted_at.is_(None)).correlate(JobRow),
+                    ending=Ending(Outcome.SUCCEEDED.value, reason=f"a copy of {one.source_id}"),
+                    note=f" copy_of={one.source_id}",
                 )
-        for one in made:
-            if one in late:
-                log.warning("too late job_id=%s attempt=%d", one.job_id, one.attempt)
-            else:
-                log.info("ended job_id=%s attempt=%d now=succeeded copy_of=%s", one.job_id, one.attempt, one.source_id)
+                if not recorded:
+                    late.append(one)
+        for one in late:
+            log.warning("too late job_id=%s attempt=%d", one.job_id, one.attempt)
         return late
 
     def withdraw(self, job_id: str) -> None:
@@ -256,7 +258,7 @@ def _begun(row: sa.Row[Any], source_id: str) -> dict[str, Any]:
 
 
 def _copying(row: sa.Row[*tuple[Any, ...]], source: sa.Row[*tuple[Any, ...]]) -> Copying:
-    key = image_key(row.batch_id, row.place, row.attempt, row.spec["prompt"])
+    key = image_key(row.batch_id, row.position, row.attempt, row.spec["prompt"])
     keys = {source.image_key: key}
     if row.spec.get("trajectory"):
         keys.update(zip(trajectory_keys(source.image_key), trajectory_keys(key), strict=True))
@@ -277,33 +279,18 @@ _FACTS = (
 """What a job has from the one whose picture it copies."""
 
 
-def _recorded(one: Copying) -> sa.Executable:
-    source = aliased(JobRow)
-    facts = {
+def _facts_of(source: type[JobRow], one: Copying) -> dict[str, Any]:
+    copied = {
         name: sa.select(getattr(source, name)).where(source.id == one.source_id).scalar_subquery() for name in _FACTS
     }
-    return (
-        sa.update(JobRow)
-        .where(
-            JobRow.id == one.job_id,
-            JobRow.attempt == one.attempt,
-            in_state(JobState.PENDING),
-            sa.exists().where(source.id == one.source_id, source.image_key.is_not(None)),
-            # Its own batch may have been given up meanwhile, and its objects deleted.
-            sa.exists().where(BatchRow.id == JobRow.batch_id, BatchRow.deleted_at.is_(None)).correlate(JobRow),
-        )
-        .values(
-            state=JobState.SUCCEEDED.value,
-            finished_at=now(),
-            not_before=None,
-            error=None,
-            worker=None,
-            image_key=next(iter(one.keys.values())),
-            reused_from=one.source_id,
-            work_sha256=None,
-            # Nothing lies beside it if it never was attempted otherwise.
-            checkpoint_key=None if one.attempt == 1 else JobRow.checkpoint_key,
-            **facts,
-        )
-        .returning(JobRow.id)
-    )
+    return {
+        "not_before": None,
+        "error": None,
+        "worker": None,
+        "image_key": next(iter(one.keys.values())),
+        "reused_from": one.source_id,
+        "work_sha256": None,
+        # Nothing lies beside the picture of a job that was never attempted before.
+        "checkpoint_key": None if one.attempt == 1 else JobRow.checkpoint_key,
+        **copied,
+    }

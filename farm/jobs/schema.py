@@ -121,7 +121,7 @@ class JobRow(Base):
     id: Mapped[str] = mapped_column(sa.String(100), primary_key=True)
     """`{batch}-{index}`: the Celery task's id too."""
     batch_id: Mapped[str] = mapped_column(sa.ForeignKey("batches.id", ondelete="CASCADE"))
-    index: Mapped[int]
+    position: Mapped[int] = mapped_column("index")
     """Its place in the batch, from 1."""
     spec: Mapped[dict[str, Any]]
     model: Mapped[str] = mapped_column(sa.String(200))

@@ -51,14 +51,14 @@ def on_sqlite(sqlite_url: str, valkey: str, s3: dict[str, str], tmp_path: Path) 
 
 
 def introduce(store: JobStore, name: str, *, model: str = "tiny", version: str = __version__) -> None:
-    store.introduce(
+    store.workers.register(
         WorkerInfo(name=name, device="cpu", dtype="float32", slots=8, version=version, models=(ServedModel(model),))
     )
 
 
 def test_a_healthy_farm_is_all_ok(settings: Settings, database: Database) -> None:
     lead(database)
-    introduce(JobStore(database, settings), "worker-1@here")
+    introduce(JobStore.over(database, settings), "worker-1@here")
     findings = list(check(settings))
     assert [(finding.part, finding.level) for finding in findings] == [
         (part, "ok") for part in ("settings", "database", "broker", "storage", "dispatcher", "worker")
@@ -71,7 +71,7 @@ def test_a_healthy_farm_is_all_ok(settings: Settings, database: Database) -> Non
 
 
 def test_what_workers_lack_is_named(settings: Settings, database: Database) -> None:
-    store = JobStore(database, settings)
+    store = JobStore.over(database, settings)
     with Farm(settings) as farm:
         farm.submit(["a red circle"] * 3, model="sd15")
         farm.submit(["a red circle"], model="tiny")
@@ -104,8 +104,8 @@ def lead(database: Database) -> None:
 
 def fill_the_window(farm: Farm, database: Database) -> None:
     farm.submit(["a red circle"] * 200)
-    assert JobStore(database, farm.settings).slots() == {"tiny": 8}
-    assert len(JobStore(database, farm.settings).queued("tiny")) == 16
+    assert JobStore.over(database, farm.settings).slots() == {"tiny": 8}
+    assert len(JobStore.over(database, farm.settings).queued("tiny")) == 16
 
 
 def pause_a_batch_an_owner_and_a_job(farm: Farm, database: Database) -> None:
@@ -130,12 +130,12 @@ def let_a_job_wait_for_its_next_try(farm: Farm, database: Database) -> None:
 
 def submit_twins(farm: Farm, database: Database) -> None:
     farm.submit(["a red circle"] * 5, seed=3)
-    assert len(JobStore(database, farm.settings).queued("tiny")) == 1
+    assert len(JobStore.over(database, farm.settings).queued("tiny")) == 1
 
 
 def submit_what_is_too_large(farm: Farm, database: Database) -> None:
     model = ServedModel("tiny", limit=MemoryLimit(128 * 128, 1, UNGUIDED))
-    JobStore(database, farm.settings).describe(
+    JobStore.over(database, farm.settings).describe(
         WorkerInfo(name="worker-1@here", device="cpu", dtype="float32", slots=8, version=__version__, models=(model,))
     )
     farm.submit(["a red circle"], width=1024, height=1024)
@@ -162,7 +162,7 @@ def test_jobs_that_have_a_reason_to_wait_are_no_fault(
     settings: Settings, database: Database, keep_jobs_in_the_backlog: Callable[[Farm, Database], None]
 ) -> None:
     lead(database)
-    introduce(JobStore(database, settings), "worker-1@here")
+    introduce(JobStore.over(database, settings), "worker-1@here")
     with Farm(settings) as farm:
         keep_jobs_in_the_backlog(farm, database)
     with database.read() as session:

@@ -44,24 +44,24 @@ class Stand:
         batch = self.farm.submit([{"prompt": f"prompt {n}", "seed": n} for n in range(count)], name=name)
         self.render(batch, count - 1)
         while not batch.status().done:
-            for bell in self.store.enqueue(99):
+            for bell in self.store.backlog.enqueue(99):
                 assert bell.job_id
-            claim = self.store.claim(f"{batch.id}-{count}", "w1@host")
+            claim = self.store.leases.claim(f"{batch.id}-{count}", "w1@host")
             assert claim is not None
-            self.store.fail(claim, "no such sampler", ErrorClass.BAD_INPUT)
+            self.store.attempts.fail(claim, "no such sampler", ErrorClass.BAD_INPUT)
         return batch
 
     def render(self, batch: Batch, last: int, first: int = 1) -> None:
         """Render these jobs of a batch, each a picture of its own."""
-        self.store.enqueue(99)
+        self.store.backlog.enqueue(99)
         for index in range(first, last + 1):
-            claim = self.store.claim(f"{batch.id}-{index}", "w1@host")
+            claim = self.store.leases.claim(f"{batch.id}-{index}", "w1@host")
             assert claim is not None
             data = png(claim.spec.seed)
             key = image_key(claim.batch_id, claim.index, claim.attempt, claim.spec.prompt)
             self.storage.put(key, data)
             sha256 = hashlib.sha256(data).hexdigest()
-            assert self.store.succeed(claim, Picture(key, sha256, len(data), 64, 64, "e" * 64, 0.5))
+            assert self.store.attempts.succeed(claim, Picture(key, sha256, len(data), 64, 64, "e" * 64, 0.5))
 
     def manifest(self, batch: Batch) -> list[dict[str, object]]:
         """What lies in the bucket."""
@@ -76,7 +76,7 @@ def png(seed: int) -> bytes:
 
 @pytest.fixture
 def stand(settings: Settings, database: Database) -> Iterator[Stand]:
-    storage, store = Storage(settings), JobStore(database, settings)
+    storage, store = Storage(settings), JobStore.over(database, settings)
     with Farm(settings) as farm:
         yield Stand(farm, store, storage, Retention(store, storage, settings))
     storage.close()
@@ -99,7 +99,7 @@ def test_a_batch_that_has_ended_gets_a_manifest_and_another_one_when_it_ends_aga
     stand.retention.turn()
     assert [entry["state"] for entry in stand.manifest(batch)] == ["succeeded"] * 3
     stand.storage.delete(manifest_key(batch.id))
-    assert stand.store.unnoted() == []  # written once, and no more
+    assert stand.store.endings.unnoted() == []  # written once, and no more
     assert len(list(batch.manifest())) == 3
 
 

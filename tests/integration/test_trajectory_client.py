@@ -54,12 +54,12 @@ class Stand:
     storage: Storage
 
     def claim(self, job: Job) -> Claim:
-        claim = self.store.claim(job.id, "w1@host")
+        claim = self.store.leases.claim(job.id, "w1@host")
         assert claim is not None
         return claim
 
     def beat(self, claim: Claim, pace: Pace) -> dict[str, bool]:
-        return dict(self.store.beat("w1@host", {(claim.job_id, claim.attempt): pace}).previews)
+        return dict(self.store.leases.beat("w1@host", {(claim.job_id, claim.attempt): pace}).previews)
 
     def show(self, claim: Claim, step: int, colour: tuple[int, int, int] = COLOURS[0]) -> None:
         text = PngInfo()
@@ -83,7 +83,7 @@ class Stand:
             self.storage.put(animation, film)
         self.storage.put(key, data)
         digest = hashlib.sha256(data).hexdigest()
-        assert self.store.succeed(claim, Picture(key, digest, len(data), 64, 64, "e" * 64, 1.0))
+        assert self.store.attempts.succeed(claim, Picture(key, digest, len(data), 64, 64, "e" * 64, 1.0))
 
 
 def encoded(image: Image.Image, kind: str, **how: object) -> bytes:
@@ -110,7 +110,7 @@ def farm(settings: Settings) -> Iterator[Farm]:
 @pytest.fixture
 def worker(settings: Settings, database: Database) -> Iterator[Stand]:
     storage = Storage(settings)
-    yield Stand(JobStore(database, settings), storage)
+    yield Stand(JobStore.over(database, settings), storage)
     storage.close()
 
 
@@ -155,7 +155,7 @@ def test_a_job_that_was_not_asked_for_its_trajectory_says_so_at_once(farm: Farm)
 
 
 def test_a_job_that_failed_has_no_trajectory(job: Job, worker: Stand) -> None:
-    worker.store.fail(worker.claim(job), "bad spec", ErrorClass.BAD_INPUT)
+    worker.store.attempts.fail(worker.claim(job), "bad spec", ErrorClass.BAD_INPUT)
     for ask in (job.trajectory, job.film_strip, job.preview):
         with pytest.raises(JobNotSucceeded, match="bad spec"):
             ask()
@@ -212,8 +212,8 @@ def test_previews_of_a_job_that_waits_begin_when_it_does_and_go_on_with_its_next
     assert next(shown).step == 4
     info = job.refresh().info
     first = Claim(job.id, info.attempt, job.spec, info.batch_id, "", info.index, 1, 50, None)
-    worker.store.hand_back(first)
-    worker.store.enqueue(10)
+    worker.store.attempts.hand_back(first)
+    worker.store.backlog.enqueue(10)
     second = worker.claim(job)
     worker.show(second, 2)
     assert next(shown).step == 2
@@ -263,7 +263,9 @@ def command(settings: Settings, tmp_path: Path) -> Callable[..., subprocess.Comp
 
 
 def test_the_command_line_submits_all_that_a_spec_may_say(farm: Farm, worker: Stand, command) -> None:
-    worker.store.introduce(WorkerInfo("w1@host", "cpu", "float32", 8, "0", (ServedModel("tiny"),)))  # not loaded yet
+    worker.store.workers.register(
+        WorkerInfo("w1@host", "cpu", "float32", 8, "0", (ServedModel("tiny"),))
+    )  # not loaded yet
     options = ["--guidance-rescale", "0.7", "--clip-skip", "2", "--eta", "0.5", "--true-cfg-scale", "4"]
     done = command("submit", "a cat", "--name", "all", *options, "--deterministic", "--trajectory")
     assert (done.returncode, done.stderr) == (0, "")
@@ -300,7 +302,7 @@ def test_a_sampler_that_its_model_can_not_use_is_refused_with_the_row(farm: Farm
     model = ServedModel("sd3", sha256="e" * 64, family="StableDiffusion3Pipeline", samplers="flow")
     rows = [{"prompt": "fine", "scheduler": "euler"}, {"prompt": "not", "scheduler": "ddim"}]
     assert len(farm.submit(rows, model="sd3")) == 2  # no worker holds it: who knows
-    worker.store.introduce(WorkerInfo("w1@host", "cpu", "float32", 8, "0", (model,)))
+    worker.store.workers.register(WorkerInfo("w1@host", "cpu", "float32", 8, "0", (model,)))
     with pytest.raises(InvalidInput, match="spec 2: scheduler: ddim can't sample sd3") as caught:
         farm.submit(rows, model="sd3")
     assert len(caught.value.problems) == 1

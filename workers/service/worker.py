@@ -13,6 +13,7 @@ from farm.errors import ServiceUnavailable
 from farm.jobs.database import Database
 from farm.jobs.records import Claim, Picture, WorkerInfo
 from farm.jobs.store import JobStore
+from farm.jobs.workers import Workers
 from farm.objects.storage import Storage
 from farm.runtime.periodic import Periodic
 from farm.settings import Settings
@@ -63,10 +64,10 @@ class Worker:
         self.metrics = metrics
         self.draining = draining
         """Set once the worker claims no more jobs."""
-        self.store = JobStore(db, settings)
-        self.observer = Observer(engine, storage, self.store, settings)
+        self.store = JobStore.over(db, settings)
+        self.observer = Observer(engine, storage, self.store.attempts, settings)
         self.leases = Leases(
-            self.store,
+            self.store.leases,
             name,
             settings,
             progress=engine.progress,
@@ -85,7 +86,8 @@ class Worker:
 
     def start(self) -> None:
         """Register the worker in SQL, and renew its leases from now on."""
-        self.metrics.lost(self.store.introduce(self.models.info))
+        self.store.workers.register(self.models.info)
+        self.metrics.lost(self.store.leases.reclaim(self.name))
         self.leases.start()
         for each in self._periodic:
             each.start()
@@ -105,7 +107,7 @@ class Worker:
         self.engine.stop()
         self.observer.stop()
         try:
-            self.store.leave(self.name)
+            self.store.workers.deregister(self.name)
         except ServiceUnavailable as error:
             log.warning("could not say goodbye: %s", error)
         self.metrics.stop()
@@ -114,7 +116,7 @@ class Worker:
         log.info("stopped")
 
     def _record_successes(self, ended: Sequence[tuple[Claim, Picture]]) -> list[bool]:
-        recorded = self.store.succeed_many(ended)
+        recorded = self.store.attempts.succeed_many(ended)
         return [claim.job_id in recorded for claim, _ in ended]
 
 
@@ -164,7 +166,7 @@ def build_worker(settings: Settings, name: str) -> Worker:
             version=__version__,
             metrics_url=metrics.url,
         )
-        models = PublishedModels(JobStore(db, settings), info, Served(pins, opener, device))
+        models = PublishedModels(Workers(db, settings), info, Served(pins, opener, device))
         metrics.start(models.info, device, engine, pins, {"sql": db, "s3": storage})
         undo.pop_all()
         return Worker(
