@@ -1,8 +1,10 @@
-# What can be done here; `make` alone lists it.
+# `make` lists the targets.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 OUT    ?= out/demo
+# Where torch comes from; empty for PyPI, whose build for Linux brings CUDA.
+TORCH_INDEX_URL ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo up test test-long chaos hosts-test compose-test bench-engine bench-queue bench-watching lint format clean
@@ -10,7 +12,7 @@ OUT    ?= out/demo
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(VENV)/.farm  ## make .venv with the farm, its worker and the embedded servers
+setup: $(VENV)/.farm  ## install the farm into .venv; without a GPU: TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
 
 demo: $(VENV)/.farm  ## start the embedded farm, render examples/prompts.txt, show where the pictures are
 	@$(BIN)/python examples/demo.py --out $(OUT)
@@ -64,8 +66,9 @@ $(VENV)/bin/python:
 	  { echo "This Python can't make virtual environments. On Debian and Ubuntu: apt install python3-venv"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-# Stamps, so that a second run does not ask pip again.
+# Stamps: a second run does not ask pip again.
 $(VENV)/.farm: $(VENV)/bin/python pyproject.toml
+	@infra/install-torch $(BIN)/python '$(TORCH_INDEX_URL)'
 	@echo "Installing the farm into $(VENV) (the first time takes a minute or more) ..."
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[worker,local]'
 	@touch $@

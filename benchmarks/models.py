@@ -1,4 +1,4 @@
-"""Which checkpoint is measured: the small one that ships, a folder, or a published size with random weights."""
+"""The checkpoint to measure: the small one that ships, a folder, or a published size with random weights."""
 
 import json
 from collections.abc import Mapping
@@ -24,9 +24,9 @@ _CROSS, _CROSS_UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
 
 
 def find(model: str, folder: Path, device: str, dtype: str) -> Path:
-    """The folder of `tiny`, of a folder, or of `sd15-random` or `sdxl-random`, which are written into `folder`.
+    """The folder of a checkpoint; `sd15-random` and `sdxl-random` are written into `folder`.
 
-    `sd15-random:10` has a tenth of the widths, to try the command where the real size is too much.
+    `sd15-random:10` has a tenth of the widths, to try the command on a small machine.
     """
     if model == "tiny":
         return tiny.WEIGHTS
@@ -37,7 +37,7 @@ def find(model: str, folder: Path, device: str, dtype: str) -> Path:
     torch.manual_seed(0)
     torch.set_default_dtype(getattr(torch, dtype))
     try:
-        with torch.device(device):  # billions of random numbers are slow to draw elsewhere
+        with torch.device(device):  # drawing billions of random numbers elsewhere is slow
             pipe = build(int(narrow or 1))
     finally:
         torch.set_default_dtype(torch.float32)
@@ -103,7 +103,7 @@ def _sdxl(narrow: int) -> StableDiffusionXLPipeline:
 
 
 def _width(width: int, narrow: int) -> int:
-    """A multiple of 32, the groups of a UNet's norms."""
+    """A multiple of 32, the number of groups of a UNet's norms."""
     return max(1, round(width / narrow / 32)) * 32
 
 
@@ -115,7 +115,7 @@ def _vae(narrow: int, scaling_factor: float, side: int) -> AutoencoderKL:
         block_out_channels=tuple(_width(width, narrow) for width in (128, 256, 512, 512)),
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
-        # Random weights overflow nothing, and both sides should decode in the precision given.
+        # Random weights do not overflow, and both sides should decode in the given precision.
         force_upcast=False,
     )
 
@@ -125,7 +125,7 @@ def _scheduler() -> DDIMScheduler:
 
 
 def _tokenizer(**tokens: str) -> CLIPTokenizer:
-    """CLIP's byte-level tokenizer without its merges: one token a character, 77 a text."""
+    """CLIP's byte-level tokenizer without merges: one token per character, 77 per text."""
     alphabet = sorted(ByteLevel.alphabet())
     words = [*alphabet, *(letter + "</w>" for letter in alphabet), "<|startoftext|>", "<|endoftext|>"]
     vocab = {word: index for index, word in enumerate(words)}

@@ -175,6 +175,20 @@ def settings(database_url: str, valkey: str, s3: Mapping[str, str | None], tmp_p
     return Settings.load(database_url=database_url, broker_url=valkey, home=tmp_path / "home", **s3)
 
 
+@pytest.fixture
+def on_sqlite(sqlite_url: str, valkey: str, s3: Mapping[str, str | None], tmp_path: Path) -> Settings:
+    """The same, on SQLite only: for tests that do not depend on the kind of database."""
+    return Settings.load(database_url=sqlite_url, broker_url=valkey, home=tmp_path / "home", **s3)
+
+
+@pytest.fixture
+def storage(s3: Mapping[str, str | None]) -> Iterator[Storage]:
+    """An empty bucket."""
+    storage = Storage(Settings(database_url="", broker_url="", **s3))  # type: ignore[arg-type]
+    yield storage
+    storage.close()
+
+
 def missing(why: str) -> NoReturn:
     """Skip the test, or fail it in CI, where nothing may be missing."""
     if os.environ.get("CI"):

@@ -15,6 +15,7 @@ from farm.jobs.states import JobState
 from farm.jobs.store import JobStore
 from farm.settings import Settings
 from farm.specs.spec import RenderSpec
+from tests.query_plan import plan
 
 PICTURE = Picture("b/1.png", "f" * 64, 123, 64, 64, "e" * 64, 1.0)
 
@@ -188,13 +189,6 @@ def test_urgent_jobs_have_a_window_of_their_own(store: JobStore) -> None:
     urgent = store.submissions.submit("urgent", "me", 90, some(7))
     assert [of_batch(bell.job_id) for bell in store.backlog.enqueue(5)] == [urgent] * 5
     assert store.backlog.enqueue(5) == []
-
-
-def plan(database: Database, query: sa.Select[object]) -> str:
-    with database.read() as session:
-        compiled = query.compile(database.engine, compile_kwargs={"literal_binds": True})
-        how = "EXPLAIN QUERY PLAN" if database.engine.dialect.name == "sqlite" else "EXPLAIN"
-        return "\n".join(str(tuple(row)) for row in session.execute(sa.text(f"{how} {compiled}".replace(":", "\\:"))))
 
 
 @pytest.mark.parametrize(

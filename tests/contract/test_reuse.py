@@ -21,6 +21,7 @@ from farm.jobs.store import JobStore
 from farm.settings import Settings
 from farm.specs.object_keys import trajectory_keys
 from farm.specs.spec import RenderSpec
+from tests.query_plan import plan
 
 WEIGHTS, OTHER = "e" * 64, "d" * 64
 PICTURE = Picture("b/1.png", "f" * 64, 123, 64, 64, WEIGHTS, 1.5, ("cut at 77 tokens",), 0.75)
@@ -322,13 +323,6 @@ def test_a_pass_asks_as_often_however_many_jobs_it_moves_and_never_for_drawn_see
     plain, few, many = asked
     assert few <= plain + 5
     assert many <= few + 1  # of a thousand jobs that ended, what they took is asked in pieces
-
-
-def plan(database: Database, query: sa.Select[object]) -> str:
-    with database.read() as session:
-        compiled = query.compile(database.engine, compile_kwargs={"literal_binds": True})
-        how = "EXPLAIN QUERY PLAN" if database.engine.dialect.name == "sqlite" else "EXPLAIN"
-        return "\n".join(str(tuple(row)) for row in session.execute(sa.text(f"{how} {compiled}".replace(":", "\\:"))))
 
 
 @pytest.mark.parametrize(

@@ -149,3 +149,24 @@ def farm(crew: Crew) -> Iterator[Farm]:
     """A client of the farm that the crew works for."""
     with Farm(crew.settings) as farm:
         yield farm
+
+
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def command(settings: Settings, tmp_path: Path) -> Command:
+    """Runs `farm ARGUMENTS…` in the test's folder; returns its exit status and output."""
+
+    def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(
+            [sys.executable, "-m", "farm", *arguments],
+            cwd=tmp_path,
+            env=environment(settings, COLUMNS=200),
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    return run

@@ -46,13 +46,6 @@ def settings(s3: Mapping[str, str | None]) -> Settings:
 
 
 @pytest.fixture
-def storage(settings: Settings) -> Iterator[Storage]:
-    storage = Storage(settings)
-    yield storage
-    storage.close()
-
-
-@pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """The small model, to be changed."""
     shutil.copytree(tiny.WEIGHTS, tmp_path / "model")

@@ -3,8 +3,6 @@
 import hashlib
 import io
 import json
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,7 +20,7 @@ from farm.jobs.served_models import ServedModel
 from farm.jobs.store import JobStore
 from farm.objects.storage import Storage
 from farm.specs.object_keys import image_key, preview_key, trajectory_keys
-from tests.integration.conftest import environment, wait_until
+from tests.integration.conftest import wait_until
 
 COLOURS = [(40 * step, 10, 200 - 40 * step) for step in range(5)]
 
@@ -242,24 +240,6 @@ def test_a_job_says_how_long_it_still_takes(job: Job, worker: Stand) -> None:
     assert job.refresh().eta_seconds is None
     worker.beat(claim, Pace(3, 1.5))
     assert job.refresh().eta_seconds == 3.0
-
-
-@pytest.fixture
-def command(settings: Settings, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs `farm …` in a folder of its own."""
-
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "farm", *arguments],
-            env=environment(settings, COLUMNS="200"),
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-
-    return run
 
 
 def test_the_command_line_submits_all_that_a_spec_may_say(farm: Farm, worker: Stand, command) -> None:

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 from farm.errors import BadImage, EngineFailed, FarmError, OutOfMemory, RenderCancelled, RenderHandedBack
+from workers.engine.active_render import Ending, Render, cancel
 from workers.engine.decoder import Decoder
 from workers.engine.encoder import Encoder
 from workers.engine.forward_sizes import ForwardSizes
-from workers.engine.renders import Ending, Render, cancel
 from workers.engine.step_scheduler import ForwardKey, StepScheduler
 from workers.models.pins import Pins
 from workers.render.device import use_threads

@@ -2,7 +2,6 @@
 
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import CancelledError, Future, wait
 
 import pytest
@@ -14,17 +13,6 @@ from workers.engine.engine import Engine
 from workers.outputs import checkpoint
 from workers.pipelines.null import NullPipeline
 from workers.render.request import HandedBack, Rendered, Snapshot
-
-
-@pytest.fixture
-def gated() -> Gated:
-    return Gated()
-
-
-@pytest.fixture
-def engine(gated: Gated) -> Iterator[Engine]:
-    with running(gated) as engine:
-        yield engine
 
 
 def drain_and_see(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Future[None]:
