@@ -21,10 +21,10 @@ class Render:
     pipeline: Pipeline
     key: ForwardKey
     future: Future[Rendered] = field(default_factory=Future)
-    looks: list[tuple[int, Future[Snapshot]]] = field(default_factory=list)
-    """Who wants its state, from which number of steps on."""
+    snapshots: list[tuple[int, Future[Snapshot]]] = field(default_factory=list)
+    """Futures of its state, each from a number of steps on."""
     unwanted: FarmError | None = None
-    """What it ends with when its picture is decoded, which nobody wants any more."""
+    """The error that it ends with after its last decode, if it was cancelled or handed back meanwhile."""
 
     @property
     def state(self) -> Snapshot | None:
@@ -32,7 +32,7 @@ class Render:
         return self.request.snapshot(self.pipeline.sha256) if self.request.step_index else None
 
 
-def cancel(look: Future[Snapshot]) -> None:
-    """Tell who wants a state that there is none to come."""
-    look.cancel()
-    look.set_running_or_notify_cancel()  # without it `wait` would not take it for done
+def cancel(future: Future[Snapshot]) -> None:
+    """Cancel the future of a snapshot that will not be taken."""
+    future.cancel()
+    future.set_running_or_notify_cancel()  # without it `wait` would not take it for done

@@ -147,7 +147,7 @@ class Engine:
                 return True
             return self._leave(request_id, lambda snapshot: HandedBack(f"{request_id}: {why}", snapshot))
 
-    def look(self, request_id: str, steps_done: int = 0) -> Future[Snapshot]:
+    def snapshot(self, request_id: str, steps_done: int = 0) -> Future[Snapshot]:
         """A request's state after its next step, or after its first with that many steps done.
 
         The future is cancelled if the request ends before. Costs the loop next to nothing.
@@ -158,7 +158,7 @@ class Engine:
             if render is None:
                 cancel(future)
             else:
-                render.looks.append((steps_done, future))
+                render.snapshots.append((steps_done, future))
         return future
 
     def picture(self, snapshot: Snapshot, *, vae: bool = False) -> Image.Image:
@@ -365,14 +365,14 @@ class Engine:
             self._observe(render)
 
     def _observe(self, render: Render) -> None:
-        """After a step: keep the frame, show the state to who asked, and hand the request on if it is denoised."""
+        """After a step: keep the frame, take the snapshots that are due, and pass a denoised request to the decoder."""
         request = render.request
         if request.spec.trajectory and request.steps_done > len(request.frames):
             request.frames.append(tables.visible(request))
-        if render.looks and not request.denoised:
+        if render.snapshots and not request.denoised:
             with self._changed:
-                due = [look for look in render.looks if request.steps_done >= look[0]]
-                render.looks = [look for look in render.looks if look not in due]
+                due = [each for each in render.snapshots if request.steps_done >= each[0]]
+                render.snapshots = [each for each in render.snapshots if each not in due]
             for _, future in due:
                 if future.set_running_or_notify_cancel():
                     future.set_result(request.snapshot(render.pipeline.sha256))
@@ -397,10 +397,10 @@ class Engine:
                 return False
             del self._renders[render.request.id]
             self._scheduler.leave(render.request.id)
-            looks, render.looks = render.looks, []
+            wanted, render.snapshots = render.snapshots, []
             self._changed.notify_all()
         self._pins.release(render.key.model)
-        for _, future in looks:
+        for _, future in wanted:
             cancel(future)
         if isinstance(outcome, Rendered):
             render.future.set_result(outcome)

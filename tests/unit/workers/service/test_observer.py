@@ -145,7 +145,7 @@ def test_a_closed_observation_is_not_written_though_its_snapshot_was_taken(store
         observation = observer.open(claim)
         future = engine.submit(request(claim.job_id, steps=100))
         gated.begun()
-        snapshot = engine.look(claim.job_id)
+        snapshot = engine.snapshot(claim.job_id)
         gated.allow()
         future.result(SOON)
     observer.close(observation)
