@@ -95,7 +95,7 @@ class _Attempt:
     def _end(self) -> Ended:
         claim = self.claim
         try:
-            if not self.worker.models.has_room(claim.spec):
+            if not self.worker.models.allows(claim.spec):
                 # To try would end the worker on the CPU, and everything that it renders.
                 return self._hand_back("no memory for it here", elsewhere=True)
             return self._deliver(self._render())
@@ -162,7 +162,7 @@ class _Attempt:
         attempts, claim = self.worker.store.attempts, self.claim
         self._delete_leftovers()
         if error_class is ErrorClass.OUT_OF_MEMORY:
-            insist(lambda: self.worker.models.no_room(claim.spec), OUTAGE_SECONDS)
+            insist(lambda: self.worker.models.forbid(claim.spec), OUTAGE_SECONDS)
         recorded = insist(lambda: attempts.fail(claim, reason, error_class), OUTAGE_SECONDS)
         ended = Outcome.RETRIED if attempts.tries_again(claim, error_class) else Outcome.FAILED
         return Failed(error, ended if recorded else Outcome.LOST, error_class)
