@@ -340,7 +340,8 @@ def test_leftovers_that_can_not_be_deleted_are_left_to_the_sweep(
         pass
     done: list[str] = []
     left_behind = worker.store.attempts.report_leftovers
-    monkeypatch.setattr(worker.store, "left_behind", lambda claim: done.append(claim.job_id) or left_behind(claim))
+    attempts = worker.store.attempts
+    monkeypatch.setattr(attempts, "report_leftovers", lambda claim: done.append(claim.job_id) or left_behind(claim))
     monkeypatch.setattr(worker.storage, "delete_many", fail(module.ServiceUnavailable("away")))
     gated.allow()
     assert isinstance(outcome.result(SOON), Succeeded)
