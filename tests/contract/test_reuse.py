@@ -19,7 +19,6 @@ from farm.jobs.served_models import ServedModel
 from farm.jobs.states import JobState, Outcome
 from farm.jobs.store import JobStore
 from farm.settings import Settings
-from farm.specs.object_keys import trajectory_keys
 from farm.specs.spec import RenderSpec
 from tests.query_plan import plan
 
@@ -260,16 +259,6 @@ def test_a_copy_that_breaks_off_leaves_the_job_as_it_was(store: JobStore) -> Non
     assert claim.checkpoint_key is None
     assert store.attempts.succeed(claim, PICTURE)
     assert [one.outcome for one in store.queries.attempts(job_id)] == [Outcome.HANDED_BACK, Outcome.SUCCEEDED]
-
-
-def test_a_copy_of_a_render_with_its_trajectory_has_that_too(store: JobStore) -> None:
-    spec = SPEC.model_copy(update={"trajectory": True})
-    source = done(store, spec)
-    job_id = f"{submit(store, spec)}-1"
-    (copying,) = store.reuse.begin_copies({job_id: source})
-    keys = list(copying.keys.values())
-    assert list(copying.keys)[1:] == list(trajectory_keys(f"{source}.png"))
-    assert keys[1:] == list(trajectory_keys(keys[0]))
 
 
 def test_what_waits_for_a_twin_does_not_hold_up_who_comes_behind_it(

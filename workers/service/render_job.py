@@ -129,17 +129,18 @@ class _Attempt:
         worker, claim = self.worker, self.claim
         made = delivery(claim, rendered, worker.name)
         for each in made.objects:
-            insist(lambda: worker.storage.put(each.key, each.data, each.content_type), OUTAGE_SECONDS)  # noqa: B023 - called here and now
+            insist(lambda: worker.storage.put(each.key, each.data, each.media_type), OUTAGE_SECONDS)  # noqa: B023 - called here and now
         # Before the success is recorded: from then on the sweep may look for leftovers, and nothing may follow.
         worker.observer.close(self.observation)
-        if not insist(lambda: worker.record_success((claim, made.picture)), OUTAGE_SECONDS):
+        if not insist(lambda: worker.record_success(made.success), OUTAGE_SECONDS):
             # Another worker renders this job, under a later attempt and so under other keys.
             self._leave_to_sweep()
             insist(lambda: worker.storage.delete_many([each.key for each in made.objects]), OUTAGE_SECONDS)
             return LostLease()
-        worker.metrics.rendered(claim, made.picture)
+        picture = made.success.picture
+        worker.metrics.rendered(claim, picture)
         self._delete_leftovers()
-        return Succeeded(f"s3://{worker.storage.bucket}/{made.picture.key}")
+        return Succeeded(f"s3://{worker.storage.bucket}/{picture.key}")
 
     def _cancel(self) -> Ended:
         self._delete_leftovers()

@@ -339,9 +339,9 @@ def test_leftovers_that_can_not_be_deleted_are_left_to_the_sweep(
     while key not in stored(worker):
         pass
     done: list[str] = []
+    left_behind = worker.store.attempts.report_leftovers
     attempts = worker.store.attempts
-    report = attempts.report_leftovers
-    monkeypatch.setattr(attempts, "report_leftovers", lambda claim: done.append(claim.job_id) or report(claim))
+    monkeypatch.setattr(attempts, "report_leftovers", lambda claim: done.append(claim.job_id) or left_behind(claim))
     monkeypatch.setattr(worker.storage, "delete_many", fail(module.ServiceUnavailable("away")))
     gated.allow()
     assert isinstance(outcome.result(SOON), Succeeded)
