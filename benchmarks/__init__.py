@@ -1,1 +1,1 @@
-"""How fast the farm is, measured beside what it is compared with."""
+"""Benchmarks of the farm; each measures both sides in the same run."""

@@ -1,4 +1,4 @@
-"""Each side in a process of its own, so that threads, models and peak memory are its own; and what a run took."""
+"""Runs each side in a separate process, with its own threads, models and peak memory; the results of a run."""
 
 import multiprocessing
 import re
@@ -21,34 +21,34 @@ class Run:
     seconds: float
     peak_bytes: int
     latencies: tuple[float, ...] = ()
-    """Seconds from coming in to the finished picture."""
+    """Seconds from arrival to the finished picture."""
     calls: int = 0
-    """Of diffusers' pipeline; 0 for the farm."""
+    """Calls of diffusers' pipeline; 0 for the farm."""
 
     @property
     def rate(self) -> float:
-        """Images a second."""
+        """Images per second."""
         return self.images / self.seconds
 
     def latency(self, percent: int) -> float:
-        """Seconds within which so many of 100 were done."""
+        """A percentile of the latencies, in seconds."""
         return quantiles(self.latencies, n=100, method="inclusive")[percent - 1]
 
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """What was written of running requests during a run."""
+    """The checkpoints written during a run."""
 
     rounds: int
-    """How often all that ran were written down."""
+    """How often all running requests were checkpointed."""
     objects: int
     bytes: int
     cpu_seconds: float
-    """Of this process's threads that pack, upload and delete."""
+    """CPU seconds of the threads that pack, upload and delete."""
 
 
 class Apart:
-    """An object that lives in a new process: its methods are called by name, one at a time."""
+    """A proxy of an object in a new process; its methods are called by name, one at a time."""
 
     def __init__(self, make: Callable[..., Any], *args: Any) -> None:
         self._pool = ProcessPoolExecutor(
@@ -73,7 +73,7 @@ def _call(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 class Peak:
-    """The most memory this process has held since: on a GPU what torch allocated there, else what is resident."""
+    """The peak memory of this process since it was created: torch's allocations on a GPU, else resident memory."""
 
     def __init__(self, device: str) -> None:
         self._cuda = device.startswith("cuda")
@@ -83,12 +83,12 @@ class Peak:
             self._memory = torch.cuda
             torch.cuda.reset_peak_memory_stats()
         else:
-            with suppress(OSError):  # only Linux forgets its high-water mark
+            with suppress(OSError):  # only Linux can reset its high-water mark
                 Path("/proc/self/clear_refs").write_text("5")
 
     @property
     def bytes(self) -> int:
-        """So far; 0 where nobody can tell."""
+        """The peak so far; 0 if unknown."""
         if self._cuda:
             return int(self._memory.max_memory_allocated())
         try:

@@ -1,4 +1,4 @@
-"""What the farm is compared with: diffusers' own pipeline, alone, in static batches, or behind a batching server."""
+"""The baselines: diffusers' own pipeline alone, in static batches, or behind a batching server."""
 
 import threading
 import time
@@ -16,7 +16,7 @@ from farm.specs.spec import RenderSpec
 
 
 class Diffusers:
-    """A checkpoint in diffusers' hands, on all threads given."""
+    """A checkpoint in diffusers' pipeline, with a number of threads."""
 
     def __init__(self, folder: Path, device: str, dtype: str, threads: int) -> None:
         torch.set_num_threads(threads)
@@ -25,7 +25,7 @@ class Diffusers:
         options: dict[str, Any] = {"dtype": getattr(torch, dtype), "low_cpu_mem_usage": False}
         self._pipe = diffusers.DiffusionPipeline.from_pretrained(folder, **options).to(device)
         self._pipe.set_progress_bar_config(disable=True)
-        if device.startswith("cuda"):  # what the farm does too
+        if device.startswith("cuda"):  # as the farm does
             for part in (self._pipe.unet, self._pipe.vae):
                 part.to(memory_format=torch.channels_last)
         self._device, self._own_scheduler = device, self._pipe.scheduler
@@ -38,7 +38,7 @@ class Diffusers:
         return Run(len(specs), time.monotonic() - began, peak.bytes, calls=-(-len(specs) // batch))
 
     def fits(self, specs: Sequence[RenderSpec]) -> float:
-        """Images a second of one call; 0 if it runs out of memory."""
+        """Images per second of one call; 0 if it runs out of memory."""
         try:
             return self.render(specs, len(specs)).rate
         except torch.OutOfMemoryError:
@@ -46,7 +46,7 @@ class Diffusers:
             return 0.0
 
     def serve(self, specs: Sequence[RenderSpec], arrivals: Sequence[float], most: int) -> Run:
-        """Request-level batching: the oldest takes along all with its steps, guidance and sampler, up to `most`."""
+        """Request-level batching: the oldest request and those of equal steps, guidance and sampler, up to `most`."""
         waiting: list[int] = []
         done: dict[int, float] = {}
         came = threading.Condition()
@@ -73,17 +73,17 @@ class Diffusers:
         return Run(len(specs), time.monotonic() - began, peak.bytes, tuple(done.values()), calls)
 
     def product(self, side: int) -> float:
-        """FLOP a second of torch's own product of two square matrices, at its best."""
+        """The best FLOP/s of torch's product of two square matrices."""
         left, right = torch.rand(2, side, side, device=self._device, dtype=self._pipe.unet.dtype)
         took: list[float] = []
-        for _ in range(6):  # the first warms up
+        for _ in range(6):  # the first one warms up
             began = time.monotonic()
             left @ right
             took.append(time.monotonic() - began)
         return 2 * side**3 / min(took[1:])
 
     def stop(self) -> None:
-        """Nothing runs beside."""
+        """Nothing to stop."""
 
     def _draw(self, specs: Sequence[RenderSpec]) -> list[Any]:
         first = specs[0]

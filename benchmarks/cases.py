@@ -1,4 +1,4 @@
-"""The eight measurements: what each compares, and the goal it is held against."""
+"""The eight measurements, and their goals."""
 
 import logging
 import math
@@ -19,19 +19,19 @@ from farm.settings import Settings
 log = logging.getLogger(__name__)
 
 CHECKPOINT_SECONDS = 30.0
-"""How often a worker writes a running request's state down, if its settings do not say otherwise."""
+"""A worker's default interval of checkpoints."""
 _LONG = 900
-"""Steps of work that is not to end; with 1000 and an offset of 1 DDIM leaves its table."""
+"""Steps of background work that should not end; with 1000 steps and an offset of 1, DDIM exceeds its table."""
 _SERIAL_GOAL = 4.0
 _CEILING_STEPS = 10
-"""Enough that all slots are full for some of them."""
+"""Enough to fill all slots for a while."""
 _OVERLOAD = 1.2
-"""Arrivals come by so much faster than the farm renders them."""
+"""The rate of arrivals, relative to the rate of the farm."""
 
 
 @dataclass
 class _Cell:
-    """A load of the sweep: what was measured, and how to measure it again."""
+    """A load of the sweep: its results, and how to measure it again."""
 
     ours: Callable[[], Run]
     serially: Callable[[], Run]
@@ -44,7 +44,7 @@ class _Cell:
 
 
 class Cases:
-    """The measurements over a farm and a diffusers side with the same model."""
+    """The measurements of a farm and a diffusers side with the same model."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class Cases:
         self._serial_rate: float | None = None
 
     def run(self, number: int) -> Row:
-        """One of them by its number in the table."""
+        """A measurement by its number in the table."""
         rows: dict[int, Callable[[], Row]] = {
             1: self._serial,
             2: self._static,
@@ -134,7 +134,7 @@ class Cases:
 
     def _denoising(self) -> Row:
         specs = [
-            # Spread out, so that requests join and leave between all steps.
+            # Staggered, so that requests join and leave between all steps.
             spec.model_copy(update={"num_inference_steps": max(2, self._counts.steps * (2 + place % 5) // 4)})
             for place, spec in enumerate(self._uniform(2 * self._counts.farm))
         ]
@@ -175,7 +175,7 @@ class Cases:
                 cells[kind] = _Cell(call, bound[0], runs, list(serial))
                 log.info("   %s: %.2f of serial", kind, cells[kind].ratio)
         for _ in range(self._counts.again):
-            # The lowest of many is low by chance, too: a verdict needs more of it.
+            # The lowest of many values is low partly by chance: measure it again before the verdict.
             kind = min(cells, key=lambda kind: cells[kind].ratio)
             farm, serial = self._interleaved(cells[kind].ours, cells[kind].serially)
             cells[kind].farm += farm
@@ -253,10 +253,10 @@ class Cases:
             max(run.peak_bytes for run in plain),
         )
 
-    # --- what they share
+    # --- shared
 
     def _enough(self, call: Callable[[int], Run], least: int) -> int:
-        """How many pictures make a run long enough to be told from noise."""
+        """How many pictures make a run long enough to rise above the noise."""
         return max(least, math.ceil(call(least).rate * self._counts.few_seconds))
 
     def _serially(self, side: int, steps: int, count: int) -> Run:
@@ -293,7 +293,7 @@ class Cases:
         return self._best
 
     def _interleaved(self, *calls: Callable[[], Run], repeats: int | None = None) -> list[list[Run]]:
-        """The runs of each, taken in turns, so that whatever else the machine does hits all of them."""
+        """The runs of each side, interleaved, so that other load on the machine affects all of them."""
         turns = [[call() for call in calls] for _ in range(repeats or self._counts.repeats)]
         return [list(runs) for runs in zip(*turns, strict=True)]
 

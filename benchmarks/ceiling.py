@@ -1,9 +1,9 @@
-"""How much of this machine a full forward gets, and how much the first goal would take."""
+"""The share of the machine's throughput that a full forward reaches, and the share that the first goal needs."""
 
 from dataclasses import dataclass
 
 PRODUCT_SIDE = 2048
-"""Of the square matrices whose product shows what the machine can do."""
+"""The side of the square matrices whose product measures the machine's throughput."""
 
 
 @dataclass(frozen=True)
@@ -13,18 +13,18 @@ class FullForward:
     requests: int
     rows: int
     flop: int
-    """Of its matrix products, convolutions and attention; all else comes on top."""
+    """FLOP of matrix products, convolutions and attention only."""
     seconds: float
 
     @property
     def rate(self) -> float:
-        """FLOP a second."""
+        """FLOP per second."""
         return self.flop / self.seconds
 
 
 def ceiling(forward: FullForward, steps: int, serial_rate: float, goal: float, product_rate: float) -> str:
-    """One line: what the forward reached, what torch's own product reaches, and what `goal` times serial asks for."""
-    # With everything but the forwards for nothing.
+    """One line: the throughput of the forward, of torch's own product, and the one that `goal` times serial needs."""
+    # Assuming that everything but the forwards costs nothing.
     longest = forward.requests / (goal * serial_rate * steps)
     return (
         f"ceiling of row 1: a full forward ({forward.rows} rows) is at least {forward.flop / 1e9:.2f} GFLOP and took "

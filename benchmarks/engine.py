@@ -1,7 +1,7 @@
-"""The engine beside diffusers' own pipeline: `python -m benchmarks.engine`, one table at the end.
+"""Compares the engine with diffusers' own pipeline: `python -m benchmarks.engine` prints a table at the end.
 
-Both sides have the checkpoint, the specs and the threads alike, and take turns; each is a process of its own. The
-farm's is what a worker runs, without Celery, SQL and, but for the cost of checkpoints, S3.
+Both sides have the same checkpoint, specs and threads, take turns, and run in separate processes. The farm's side is
+what a worker runs, without Celery and SQL, and without S3 except for the cost of checkpoints.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measure(options: argparse.Namespace, place: Path) -> tuple[list[Row], list[str]]:
-    """The rows asked for and what to know about them."""
+    """The requested rows, and facts about the run."""
     building = Apart(_Builder)  # its copy of the model goes with its process
     folder = building.find(options.model, place / "checkpoint", options.device, options.dtype)
     building.close()
@@ -85,14 +85,14 @@ def measure(options: argparse.Namespace, place: Path) -> tuple[list[Row], list[s
 
 
 def sweep(side: int) -> tuple[int, ...]:
-    """Three sizes: from the small model's own upwards, or up to the size of a large one."""
+    """Three sizes: upwards from the small model's own, or up to a large model's own."""
     base = side if side < 512 else side // 2
     return base, base * 3 // 2 // 8 * 8, base * 2
 
 
 @contextmanager
 def object_store(home: Path) -> Iterator[Settings]:
-    """A real S3 server with an empty bucket, the embedded farm's, for as long as it is needed."""
+    """The embedded farm's S3 server with an empty bucket, while the block runs."""
     with LocalFarm(home, workers=0, dispatcher=False, flower=False) as farm:
         yield farm.settings
 

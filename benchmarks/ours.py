@@ -1,4 +1,4 @@
-"""The farm's engine as the benchmark drives it, and what can be seen of its forwards from outside."""
+"""Drives the farm's engine, and observes its forwards from outside."""
 
 import random
 import threading
@@ -35,12 +35,12 @@ from workers.render.request import Rendered, RenderRequest, Snapshot
 _MODEL = RenderSpec.model_fields["model"].default
 _LINE = 4096
 _FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001 - so it is called
-"""Attention as torch has it on a CPU; its FLOP counter knows the GPU's kernels only."""
+"""torch's attention on a CPU; its FLOP counter knows only the GPU kernels."""
 
 
 @dataclass(frozen=True)
 class Forward:
-    """One forward: when it began, by whom, and how long the device took for it."""
+    """One forward: its start, its requests, and its time on the device."""
 
     began: float
     ids: tuple[str, ...]
@@ -48,7 +48,7 @@ class Forward:
 
 
 class Watched:
-    """A pipeline that notes when texts were encoded and forwards began; all else is the pipeline's own."""
+    """A pipeline that records encodings and forwards; everything else is passed on."""
 
     def __init__(self, pipeline: Any) -> None:
         self._pipeline = pipeline
@@ -92,7 +92,7 @@ class Farm:
     """An engine with one model, started and warm."""
 
     def __init__(self, folder: Path, device: str, dtype: str, threads: int, slots: int, sizes: Path) -> None:
-        use_threads(1)  # the rest is for the loop, as in a worker
+        use_threads(1)  # the other cores are for the loop, as in a worker
         keep_freed_memory()
         self._device = device
         self._watched = Watched(load(str(folder), torch.device(device), getattr(torch, dtype)))
@@ -113,7 +113,7 @@ class Farm:
                 self._submit(spec.model_copy(update={"num_inference_steps": 2})).result()
 
     def render(self, specs: Sequence[RenderSpec], at_once: int | None = None, arrivals: Sequence[float] = ()) -> Run:
-        """All as soon as there is room, so many `at_once`, or each when it arrives."""
+        """Submit all as soon as there is room, `at_once` at a time, or each at its arrival."""
         peak, began = Peak(self._device), time.monotonic()
         room = threading.Semaphore(at_once or len(specs))
         ended: list[float] = [0.0] * len(specs)
@@ -136,7 +136,7 @@ class Farm:
         return Run(len(specs), time.monotonic() - began, peak.bytes, tuple(ended))
 
     def busy(self, specs: Sequence[RenderSpec]) -> tuple[float, float, int, Run]:
-        """Denoiser seconds, wall seconds and requests a forward while the slots are full and somebody waits."""
+        """Denoiser seconds, wall seconds and requests per forward while all slots are full and requests wait."""
         self._watched.forget()
         run = self.render(specs)
         forwards = list(self._watched.forwards)
@@ -149,15 +149,15 @@ class Farm:
         return sum(forward.seconds() for forward in window), wall, most, run
 
     def full_forward(self, specs: Sequence[RenderSpec]) -> FullForward:
-        """The largest forward that these specs get on a CPU: what it computes, and how long it takes."""
+        """The largest forward of these specs on a CPU: its FLOP and its time."""
         self._watched.forget()
         self.render(specs)
         requests = [copy(request) for request in self._watched.fullest]
         for request in requests:
-            request.step_index = 0  # they are at their end
-        # Here and not in the loop: the counter hooks into whatever module runs, and beside the loop others do.
+            request.step_index = 0  # they have ended
+        # Not in the loop: the counter hooks into every module that runs, and others run beside the loop.
         with torch.inference_mode():
-            self._watched.denoise(requests)  # makes the keys and values that later forwards find
+            self._watched.denoise(requests)  # computes the keys and values that later forwards reuse
             with FlopCounterMode(display=False, custom_mapping={_FUSED: _attention_flop}) as counter:
                 self._watched.denoise(requests)
         # The last two are those of this thread.
@@ -168,14 +168,15 @@ class Farm:
     def urgent(
         self, bulk: Sequence[RenderSpec], urgent: Sequence[RenderSpec]
     ) -> tuple[list[tuple[int, float, float]], int]:
-        """Each urgent one's wait while bulk work runs: (forwards begun before its first, seconds, with its encoding).
+        """The wait of each urgent request while bulk work runs, and the peak memory.
 
-        Counted from the end of its encoding, which is just before it stands in line. Also the peak memory.
+        A wait is (forwards begun before its first, seconds, seconds with its encoding), counted from the end of its
+        encoding.
         """
         peak, chosen, waits = Peak(self._device), random.Random(0), []
         with self._background(bulk):
             for spec in urgent:
-                time.sleep(chosen.random() / 10)  # at any point of a step
+                time.sleep(chosen.random() / 10)  # at a random point of a step
                 asked = time.monotonic()
                 future, name = self._submit(spec, priority=100), self._name()
                 with suppress(BadImage):
@@ -188,16 +189,16 @@ class Farm:
         return waits, peak_bytes
 
     def checkpointed(self, specs: Sequence[RenderSpec], every: float, settings: Settings) -> tuple[Run, Checkpoints]:
-        """Render while the state of every running request is written down, `every` so many seconds after the last time.
+        """Render while every running request is checkpointed, `every` seconds after the last time.
 
-        By as many threads as a worker has for it. Each object is deleted again at once: a worker writes it anew under
-        the same key and deletes it when the job ends, so that one for each is the most it can come to.
+        Uses as many threads as a worker. Each object is deleted at once: a worker replaces it under the same key and
+        deletes it when the job ends, so one deletion per checkpoint is the most.
         """
         over, took, sizes = threading.Event(), list[float](), list[int]()
 
-        def write(name: str, look: Future[Snapshot]) -> None:
+        def write(name: str, future: Future[Snapshot]) -> None:
             began, key = time.thread_time(), checkpoint_key(name, 1, 1)
-            data = checkpoint.pack(look.result())
+            data = checkpoint.pack(future.result())
             storage.put(key, data)
             storage.delete_many([key])
             took.append(time.thread_time() - began)
@@ -207,16 +208,16 @@ class Farm:
             rounds = 0
             while not over.wait(every):
                 running = [name for name, progress in self._engine.progress().items() if progress.seconds is not None]
-                looks = {name: self._engine.look(name) for name in running}
-                wait(looks.values())
-                writing = [pool.submit(write, name, look) for name, look in looks.items() if not look.cancelled()]
+                snapshots = {name: self._engine.snapshot(name) for name in running}
+                wait(snapshots.values())
+                writing = [pool.submit(write, name, look) for name, look in snapshots.items() if not look.cancelled()]
                 for future in writing:
                     future.result()
                 rounds += bool(writing)
             return rounds
 
         with closing(Storage(settings)) as storage, ThreadPoolExecutor(2) as pool, ThreadPoolExecutor(1) as heart:
-            storage.ping()  # boto3 takes a third of a second to get ready
+            storage.ping()  # boto3 takes a third of a second to initialize
             beating = heart.submit(beat)
             try:
                 run = self.render(specs)

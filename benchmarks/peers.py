@@ -1,4 +1,4 @@
-"""Other task queues on the same Redis: how fast each takes many jobs in, each by its own fastest documented way."""
+"""Other task queues on the same Redis: how fast each accepts many jobs, in its fastest documented way."""
 
 import io
 import os
@@ -30,7 +30,7 @@ def nothing(job_id: str) -> None:
 
 @app.task(name="put")
 def put(job_id: str) -> None:
-    """A task that puts a small PNG into S3, and does nothing else."""
+    """A task that only puts a small PNG into S3."""
     _storage().put(f"bench/{job_id.rpartition(' ')[2]}.png", _png(), "image/png")
 
 
@@ -47,12 +47,12 @@ def _png() -> bytes:
 
 
 def prompt(n: int) -> str:
-    """What a job carries."""
+    """The payload of a job."""
     return f"a red circle on a white background, number {n}"
 
 
 def ways(broker_url: str) -> dict[str, Callable[[int], float]]:
-    """By name, what submits so many jobs and says how many seconds that took."""
+    """Functions by name that submit a number of jobs and return the seconds it took."""
     client = redis.Redis.from_url(broker_url)
 
     def apply_async(count: int) -> float:

@@ -1,7 +1,7 @@
-"""The farm as a queue beside other queues: `python -m benchmarks.queue`, one table at the end.
+"""Compares the farm as a queue with other queues: `python -m benchmarks.queue` prints a table at the end.
 
-All on one Valkey, one after the other; the farm with its embedded servers and SQLite, where every job is durable before
-it is submitted. Nothing is rendered: the null pipeline draws flat pictures at once.
+All use one Valkey, one after the other. The farm runs with its embedded servers and SQLite, where every job is durable
+before it is submitted. Nothing is rendered: the null pipeline draws flat pictures at once.
 """
 
 import argparse
@@ -41,7 +41,7 @@ log = logging.getLogger("benchmarks")
 
 SLOTS = 16
 THREADS = SLOTS + max(2, SLOTS // 2)
-"""Of a worker of the farm, and so of the bare one."""
+"""The threads of a worker of the farm, and of the bare one."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class Cases:
-    """What is measured, each case with nothing left of the one before."""
+    """The measurements; each case starts from an empty farm."""
 
     def __init__(self, settings: Settings, place: Path, part: int) -> None:
         self._settings = settings
@@ -72,7 +72,7 @@ class Cases:
         self._started = 0
 
     def run(self, only: Sequence[int]) -> Iterator[Row]:
-        """The rows of the cases asked for."""
+        """The rows of the requested cases."""
         for number in only:
             log.info("case %d", number)
             case = (self._submitting, self._serving, self._dispatching, self._status, self._killing)[number - 1]
@@ -85,7 +85,7 @@ class Cases:
         ways = peers.ways(self._settings.broker_url)
         ours: list[float] = []
         theirs: dict[str, list[float]] = {name: [] for name in ways}
-        for _ in range(rounds):  # in turns: what else the machine does hits all of them
+        for _ in range(rounds):  # interleaved, so that other load on the machine affects all of them
             with self._farm() as farm:
                 began = time.perf_counter()
                 farm.submit(prompt(n) for n in range(count))
@@ -123,7 +123,7 @@ class Cases:
             )  # fmt: skip
 
     def _bare(self, task: Task[Any, Any], count: int) -> float:
-        """Jobs a second through a worker of Celery's own, from the first `apply_async` to the last task."""
+        """Jobs per second through a bare Celery worker, from the first `apply_async` to the last task."""
         self._flush()
         bare = ("celery", "-A", "benchmarks.peers", "worker", "-P", "threads", "-c", str(THREADS), "-Q", "bench")
         with redis.Redis.from_url(self._settings.broker_url) as client, self._process(*bare, "--without-mingle"):
@@ -185,7 +185,7 @@ class Cases:
 
     @contextmanager
     def _farm(self) -> Iterator[Farm]:
-        """A client, with a new database and an empty Redis."""
+        """A client with a new database and an empty Redis."""
         self._fresh()
         with Farm(self._settings) as farm:
             yield farm
@@ -211,7 +211,7 @@ class Cases:
 
     @contextmanager
     def _process(self, *module: str, **env: object) -> Iterator[subprocess.Popen[bytes]]:
-        """A Python module in a process of its own, which finds this farm; killed at the end."""
+        """Run a Python module with this farm's settings in a process; kill it at the end."""
         secret = self._settings.s3_secret_access_key
         found = {
             "FARM_DATABASE_URL": self._settings.database_url,
@@ -243,7 +243,7 @@ def _fill(store: JobStore, size: int) -> str:
 
 
 def _dispatch_cost(store: JobStore, passes: int = 30, each: int = 2 * SLOTS) -> float:
-    """Seconds a job, the median of passes; what was dispatched is put back and not counted."""
+    """Seconds per job, the median of passes; dispatched jobs are put back, which is not counted."""
     took = []
     for _ in range(passes):
         began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""One line of the table, and how the runs of two sides become one."""
+"""Rows of the table, from the runs of two sides."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from benchmarks.apart import Run
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table."""
+    """One row of the table."""
 
     number: int
     what: str
@@ -17,9 +17,9 @@ class Row:
     unit: str
     goal: str
     met: bool | None
-    """None where there is no goal."""
+    """None without a goal."""
     spread: tuple[float, float] | None = None
-    """Of the repeats: the lowest and the highest."""
+    """The lowest and the highest value of the repeats."""
     farm: str = ""
     other: str = ""
     farm_bytes: int = 0
@@ -29,7 +29,7 @@ class Row:
 def faster(
     number: int, what: str, goal: float | None, farm: Sequence[Run], other: Sequence[Run], *, latency: bool = False
 ) -> Row:
-    """How much faster the farm is than the other side, as a row: medians, and the spread of the pairs of runs."""
+    """A row with the farm's speed relative to the other side: medians, and the spread of the pairs of runs."""
     ratios = [ours.rate / theirs.rate for ours, theirs in zip(farm, other, strict=True)]
     ratio = rate(farm) / rate(other)
     shown = [f"{rate(runs):.2f} images/s" for runs in (farm, other)]
@@ -53,5 +53,5 @@ def faster(
 
 
 def rate(runs: Sequence[Run]) -> float:
-    """The median of their images a second."""
+    """The median rate, in images per second."""
     return median(run.rate for run in runs)

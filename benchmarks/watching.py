@@ -1,11 +1,11 @@
-"""What it costs to be watched: `python -m benchmarks.watching`, one table at the end.
+"""Measures the cost of monitoring: `python -m benchmarks.watching` prints a table at the end.
 
-Two farms of one kind render the same jobs on the same cores, by turns of some seconds: while one runs, all processes
-of the other are stopped. Nobody looks at the one. At the other looks everything that can: metrics of dispatcher and
-worker are fetched as often as by the Prometheus that ships, Flower shows its bars and rows, `farm watch` runs on a
-terminal, all on the same cores. Short turns, since machines drift: what is compared are two turns side by side. Once
-the small model is rendered on the CPU; once forwards only take their time, as on a GPU, where the cores are there for
-all else: there it also shows how much of the cores it takes.
+Two equal farms render the same jobs on the same cores, in turns of some seconds: while one runs, all processes of the
+other are stopped. One is not monitored. The other has everything at once: metrics of dispatcher and worker are fetched
+as often as by the Prometheus configuration that ships, Flower shows its progress bars and rows, and `farm watch` runs
+on a terminal, all on the same cores. Turns are short, because the speed of machines drifts; adjacent turns are
+compared. One case renders the small model on the CPU. In the other, forwards only wait, as on a GPU, where the cores
+are free: it also measures how much of the cores monitoring takes.
 """
 
 import argparse
@@ -46,12 +46,12 @@ from farm.settings import Settings
 log = logging.getLogger("benchmarks")
 
 GOAL = 2.0
-"""Per cent of the throughput."""
+"""In per cent of the throughput."""
 SLOTS = 16
 _TURN_SECONDS, _SETTLE_SECONDS = 2.5, 1.0
 _MOST_JOBS_A_SECOND = 40
 _SCRAPE_SECONDS = 15.0
-"""Of infra/prometheus/prometheus.yml; counted while the farm runs."""
+"""The scrape interval of infra/prometheus/prometheus.yml, counted while the farm runs."""
 
 
 @dataclass(frozen=True)
@@ -71,14 +71,14 @@ CASES = (
 
 @dataclass(frozen=True)
 class Turn:
-    """What one farm did while the other was stopped."""
+    """The results of one farm while the other was stopped."""
 
     rate: float
-    """Rows of forwards a second: a job has one or two a step."""
+    """Rows of forwards per second: a job has one or two per step."""
     cores: float
-    """How many cores were busy, for all of its processes, the services and whoever looks."""
+    """Busy cores of all its processes, the services and the monitors."""
     others: float
-    """How many of them not for the worker."""
+    """Busy cores without the worker."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -101,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class Side:
-    """A farm that renders a batch without an end, and can be stopped as a whole."""
+    """A farm that renders an endless batch and can be stopped as a whole."""
 
     def __init__(self, metrics: str, worker: int, processes: Sequence[int], gate: threading.Lock) -> None:
         self._metrics = metrics
@@ -111,14 +111,14 @@ class Side:
         self._stopped = False
 
     def turn(self, seconds: float) -> Turn:
-        """Let it run for so long, and stop it."""
+        """Let it run for `seconds`, then stop it."""
         self.resume()
         time.sleep(min(_SETTLE_SECONDS, seconds / 2))
         rows, mine, used, began = self._rows(), _cpu_seconds([self._renders]), _cpu_seconds(), time.monotonic()
         time.sleep(seconds)
         rows, took = self._rows() - rows, time.monotonic() - began
         mine, used = _cpu_seconds([self._renders]) - mine, _cpu_seconds() - used
-        self._gate.acquire()  # nobody waits for an answer of theirs now
+        self._gate.acquire()  # no monitor waits for an answer now
         self._signal(signal.SIGSTOP)
         self._stopped = True
         return Turn(rows / took, used / took, (used - mine) / took)
@@ -142,10 +142,10 @@ class Side:
 
 
 class Turns:
-    """Starts two farms for each kind of work, and lets them run by turns."""
+    """Starts two farms per case, and lets them run in turns."""
 
     def __init__(self, settings: Settings, place: Path, seconds: float) -> None:
-        # A farm that is stopped must not be taken for one that has died.
+        # A stopped farm must not look like a dead one.
         update = {"forward_sizes": place / "sizes.json", "lease_seconds": 3600.0}
         self._settings = settings.model_copy(update=update)
         self._place = place
@@ -153,7 +153,7 @@ class Turns:
         self._started = 0
 
     def rows(self, number: int, case: Case, pairs: int) -> list[Row]:
-        """What being watched costs: the middle one of pairs of turns, in an order of chance."""
+        """The cost of monitoring: the median of pairs of turns in random order."""
         chance = random.Random(0)
         turns: dict[bool, list[Turn]] = {False: [], True: []}
         with ExitStack() as stack:
@@ -162,7 +162,7 @@ class Turns:
             sides = {}
             for looks in (False, True):
                 sides[looks] = stack.enter_context(self._side(case, pairs, watched=looks))
-                sides[looks].turn(self._seconds)  # all slots are taken now
+                sides[looks].turn(self._seconds)  # fill all slots
             for pair in range(pairs):
                 for looks in chance.sample((False, True), 2):
                     turns[looks].append(sides[looks].turn(self._seconds))
@@ -187,12 +187,12 @@ class Turns:
 
     @contextmanager
     def _side(self, case: Case, pairs: int, *, watched: bool) -> Iterator[Side]:
-        """Start a farm with more jobs than it can render meanwhile, and stop it."""
+        """Start a farm with more jobs than it can render, and stop it."""
         settings = self._fresh(int(watched))
         dispatcher, worker = (f"127.0.0.1:{_free_port()}" for _ in range(2))
         quiet: dict[str, Any] = {} if watched else {"FARM_PROGRESS_SECONDS": "none"}
         metrics: dict[str, Any] = {"FARM_METRICS_PORT": dispatcher.rpartition(":")[2]} if watched else {}
-        # The worker's port is open on both sides: how far it is shall be told when a turn begins and ends.
+        # The worker's metrics port is open on both sides, to read its counters at the start and the end of a turn.
         given: dict[str, Any] = {
             "FARM_MODELS": case.models,
             "FARM_SLOTS": SLOTS,
@@ -210,7 +210,7 @@ class Turns:
             wait_until(lambda: any(one.alive for one in farm.workers()))
             if watched:
                 processes += stack.enter_context(self._watched(settings, dispatcher, gate))
-            # Of different lengths: else all that began together end together, and the cores wait for the next.
+            # Different lengths: else all jobs end together, and the cores wait for the next ones.
             steps = random.Random(0)
             specs = ({"prompt": f"picture {n}", "num_inference_steps": steps.randint(10, 30)} for n in range(jobs))
             farm.submit(specs, reuse=False)
@@ -222,7 +222,7 @@ class Turns:
     def _watched(
         self, settings: Settings, dispatcher: str, gate: threading.Lock
     ) -> Iterator[list[subprocess.Popen[bytes]]]:
-        """Everything that looks at a farm, at once."""
+        """All monitors of a farm."""
         login, port = "farm:benchmark", _free_port()
         flower: dict[str, Any] = {
             "FLOWER_ADDRESS": "127.0.0.1",
@@ -255,9 +255,9 @@ class Turns:
     def _process(
         self, settings: Settings, *module: str, terminal: threading.Event | None = None, **env: object
     ) -> Iterator[subprocess.Popen[bytes]]:
-        """A Python module in a process of its own, which finds this farm; ended at the end.
+        """Run a Python module with this farm's settings in a process; end it at the end.
 
-        On a terminal, if there is something to tell that it has been written to; what is written is thrown away.
+        With `terminal`, the process gets a terminal whose output is discarded; the event is set on the first output.
         """
         known = {name: value for name, value in os.environ.items() if not name.startswith(("FARM_", "FLOWER_"))}
         found = {**variables(settings), "FARM_FORWARD_SIZES": settings.forward_sizes, "FARM_STUCK_SECONDS": 3600, **env}
@@ -275,7 +275,7 @@ class Turns:
                 stdin=subprocess.DEVNULL,
                 stdout=stream,
                 stderr=stream,
-                start_new_session=True,  # when a shell ends, all in its group hang up if one of them is stopped
+                start_new_session=True,  # when a shell ends, its process group gets SIGHUP if one of it is stopped
             )
             if terminal is not None:
                 os.close(stream)
@@ -290,7 +290,7 @@ class Turns:
 
 @contextmanager
 def _scraped(dispatcher: str, gate: threading.Lock) -> Iterator[None]:
-    """Fetch what the dispatcher and every worker that it names tell, every so often while they run."""
+    """Scrape the dispatcher and every worker that it lists, repeatedly while they run."""
     stop, bytes_read = threading.Event(), [0]
 
     def scrape() -> None:
@@ -327,20 +327,20 @@ def _drain(terminal: int, written: threading.Event) -> None:
     try:
         while os.read(terminal, 65536):
             written.set()
-    except OSError:  # its other end is closed
+    except OSError:  # the other end is closed
         pass
 
 
 def _cpu_seconds(processes: Sequence[psutil.Process] | None = None) -> float:
-    """What they have computed so far; all that run here, but for this one, which reads the metrics, if left out."""
+    """CPU seconds of processes so far; by default of all but this one, which reads the metrics."""
     times = [each.cpu_times() for each in processes or psutil.Process().children(recursive=True)]
     return sum(one.user + one.system for one in times)
 
 
 def _row(number: int, what: str, costs: Sequence[float], told: Sequence[str]) -> Row:
-    """The middle one of some costs in per cent, with the interval that holds their true middle 95 times of 100."""
+    """The median of costs in per cent, with its 95 % confidence interval."""
     ordered, count = sorted(costs), len(costs)
-    outside = max(0, int(count / 2 - 0.98 * count**0.5))  # how many of a fair coin's throws fall to one side, at least
+    outside = max(0, int(count / 2 - 0.98 * count**0.5))  # a lower bound of one side's count in fair coin throws
     shown = f"{what}: the middle of {count} pairs, 95 % interval"
     value, spread = median(ordered), (ordered[outside], ordered[-1 - outside])
     return Row(number, shown, value, " %", f"≤ {GOAL:g} %", value <= GOAL, spread, told[0], told[1])

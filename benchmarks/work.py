@@ -1,4 +1,4 @@
-"""What is rendered while it is timed: how much, which specs, and when they come in; the same for both sides."""
+"""The work that is timed: its amount, its specs and their arrivals; equal for both sides."""
 
 import random
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ _SHAPES, _COLOURS = ("circle", "square", "triangle", "star"), ("red", "green", "
 
 @dataclass(frozen=True)
 class Counts:
-    """How much is rendered; each side is given enough work for its clock and its batches, not the same amount."""
+    """The amounts of work; each side gets enough for a stable time, not the same amount."""
 
     repeats: int = 3
     farm: int = 64
@@ -25,12 +25,12 @@ class Counts:
     steps: int = STEPS
     most_steps: int = 50
     few_steps: tuple[int, ...] = (1, 4)
-    """Where it shows what a request costs beside its steps."""
+    """Few steps, which show the fixed cost of a request."""
     few_repeats: int = 7
     few_seconds: float = 0.6
-    """How long a run of few steps takes at least."""
+    """The least time of a run of few steps."""
     again: int = 4
-    """How often the sweep measures whatever is lowest so far again."""
+    """How often the sweep repeats the load with the lowest result so far."""
     checkpoint_every: float = 0.5
 
 
@@ -51,7 +51,7 @@ QUICK = Counts(
 
 
 def uniform(count: int, seed: int, *, side: int, steps: int = STEPS, deterministic: bool = False) -> list[RenderSpec]:
-    """Specs that differ in prompt and seed only. Another `seed`, other prompts: nobody has their embeddings yet."""
+    """Specs that differ only in prompt and seed. Another `seed` gives other, uncached prompts."""
     return [
         RenderSpec(
             prompt=_prompt(seed, place),
@@ -68,7 +68,7 @@ def uniform(count: int, seed: int, *, side: int, steps: int = STEPS, determinist
 
 
 def mixed(count: int, seed: int, *, side: int, most_steps: int = 50) -> list[RenderSpec]:
-    """10 to 50 steps in fives, guidance 1 to 12 in ones, four samplers: round numbers, as people choose them."""
+    """10 to 50 steps in fives, guidance 1 to 12 in ones, four samplers: round numbers, as users choose them."""
     chosen = random.Random(seed)
     return [
         spec.model_copy(
@@ -83,7 +83,7 @@ def mixed(count: int, seed: int, *, side: int, most_steps: int = 50) -> list[Ren
 
 
 def arrivals(count: int, per_second: float, seed: int) -> list[float]:
-    """When each comes in, in seconds from the start: a Poisson process."""
+    """The arrival times in seconds from the start: a Poisson process."""
     chosen = random.Random(seed)
     return list(accumulate(chosen.expovariate(per_second) for _ in range(count)))
 

@@ -1,4 +1,4 @@
-"""A farm from start to pictures: start the embedded one, hand in a file of prompts, fetch what comes of them."""
+"""Starts the embedded farm, submits a file of prompts, and downloads the pictures."""
 
 import argparse
 import contextlib
@@ -33,7 +33,7 @@ def main() -> int:
             console.print(f"using the farm that runs in {args.home}")
             settings = Settings.load(home=args.home)
         farm = stack.enter_context(Farm(settings))
-        # Seeds are given, so that every newcomer sees the same pictures.
+        # Fixed seeds, so that everyone sees the same pictures.
         prompts = [{"prompt": row.values, "seed": number} for number, row in enumerate(rows([str(args.prompts)]), 1)]
         batch = farm.submit(prompts, name="demo")
         ended = batch.wait(progress=True)

@@ -24,8 +24,8 @@ from farm.objects.storage import Storage
 from farm.runtime.parallel import parallel_map
 from farm.runtime.polling import polls
 from farm.settings import Settings
-from farm.show import progress as bars
 from farm.show.contact_sheet import contact_sheet
+from farm.show.progress_bars import counts_text, progress_bar
 
 log = logging.getLogger(__name__)
 
@@ -82,12 +82,12 @@ class Batch:
 
         Raises `TimeoutError` after `timeout` seconds; the batch goes on.
         """
-        with bars.bar(self.name, self.total, shown=progress, told=True) as shown:
+        with progress_bar(self.name, self.total, shown=progress, with_tempo=True) as shown:
             for _ in self._polls(timeout):
                 status = self.status()
                 steps = self._partly_done() if progress and status.counts[JobState.RUNNING] else 0.0
                 speed = self._store.overview.tempo(status) if progress else None
-                shown.update(status.ended + steps, bars.note(status.counts), speed)
+                shown.update(status.ended + steps, counts_text(status.counts), speed)
                 if status.done:
                     return status
         raise AssertionError("unreachable: the polls never end")
@@ -151,7 +151,7 @@ class Batch:
 
     def _shown(self, found: Iterator[T], *, progress: bool) -> Iterator[T]:
         total = self.status().counts[JobState.SUCCEEDED]
-        with bars.bar(f"{self.name}: fetching", total, shown=progress) as shown:
+        with progress_bar(f"{self.name}: fetching", total, shown=progress) as shown:
             for count, one in enumerate(found, 1):
                 shown.update(count)
                 yield one
@@ -230,7 +230,7 @@ class Batch:
         """
         self._store.deletions.mark(self.id, cancel=cancel)
         try:
-            return Deletion(self._store.deletions, self._storage).carry_out(self.id)
+            return Deletion(self._store.deletions, self._storage).delete(self.id)
         except StorageUnavailable as error:
             log.warning("%s is deleted when its objects can be: %s", self.id, error)
             return False

@@ -89,7 +89,7 @@ def _by_model(found: Demands) -> Iterator[Metric]:
             ("running_device_seconds", "Estimated device seconds of running jobs, from first to last step."),
             (
                 "oldest_wait_seconds",
-                "Age of the oldest batch with waiting jobs that are not paused; 0 if there is none.",
+                "Age of the oldest batch with unpaused waiting jobs; 0 without one.",
             ),
             ("model_workers", "Live workers that serve the model."),
             ("model_slots", "Slots of the live workers that serve the model."),
@@ -130,7 +130,7 @@ class DispatcherCollector(Collector):
             ("dispatch_pass_seconds", "Seconds that passes took.", tally.pass_seconds),
             (
                 "dispatched_jobs",
-                "Jobs moved into Redis by this dispatcher, without those moved by clients.",
+                "Jobs this dispatcher moved into Redis; clients move others.",
                 tally.dispatched,
             ),
             ("lost_leases", "Jobs recovered from expired leases.", tally.lost_leases),

@@ -11,15 +11,16 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
-from sqlalchemy.orm import Session, aliased
+from sqlalchemy.orm import Session, aliased, selectinload
 
+from farm.jobs.artifacts import artifacts_of, copy_artifacts
 from farm.jobs.conditions import JOB_PAUSED, in_state
 from farm.jobs.database import Database, now
 from farm.jobs.schema import AttemptRow, BatchRow, JobRow, LeaderRow
 from farm.jobs.states import JobState, Outcome
 from farm.jobs.transitions import UNQUEUE, Ending, Move, finalize
 from farm.jobs.workers import live_models
-from farm.specs.object_keys import image_key, trajectory_keys
+from farm.specs.object_keys import beside, image_key
 
 log = logging.getLogger(__name__)
 
@@ -181,19 +182,19 @@ class Reuse:
 
     def begin_copies(self, wanted: Mapping[str, str]) -> list[Copying]:
         """Take an attempt of each of these pending jobs for a copy of the picture of the job that it is mapped to."""
-        source = aliased(JobRow)
         with self._db.write() as session:
             sources = {
                 row.id: row
-                for row in session.execute(
-                    sa.select(source.id, source.image_key, source.image_bytes)
-                    .join(BatchRow, BatchRow.id == source.batch_id)
+                for row in session.scalars(
+                    sa.select(JobRow)
+                    .join(BatchRow)
                     .where(
-                        source.id.in_(set(wanted.values())),
-                        source.state == JobState.SUCCEEDED.value,
-                        source.image_key.is_not(None),
+                        JobRow.id.in_(set(wanted.values())),
+                        in_state(JobState.SUCCEEDED),
+                        JobRow.image_key.is_not(None),
                         BatchRow.deleted_at.is_(None),
                     )
+                    .options(selectinload(JobRow.artifacts))
                 )
             }
             taken = session.execute(
@@ -207,13 +208,13 @@ class Reuse:
                     attempt=JobRow.attempt + 1,
                     started_at=now(),
                     # So that what it leaves is swept when the job has ended, unless this is how it ends.
-                    checkpoint_key=sa.func.coalesce(JobRow.checkpoint_key, ""),
+                    leftovers=True,
                 )
                 .returning(JobRow.id, JobRow.attempt, JobRow.batch_id, JobRow.position, JobRow.spec)
             ).all()
             if taken:
                 session.execute(sa.insert(AttemptRow).values([_begun(row, wanted[row.id]) for row in taken]))
-        return [_copying(row, sources[wanted[row.id]]) for row in taken]
+            return [_copying(row, sources[wanted[row.id]]) for row in taken]
 
     def record_copies(self, made: Sequence[Copying]) -> list[Copying]:
         """Record copies whose objects are there; returns those that came too late, and whose objects are nobody's.
@@ -237,7 +238,9 @@ class Reuse:
                     ending=Ending(Outcome.SUCCEEDED.value, reason=f"a copy of {one.source_id}"),
                     note=f" copy_of={one.source_id}",
                 )
-                if not recorded:
+                if recorded:
+                    session.execute(copy_artifacts(one.source_id, one.job_id, one.keys))
+                else:
                     late.append(one)
         for one in late:
             log.warning("too late job_id=%s attempt=%d", one.job_id, one.attempt)
@@ -263,11 +266,10 @@ def _begun(row: sa.Row[Any], source_id: str) -> dict[str, Any]:
     }
 
 
-def _copying(row: sa.Row[*tuple[Any, ...]], source: sa.Row[*tuple[Any, ...]]) -> Copying:
+def _copying(row: sa.Row[*tuple[Any, ...]], source: JobRow) -> Copying:
+    picture, *others = [artifact.key for artifact in artifacts_of(source)]
     key = image_key(row.batch_id, row.position, row.attempt, row.spec["prompt"])
-    keys = {source.image_key: key}
-    if row.spec.get("trajectory"):
-        keys.update(zip(trajectory_keys(source.image_key), trajectory_keys(key), strict=True))
+    keys = {picture: key, **{other: beside(key, picture, other) for other in others}}
     return Copying(row.id, row.attempt, source.id, source.image_bytes or 0, keys)
 
 
@@ -297,6 +299,6 @@ def _facts_of(source: type[JobRow], one: Copying) -> dict[str, Any]:
         "reused_from": one.source_id,
         "work_sha256": None,
         # Nothing lies beside the picture of a job that was never attempted before.
-        "checkpoint_key": None if one.attempt == 1 else JobRow.checkpoint_key,
+        "leftovers": False if one.attempt == 1 else JobRow.leftovers,
         **copied,
     }

@@ -48,7 +48,7 @@ class LocalFarm:
         self._servers: list[KeptPart] = []
         self._users: list[KeptPart] = []
         # One thread starts, watches and ends all processes, so that none needs a lock. It lives as long as the farm:
-        # the tether kills a process when the thread that started it ends.
+        # the kernel kills a process when the thread that started it ends.
         self._keeper: threading.Thread | None = None
         self._up = threading.Event()
         self._stop = threading.Event()

@@ -31,13 +31,6 @@ pytestmark = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 
 
 @pytest.fixture
-def storage(settings: Settings) -> Iterator[Storage]:
-    storage = Storage(settings)
-    yield storage
-    storage.close()
-
-
-@pytest.fixture
 def dispatcher(settings: Settings, database: Database, storage: Storage) -> Iterator[Dispatcher]:
     broker = Broker(settings)
     yield Dispatcher(JobStore.over(database, settings), broker, storage, settings)

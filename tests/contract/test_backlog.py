@@ -16,6 +16,7 @@ from farm.jobs.states import JobState
 from farm.jobs.store import JobStore
 from farm.settings import Settings
 from farm.specs.spec import RenderSpec
+from tests.query_plan import plan
 
 PICTURE = Picture("b/1.png", "f" * 64, 123, 64, 64, "e" * 64, 1.0)
 
@@ -120,9 +121,9 @@ def test_a_charge_is_corrected_by_another_process(store: JobStore, database: Dat
     batch_id = store.submissions.submit("a", "me", 50, some(1))
     served(store, 1, {batch_id: 7.0})
     assert charged(database, batch_id) == pytest.approx((1.0, 1.0))
-    another_process(database).backlog.enqueue(1)
+    another_process(database).backlog.enqueue(1).queued
     assert charged(database, batch_id) == pytest.approx((7.0, 7.0))
-    another_process(database).backlog.enqueue(1)
+    another_process(database).backlog.enqueue(1).queued
     assert charged(database, batch_id) == pytest.approx((7.0, 7.0)), "it is corrected once"
 
 
@@ -154,7 +155,7 @@ def test_a_job_that_comes_back_twice_is_charged_for_what_it_took_in_the_end(
     claim = store.leases.claim(bell.job_id, "w1@host")
     assert claim is not None
     store.attempts.succeed(claim, replace(PICTURE, render_seconds=4.0))
-    another_process(database).backlog.enqueue(1)
+    another_process(database).backlog.enqueue(1).queued
     assert charged(database, batch_id) == pytest.approx((4.0, 4.0))
 
 
@@ -213,7 +214,7 @@ def test_many_charges_are_corrected_some_at_a_time(
 def test_another_dispatcher_knows_what_jobs_cost(store: JobStore, database: Database) -> None:
     batch_id = store.submissions.submit("a", "me", 50, some(10))
     served(store, 2, {batch_id: 7.0})
-    another_process(database).backlog.enqueue(1)
+    another_process(database).backlog.enqueue(1).queued
     assert charged(database, batch_id) == pytest.approx((21.0, 21.0))
 
 
@@ -287,13 +288,6 @@ def test_urgent_jobs_have_a_window_of_their_own(store: JobStore) -> None:
     urgent = store.submissions.submit("urgent", "me", 90, some(7))
     assert [of_batch(bell.job_id) for bell in store.backlog.enqueue(5).queued] == [urgent] * 5
     assert store.backlog.enqueue(5).queued == []
-
-
-def plan(database: Database, query: sa.Select[object]) -> str:
-    with database.read() as session:
-        compiled = query.compile(database.engine, compile_kwargs={"literal_binds": True})
-        how = "EXPLAIN QUERY PLAN" if database.engine.dialect.name == "sqlite" else "EXPLAIN"
-        return "\n".join(str(tuple(row)) for row in session.execute(sa.text(f"{how} {compiled}".replace(":", "\\:"))))
 
 
 @pytest.mark.parametrize(

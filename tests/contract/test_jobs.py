@@ -8,7 +8,7 @@ import sqlalchemy as sa
 
 from farm.errors import ErrorClass, NotFound
 from farm.jobs.database import Database, now_plus
-from farm.jobs.records import Claim, Pace, Picture, WorkerInfo
+from farm.jobs.records import Claim, Pace, Picture, Success, WorkerInfo
 from farm.jobs.schema import JobRow
 from farm.jobs.served_models import ServedModel
 from farm.jobs.states import JobState
@@ -312,7 +312,7 @@ def test_a_success_that_is_recorded_again_since_its_answer_was_lost_is_one_still
     mine, other = replace(PICTURE, key="b/1.png"), replace(PICTURE, key="b/2.png")
     assert store.attempts.succeed(first, mine)
     assert store.attempts.succeed(first, mine)
-    assert store.attempts.succeed_many([(first, mine), (second, other)]) == {first.job_id, second.job_id}
+    assert store.attempts.succeed_many([Success(first, mine), Success(second, other)]) == {first.job_id, second.job_id}
     assert not store.attempts.succeed(first, other)
     assert store.queries.job(first.job_id).picture.key == "b/1.png"
     assert [len(store.queries.attempts(claim.job_id)) for claim in (first, second)] == [1, 1]

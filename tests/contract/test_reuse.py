@@ -19,8 +19,8 @@ from farm.jobs.served_models import ServedModel
 from farm.jobs.states import JobState, Outcome
 from farm.jobs.store import JobStore
 from farm.settings import Settings
-from farm.specs.object_keys import trajectory_keys
 from farm.specs.spec import RenderSpec
+from tests.query_plan import plan
 
 WEIGHTS, OTHER = "e" * 64, "d" * 64
 PICTURE = Picture("b/1.png", "f" * 64, 123, 64, 64, WEIGHTS, 1.5, ("cut at 77 tokens",), 0.75)
@@ -261,16 +261,6 @@ def test_a_copy_that_breaks_off_leaves_the_job_as_it_was(store: JobStore) -> Non
     assert [one.outcome for one in store.queries.attempts(job_id)] == [Outcome.HANDED_BACK, Outcome.SUCCEEDED]
 
 
-def test_a_copy_of_a_render_with_its_trajectory_has_that_too(store: JobStore) -> None:
-    spec = SPEC.model_copy(update={"trajectory": True})
-    source = done(store, spec)
-    job_id = f"{submit(store, spec)}-1"
-    (copying,) = store.reuse.begin_copies({job_id: source})
-    keys = list(copying.keys.values())
-    assert list(copying.keys)[1:] == list(trajectory_keys(f"{source}.png"))
-    assert keys[1:] == list(trajectory_keys(keys[0]))
-
-
 def test_what_waits_for_a_twin_does_not_hold_up_who_comes_behind_it(
     store: JobStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -322,13 +312,6 @@ def test_a_pass_asks_as_often_however_many_jobs_it_moves_and_never_for_drawn_see
     plain, few, many = asked
     assert few <= plain + 5
     assert many <= few + 1  # of a thousand jobs that ended, what they took is asked in pieces
-
-
-def plan(database: Database, query: sa.Select[object]) -> str:
-    with database.read() as session:
-        compiled = query.compile(database.engine, compile_kwargs={"literal_binds": True})
-        how = "EXPLAIN QUERY PLAN" if database.engine.dialect.name == "sqlite" else "EXPLAIN"
-        return "\n".join(str(tuple(row)) for row in session.execute(sa.text(f"{how} {compiled}".replace(":", "\\:"))))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from farm.errors import DatabaseUnavailable, NotConfigured, SchemaMismatch
 from farm.jobs.charges import CORRECTABLE
 from farm.jobs.conditions import VISIBLE, in_state
 from farm.jobs.database import Database, _alembic, now, now_plus
-from farm.jobs.leftovers import STALE
+from farm.jobs.leftovers import STALE, STALE_OF_OLD_WORKERS
 from farm.jobs.records import Pace
 from farm.jobs.schema import Base, BatchRow, JobCountRow, JobRow, ReleaseRow
 from farm.jobs.states import JobState
@@ -278,6 +278,10 @@ def test_a_database_without_a_schema_or_of_another_version_is_refused(database: 
         ("ix_jobs_charged", sa.select(JobRow.id).where(CORRECTABLE).limit(10)),
         (
             "ix_jobs_stale_checkpoints",
+            sa.select(JobRow.id).where(*STALE_OF_OLD_WORKERS).order_by(JobRow.finished_at).limit(10),
+        ),
+        (
+            "ix_jobs_leftovers",
             sa.select(JobRow.id).where(*STALE).order_by(JobRow.finished_at).limit(10),
         ),
     ],

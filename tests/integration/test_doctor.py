@@ -1,6 +1,5 @@
 """The doctor, over real servers in good and in bad health."""
 
-import json
 import os
 import socket
 import threading
@@ -10,7 +9,6 @@ from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
-import boto3
 import pytest
 import redis
 import sqlalchemy as sa
@@ -44,12 +42,12 @@ def only(settings: Settings, part: str) -> Finding:
 
 
 @pytest.fixture
-def on_sqlite(sqlite_url: str, valkey: str, s3: dict[str, str], tmp_path: Path) -> Settings:
+def on_sqlite(on_sqlite: Settings) -> Settings:
     """Settings of a farm with a dispatcher, for the tests to which the database does not matter."""
-    database = Database(sqlite_url)
+    database = Database(on_sqlite.database_url)
     lead(database)
     database.close()
-    return Settings.load(database_url=sqlite_url, broker_url=valkey, home=tmp_path / "home", **s3)
+    return on_sqlite
 
 
 def introduce(store: JobStore, name: str, *, model: str = "tiny", version: str = __version__) -> None:
@@ -248,30 +246,6 @@ def test_an_open_or_forgetful_redis_is_a_warning(on_sqlite: Settings) -> None:
     assert [finding.level for finding in findings] == ["warn", "warn"]
     assert "allkeys-lru" in findings[0].what
     assert "without a password" in findings[1].what
-
-
-def test_a_bucket_that_anyone_may_read_is_a_warning(on_sqlite: Settings) -> None:
-    secret = on_sqlite.s3_secret_access_key
-    assert secret is not None
-    client = boto3.client(
-        "s3",
-        endpoint_url=on_sqlite.s3_endpoint_url,
-        region_name="us-east-1",
-        aws_access_key_id=on_sqlite.s3_access_key_id,
-        aws_secret_access_key=secret.get_secret_value(),
-    )
-    allow = {
-        "Effect": "Allow",
-        "Principal": "*",
-        "Action": "s3:GetObject",
-        "Resource": f"arn:aws:s3:::{on_sqlite.s3_bucket}/*",
-    }
-    client.put_bucket_policy(
-        Bucket=on_sqlite.s3_bucket, Policy=json.dumps({"Version": "2012-10-17", "Statement": [allow]})
-    )
-    client.close()
-    finding = only(on_sqlite, "storage")
-    assert (finding.level, finding.do) == ("warn", "take away public access")
 
 
 @pytest.mark.parametrize(("status", "level"), [(200, "warn"), (401, "ok"), (500, "bad")])

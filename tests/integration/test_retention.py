@@ -3,10 +3,8 @@
 import hashlib
 import io
 import json
-import subprocess
-import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +24,7 @@ from farm.jobs.store import JobStore
 from farm.objects.storage import Storage
 from farm.settings import Settings
 from farm.specs.object_keys import image_key, manifest_key
-from tests.integration.conftest import Crew, environment, wait_until
+from tests.integration.conftest import Command, Crew, wait_until
 from tests.servers import BOTH_KINDS_IN_TIME
 
 
@@ -223,27 +221,9 @@ def test_batches_go_by_their_age_if_that_is_set(stand: Stand, settings: Settings
     assert list(stand.storage.keys(f"{old.id}/")) == []
 
 
-@pytest.fixture
-def command(settings: Settings, tmp_path: Path) -> Callable[..., "subprocess.CompletedProcess[str]"]:
-    def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
-        return subprocess.run(
-            [sys.executable, "-m", "farm", *arguments],
-            cwd=tmp_path,
-            env=environment(settings, COLUMNS=200),
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-
-    return run
-
-
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 @pytest.mark.long
-def test_the_command_line_tells_fetches_and_deletes(
-    stand: Stand, command: Callable[..., "subprocess.CompletedProcess[str]"], tmp_path: Path
-) -> None:
+def test_the_command_line_tells_fetches_and_deletes(stand: Stand, command: Command, tmp_path: Path) -> None:
     batch = stand.batch()
     batch.pause()
     shown = command("status", "sea").stdout

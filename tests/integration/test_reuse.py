@@ -2,7 +2,6 @@
 
 import hashlib
 import threading
-from collections.abc import Iterator
 
 import pytest
 import sqlalchemy as sa
@@ -147,13 +146,6 @@ def store(database: Database, settings: Settings) -> JobStore:
     store = JobStore.over(database, settings)
     store.workers.register(WorkerInfo("w1@host", "cpu", "float32", 8, "0", (ServedModel("tiny", sha256=WEIGHTS),)))
     return store
-
-
-@pytest.fixture
-def storage(settings: Settings) -> Iterator[Storage]:
-    storage = Storage(settings)
-    yield storage
-    storage.close()
 
 
 def original(store: JobStore, storage: Storage, data: bytes = b"a picture") -> str:

@@ -3,8 +3,6 @@
 import hashlib
 import io
 import json
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,12 +15,12 @@ from PIL.PngImagePlugin import PngInfo
 from farm import Farm, InvalidInput, Job, JobNotSucceeded, NotFound, Settings
 from farm.errors import ErrorClass
 from farm.jobs.database import Database
-from farm.jobs.records import Claim, Pace, Picture, WorkerInfo
+from farm.jobs.records import Artifact, Claim, Pace, Picture, Role, WorkerInfo
 from farm.jobs.served_models import ServedModel
 from farm.jobs.store import JobStore
 from farm.objects.storage import Storage
 from farm.specs.object_keys import image_key, preview_key, trajectory_keys
-from tests.integration.conftest import environment, wait_until
+from tests.integration.conftest import wait_until
 
 COLOURS = [(40 * step, 10, 200 - 40 * step) for step in range(5)]
 
@@ -73,17 +71,23 @@ class Stand:
         frames = [Image.new("RGB", (64, 64), colour) for colour in colours]
         key = image_key(claim.batch_id, claim.index, claim.attempt, claim.spec.prompt)
         data = encoded(frames[-1], "PNG")
+        beside: list[tuple[Artifact, bytes]] = []
         if claim.spec.trajectory:
             strip, animation = trajectory_keys(key)
             page = Image.new("RGB", (64 * len(frames), 64))
             for place, frame in enumerate(frames):
                 page.paste(frame, (64 * place, 0))
-            self.storage.put(strip, encoded(page, "PNG"))
             film = encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True, duration=100)
-            self.storage.put(animation, film)
+            beside = [
+                (Artifact(Role.FILM_STRIP, strip, "image/png"), encoded(page, "PNG")),
+                (Artifact(Role.ANIMATION, animation, "image/webp"), film),
+            ]
+        for artifact, content in beside:
+            self.storage.put(artifact.key, content)
         self.storage.put(key, data)
         digest = hashlib.sha256(data).hexdigest()
-        assert self.store.attempts.succeed(claim, Picture(key, digest, len(data), 64, 64, "e" * 64, 1.0))
+        picture = Picture(key, digest, len(data), 64, 64, "e" * 64, 1.0)
+        assert self.store.attempts.succeed(claim, picture, [artifact for artifact, _ in beside])
 
 
 def encoded(image: Image.Image, kind: str, **how: object) -> bytes:
@@ -242,24 +246,6 @@ def test_a_job_says_how_long_it_still_takes(job: Job, worker: Stand) -> None:
     assert job.refresh().eta_seconds is None
     worker.beat(claim, Pace(3, 1.5))
     assert job.refresh().eta_seconds == 3.0
-
-
-@pytest.fixture
-def command(settings: Settings, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs `farm …` in a folder of its own."""
-
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "farm", *arguments],
-            env=environment(settings, COLUMNS="200"),
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-
-    return run
 
 
 def test_the_command_line_submits_all_that_a_spec_may_say(farm: Farm, worker: Stand, command) -> None:

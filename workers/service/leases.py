@@ -13,7 +13,7 @@ from farm.jobs.records import Beat, Claim, Pace
 from farm.runtime.periodic import Periodic
 from farm.settings import Settings
 from workers.render.request import Progress
-from workers.service.group_commit import Gathered
+from workers.service.group_commit import GroupCommit
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class Leases:
         self._clock = clock
         self._leases: dict[str, Lease] = {}
         self._lock = threading.Lock()
-        self._claims = Gathered(self._claim_all, "claims")
+        self._claims = GroupCommit(self._claim_all, "claims")
         self._heartbeat = Periodic("heartbeat", self._beat_seconds, self.renew)
         # In a thread of its own: a database that hangs can block a heartbeat for long.
         self._guard = Periodic("leases", self._beat_seconds / 4, self.stop_expiring)

@@ -11,7 +11,7 @@ import torch
 from farm import __version__
 from farm.errors import ServiceUnavailable
 from farm.jobs.database import Database
-from farm.jobs.records import Claim, Picture, WorkerInfo
+from farm.jobs.records import Success, WorkerInfo
 from farm.jobs.store import JobStore
 from farm.jobs.workers import Workers
 from farm.objects.storage import Storage
@@ -26,7 +26,7 @@ from workers.models.served import Served
 from workers.pipelines import load
 from workers.render.device import choose_device, choose_dtype, keep_freed_memory, use_threads
 from workers.render.pipeline import Pipeline
-from workers.service.group_commit import Gathered
+from workers.service.group_commit import GroupCommit
 from workers.service.leases import Leases
 from workers.service.metrics import WorkerMetrics
 from workers.service.observer import Observer
@@ -75,7 +75,7 @@ class Worker:
             hand_back=engine.hand_back,
             previews=self.observer.observe,
         )
-        self.record_success = Gathered(self._record_successes, "ends")
+        self.record_success = GroupCommit(self._record_successes, "ends")
         """Records the picture of a claim; False if the claim no longer holds."""
         self._db = db
         watchdog = Watchdog(engine, settings.stuck_seconds, draining)
@@ -115,9 +115,9 @@ class Worker:
         self._db.close()
         log.info("stopped")
 
-    def _record_successes(self, ended: Sequence[tuple[Claim, Picture]]) -> list[bool]:
+    def _record_successes(self, ended: Sequence[Success]) -> list[bool]:
         recorded = self.store.attempts.succeed_many(ended)
-        return [claim.job_id in recorded for claim, _ in ended]
+        return [success.claim.job_id in recorded for success in ended]
 
 
 def build_worker(settings: Settings, name: str) -> Worker:

@@ -1,6 +1,6 @@
 """Checks whether a picture shows what its caption says, by its pixels only.
 
-The background is the most frequent colour along the upper and lower border; the rest is split into connected pieces. A
+The background is the median colour along the upper and lower border; the rest is split into connected pieces. A
 piece's colour is the name nearest to its inner pixels. Its shape is the template, drawn with the same area about the
 same centre, that overlaps it best; its size is that template's. Attributes that the caption leaves out are not judged.
 """
