@@ -8,7 +8,7 @@ import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy.orm import Session, aliased, selectinload
@@ -26,7 +26,6 @@ log = logging.getLogger(__name__)
 
 _LEADER = "dispatcher"
 """Under which name the standing dispatchers elect the one that acts."""
-_FURTHER = 1000
 
 
 @dataclass(frozen=True)
@@ -51,41 +50,48 @@ class _Twin:
     priority: int
 
 
-class Works:
-    """What one pass of the dispatcher knows of work that is done or under way; asked in its transaction, when needed.
+class Chosen(NamedTuple):
+    """Which of some jobs are to be rendered now."""
 
-    `copies` takes, by job, the jobs whose pictures are to be copied: these are not to be rendered. Without it nothing
-    is copied, and what is under way is still waited for. While no standing dispatcher leads, nobody would make the
-    copies, nor go on with who waited, and every job is rendered.
+    job_ids: list[str]
+    last: int | None
+    """The position up to which every job was decided on; the jobs after it have to be read again."""
+
+
+class Works:
+    """What one pass of the dispatcher knows of work that is done or under way; read in its transaction, when needed.
+
+    With `copy`, a job whose picture exists is not rendered: it is added to `copies`. Without, it is rendered. Jobs wait
+    for a duplicate that is under way in both cases. While no dispatcher leads, nothing would make the copies, nor
+    continue with the jobs that wait, and every job is rendered.
     """
 
-    def __init__(self, session: Session, lease_seconds: float, copies: dict[str, str] | None) -> None:
+    def __init__(self, session: Session, lease_seconds: float, *, copy: bool) -> None:
         self._session = session
         self._lease_seconds = lease_seconds
-        self._copies = copies
+        self._copy = copy
         self._passed_by: list[str] = []
-        self.further = _FURTHER
-        """How many jobs the pass may still read beyond those whose turn it is."""
+        self.copies: dict[str, str] = {}
+        """The jobs that are to get a copy of a picture, and the job that has it."""
 
-    def to_render(
-        self, rows: Sequence[sa.Row[Any]], model: str, priority: int, most: int
-    ) -> tuple[list[str], int | None]:
-        """Which of these jobs of a model are to be rendered now, and the place of the last one that was decided on."""
-        chosen: list[str] = []
-        last, decided = None, True
+    def choose(self, rows: Sequence[sa.Row[Any]], model: str, priority: int, most: int) -> Chosen:
+        """Choose which of a model's jobs are to be rendered now, at most so many."""
+        job_ids: list[str] = []
+        last: int | None = None
+        decided = True
         works = {row.work_sha256 for row in rows} - {None}
-        done = self._done(model, works) if works and self._led and self._copies is not None else {}
+        done = self._done(model, works) if works and self._copy and self._led else {}
         for row in rows:
             work = row.work_sha256
             if work in done:
-                if (source := done[work]) is not None and self._copies is not None:
-                    self._copies[row.id] = source
-            elif len(chosen) == most:
-                decided = False
+                if (source := done[work]) is not None:
+                    self.copies[row.id] = source
+            elif len(job_ids) == most:
+                decided = False  # jobs after this one may still get copies
             elif work is None or not self._led or self._goes_first(row.id, work, priority):
-                chosen.append(row.id)
+                job_ids.append(row.id)
             last = row.position if decided else last
-        return chosen, last
+        return Chosen(job_ids, last)
 
     def put_back(self) -> None:
         """Return to the backlog what was queued, and is to wait for a twin of a higher priority now."""

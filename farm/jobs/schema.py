@@ -173,6 +173,8 @@ class JobRow(Base):
     render_seconds: Mapped[float | None]
     device_seconds: Mapped[float | None]
     """Its own part of the device's time."""
+    charged_seconds: Mapped[float | None]
+    """The device seconds charged to its batch and owner for its dispatch, until the charge is corrected."""
     work_sha256: Mapped[str | None] = mapped_column(sa.String(64))
     """Of spec and model name: who has the same one is the same work. None where that may not serve."""
     reused_from: Mapped[str | None] = mapped_column(sa.String(100))
@@ -191,6 +193,12 @@ class JobRow(Base):
         sa.Index("ix_jobs_backlog", "model", "batch_id", "index", **_where("state = 'pending'")),
         sa.Index("ix_jobs_queued", "model", "queued_at", **_where("state = 'queued'")),
         sa.Index("ix_jobs_running", "lease_until", **_where("state = 'running'")),
+        # The charges that can be corrected.
+        sa.Index(
+            "ix_jobs_charged",
+            "batch_id",
+            **_where("charged_seconds IS NOT NULL AND state NOT IN ('queued', 'running')"),
+        ),
         # Who has done this work, and who is about to.
         sa.Index("ix_jobs_work_done", "work_sha256", **_where("state = 'succeeded' AND work_sha256 IS NOT NULL")),
         sa.Index(

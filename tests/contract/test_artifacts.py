@@ -26,7 +26,7 @@ def store(database: Database) -> JobStore:
 
 def claimed(store: JobStore, spec: RenderSpec = SPEC) -> Claim:
     store.submissions.submit("batch", "me", 50, [spec])
-    (bell,) = store.backlog.enqueue(1)
+    (bell,) = store.backlog.enqueue(1).queued
     claim = store.leases.claim(bell.job_id, "w1@host")
     assert claim is not None
     return claim

@@ -27,7 +27,7 @@ def store(database: Database) -> JobStore:
 def queued(store: JobStore, count: int) -> list[str]:
     specs = [RenderSpec(prompt=f"prompt {n}", num_inference_steps=n + 1) for n in range(count)]
     store.submissions.submit("batch", "me", 50, specs)
-    return [bell.job_id for bell in store.backlog.enqueue(count)]
+    return [bell.job_id for bell in store.backlog.enqueue(count).queued]
 
 
 def test_a_group_claims_what_is_queued_and_nothing_else(store: JobStore) -> None:
@@ -62,7 +62,7 @@ def test_one_zombie_in_a_group_changes_nothing_and_holds_up_nobody(store: JobSto
     claims = store.leases.claim_many(queued(store, 3), "w1@host")
     zombie, *others = claims.values()
     store.attempts.hand_back(zombie)
-    store.leases.claim(store.backlog.enqueue(1)[0].job_id, "w2@host")
+    store.leases.claim(store.backlog.enqueue(1).queued[0].job_id, "w2@host")
     recorded = store.attempts.succeed_many([Success(claim, PICTURE) for claim in claims.values()])
     assert recorded == {claim.job_id for claim in others}
     job = store.queries.job(zombie.job_id)
