@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from farm.errors import ErrorClass
 from farm.jobs import backlog, charges, waiting
 from farm.jobs.database import Database, now_plus
-from farm.jobs.records import Picture
+from farm.jobs.records import Picture, Success
 from farm.jobs.schema import BatchRow, JobRow, OwnerRow
 from farm.jobs.states import JobState
 from farm.jobs.store import JobStore
@@ -121,9 +121,9 @@ def test_a_charge_is_corrected_by_another_process(store: JobStore, database: Dat
     batch_id = store.submissions.submit("a", "me", 50, some(1))
     served(store, 1, {batch_id: 7.0})
     assert charged(database, batch_id) == pytest.approx((1.0, 1.0))
-    another_process(database).backlog.enqueue(1).queued
+    another_process(database).backlog.enqueue(1)
     assert charged(database, batch_id) == pytest.approx((7.0, 7.0))
-    another_process(database).backlog.enqueue(1).queued
+    another_process(database).backlog.enqueue(1)
     assert charged(database, batch_id) == pytest.approx((7.0, 7.0)), "it is corrected once"
 
 
@@ -155,7 +155,7 @@ def test_a_job_that_comes_back_twice_is_charged_for_what_it_took_in_the_end(
     claim = store.leases.claim(bell.job_id, "w1@host")
     assert claim is not None
     store.attempts.succeed(claim, replace(PICTURE, render_seconds=4.0))
-    another_process(database).backlog.enqueue(1).queued
+    another_process(database).backlog.enqueue(1)
     assert charged(database, batch_id) == pytest.approx((4.0, 4.0))
 
 
@@ -205,7 +205,7 @@ def test_many_charges_are_corrected_some_at_a_time(
 ) -> None:
     batch_id = store.submissions.submit("a", "me", 50, some(10))
     claims = [store.leases.claim(bell.job_id, "w1@host") for bell in store.backlog.enqueue(10).queued]
-    store.attempts.succeed_many([(claim, replace(PICTURE, render_seconds=3.0)) for claim in claims if claim])
+    store.attempts.succeed_many([Success(claim, replace(PICTURE, render_seconds=3.0)) for claim in claims if claim])
     monkeypatch.setattr(charges, "MOST", 4)
     store.backlog.enqueue(1)
     assert charged(database, batch_id) == pytest.approx((30.0, 30.0))
@@ -214,7 +214,7 @@ def test_many_charges_are_corrected_some_at_a_time(
 def test_another_dispatcher_knows_what_jobs_cost(store: JobStore, database: Database) -> None:
     batch_id = store.submissions.submit("a", "me", 50, some(10))
     served(store, 2, {batch_id: 7.0})
-    another_process(database).backlog.enqueue(1).queued
+    another_process(database).backlog.enqueue(1)
     assert charged(database, batch_id) == pytest.approx((21.0, 21.0))
 
 
