@@ -58,7 +58,8 @@ class Pipeline(Protocol):
         """Set the request's rows, text tokens and sampling; returns the shape of its latents, without rows.
 
         Called first, once for each request, by the thread that submits it. Requests of one pipeline with equal shapes
-        and text tokens may share forwards. Raises `BadRequest` if the model can't draw that size, or lacks what the spec asks for.
+        and text tokens may share forwards. Raises `BadRequest` if the model can't draw that size, or lacks what the
+        spec asks for.
         """
 
     def encode(self, request: RenderRequest) -> None:
