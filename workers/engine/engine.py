@@ -109,7 +109,7 @@ class Engine:
         try:
             request.deterministic = request.spec.deterministic or self._deterministic
             shape = self._encoder.prepare(pipeline, request)
-            key = ForwardKey(model, shape, str(pipeline.dtype), request.deterministic)
+            key = ForwardKey(model, shape, str(pipeline.dtype), request.deterministic, request.text_tokens)
             render = ActiveRender(request, pipeline, key)
             render.future.set_running_or_notify_cancel()
             with self._changed:

@@ -205,7 +205,9 @@ def _timed(pipeline: Pipeline, requests: list[RenderRequest]) -> float:
 
 def _kind(pipeline: Pipeline, key: ForwardKey) -> str:
     where = torch.cuda.get_device_name(pipeline.device) if pipeline.device.type == "cuda" else "cpu"
-    return f"{pipeline.sha256[:16]} {shape_text(key.shape)} {key.dtype} {where} {torch.get_num_threads()} threads"
+    texts = f"+{key.text_tokens}" if key.text_tokens else ""
+    threads = torch.get_num_threads()
+    return f"{pipeline.sha256[:16]} {shape_text(key.shape)}{texts} {key.dtype} {where} {threads} threads"
 
 
 def _same_everywhere(pipeline: Pipeline, template: RenderRequest) -> bool:

@@ -18,6 +18,8 @@ class ForwardKey:
     dtype: str
     deterministic: bool = False
     """Whether its forwards have a fixed number of rows, so that a request's bits do not depend on the others."""
+    text_tokens: int = 0
+    """The length of its texts' embeddings."""
 
 
 @dataclass(frozen=True)

@@ -94,6 +94,8 @@ class RenderRequest:
 
     rows: int = field(init=False, default=1)
     """Its rows in a forward, as its family declares: 2 (negative, positive) with classifier-free guidance."""
+    text_tokens: int = field(init=False, default=0)
+    """The length of its texts' embeddings, where a spec can change it: only equal ones fit into one forward."""
     sampling: Sampling = field(init=False, repr=False)
     """Its sampler at its number of steps, shared by requests with the same ones."""
     latents: torch.Tensor = field(init=False, repr=False)
