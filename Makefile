@@ -1,16 +1,18 @@
-# What can be done here; `make` alone lists it.
+# `make` lists the targets.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 OUT    ?= out/demo
+# Where torch comes from; empty for PyPI, whose build for Linux brings CUDA.
+TORCH_INDEX_URL ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test test-long chaos hosts-test compose-test bench-engine bench-queue bench-watching lint format clean
+.PHONY: help setup demo up test test-long test-newest chaos hosts-test compose-test bench-engine bench-queue bench-watching lint format clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(VENV)/.farm  ## make .venv with the farm, its worker and the embedded servers
+setup: $(VENV)/.farm  ## install the farm into .venv; without a GPU: TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
 
 demo: $(VENV)/.farm  ## start the embedded farm, render examples/prompts.txt, show where the pictures are
 	@$(BIN)/python examples/demo.py --out $(OUT)
@@ -18,11 +20,14 @@ demo: $(VENV)/.farm  ## start the embedded farm, render examples/prompts.txt, sh
 up: $(VENV)/.farm  ## start the embedded farm and keep it running until Ctrl-C
 	@$(BIN)/farm up
 
-test: $(VENV)/.dev  ## run all tests, against real servers (some ten minutes on two cores)
+test: $(VENV)/.dev  ## run all tests but the long ones, against real servers (five minutes on two cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-test-long: $(VENV)/.dev  ## what takes longer: the commands of docs/, the client by itself, whole farms on SQLite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+test-long: $(VENV)/.dev  ## run the long tests: the commands of docs/, every sampler of diffusers, whole farms on SQLite
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+test-newest:  ## run the tests that need no torch on the newest Python of this machine
+	infra/test-newest-python $(ARGS)
 
 chaos: $(VENV)/.dev  ## strike at a farm of real processes for long: CHAOS_JOBS, CHAOS_MINUTES, CHAOS_SEED
 	$(BIN)/python -m pytest tests/chaos -m chaos $(ARGS)
@@ -64,8 +69,9 @@ $(VENV)/bin/python:
 	  { echo "This Python can't make virtual environments. On Debian and Ubuntu: apt install python3-venv"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-# Stamps, so that a second run does not ask pip again.
+# Stamps: a second run does not ask pip again.
 $(VENV)/.farm: $(VENV)/bin/python pyproject.toml
+	@infra/install-torch $(BIN)/python '$(TORCH_INDEX_URL)'
 	@echo "Installing the farm into $(VENV) (the first time takes a minute or more) ..."
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[worker,local]'
 	@touch $@

@@ -154,7 +154,7 @@ class Cases:
         size = 1_000_000 // self._part
         with self._store() as store:
             batch_id = _fill(store, size)
-            took = sorted(_timed(lambda: store.batch(batch_id)) for _ in range(50))
+            took = sorted(_timed(lambda: store.queries.batch(batch_id)) for _ in range(50))
         value = median(took) * 1e3
         spread = took[0] * 1e3, took[-1] * 1e3
         yield Row(0, f"status of a batch of {size:,} jobs", value, " ms", "≤ 50", value <= 50, spread)
@@ -193,7 +193,7 @@ class Cases:
     @contextmanager
     def _store(self) -> Iterator[JobStore]:
         database = self._fresh()
-        yield JobStore(database, self._settings)
+        yield JobStore.over(database, self._settings)
         database.close()
 
     def _fresh(self) -> Database:
@@ -239,7 +239,7 @@ class Cases:
 
 
 def _fill(store: JobStore, size: int) -> str:
-    return store.submit("large", "me", 50, (RenderSpec(prompt=prompt(n), seed=n) for n in range(size)))
+    return store.submissions.submit("large", "me", 50, (RenderSpec(prompt=prompt(n), seed=n) for n in range(size)))
 
 
 def _dispatch_cost(store: JobStore, passes: int = 30, each: int = 2 * SLOTS) -> float:
@@ -247,9 +247,9 @@ def _dispatch_cost(store: JobStore, passes: int = 30, each: int = 2 * SLOTS) -> 
     took = []
     for _ in range(passes):
         began = time.perf_counter()
-        bells = store.enqueue(each)
+        bells = store.backlog.enqueue(each).queued
         took.append((time.perf_counter() - began) / len(bells))
-        store.unqueue([bell.job_id for bell in bells])
+        store.backlog.unqueue([bell.job_id for bell in bells])
     return median(took)
 
 

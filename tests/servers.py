@@ -3,6 +3,7 @@
 A package that is missing skips the tests that need it; where `CI` is set it fails them.
 """
 
+import importlib.util
 import os
 import shutil
 import tempfile
@@ -175,11 +176,31 @@ def settings(database_url: str, valkey: str, s3: Mapping[str, str | None], tmp_p
     return Settings.load(database_url=database_url, broker_url=valkey, home=tmp_path / "home", **s3)
 
 
+@pytest.fixture
+def on_sqlite(sqlite_url: str, valkey: str, s3: Mapping[str, str | None], tmp_path: Path) -> Settings:
+    """The same, on SQLite only: for tests that do not depend on the kind of database."""
+    return Settings.load(database_url=sqlite_url, broker_url=valkey, home=tmp_path / "home", **s3)
+
+
+@pytest.fixture
+def storage(s3: Mapping[str, str | None]) -> Iterator[Storage]:
+    """An empty bucket."""
+    storage = Storage(Settings(database_url="", broker_url="", **s3))  # type: ignore[arg-type]
+    yield storage
+    storage.close()
+
+
 def missing(why: str) -> NoReturn:
     """Skip the test, or fail it in CI, where nothing may be missing."""
     if os.environ.get("CI"):
         pytest.fail(why)
     pytest.skip(why)
+
+
+def needs_torch() -> None:
+    """Skip a test that starts a worker, where `pytest --without-torch` leaves such tests out."""
+    if importlib.util.find_spec("torch") is None:
+        pytest.skip("a worker needs torch")
 
 
 def _migrate(url: str) -> None:

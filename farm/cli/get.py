@@ -36,7 +36,7 @@ def get(
             if isinstance(found, JobInfo):
                 raise typer.BadParameter("--zip is for a batch, not for a job")
             if with_sheet or with_manifest:
-                raise typer.BadParameter("--zip has the manifest in it, and no room for a sheet")
+                raise typer.BadParameter("--zip includes the manifest already, and can not include a contact sheet")
             count = found.archive(archive, progress=not as_json)
             if as_json:
                 print_json({"files": [str(archive)], "pictures": count})

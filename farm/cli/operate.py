@@ -82,9 +82,11 @@ def dispatcher() -> None:
         db.check_schema()
         broker = Broker(settings)
         storage = Storage(settings)
-        store, leadership = JobStore(db, settings), Leadership(db, DISPATCHER)
+        store, leadership = JobStore.over(db, settings), Leadership(db, DISPATCHER)
         dispatcher = Dispatcher(store, broker, storage, settings)
-        metrics = serve(db, store, dispatcher, leadership, settings, {"sql": db, "redis": broker, "s3": storage})
+        metrics = serve(
+            db, store.workers, dispatcher, leadership, settings, {"sql": db, "redis": broker, "s3": storage}
+        )
         try:
             dispatcher.run(stop, leadership)
         finally:

@@ -67,7 +67,7 @@ def delete(
             more = f", {left} of them not ended" if left else ""
             print_line(f"{batch.id}: {status.total} jobs{more}, {status.counts[JobState.SUCCEEDED]} pictures")
         if unfinished and not cancel:
-            raise NotEnded("nothing was deleted: what has not ended is deleted with --cancel, or when it has")
+            raise NotEnded("nothing was deleted: some jobs have not ended; wait for them, or cancel them with --cancel")
         if not yes and not typer.confirm(f"delete {'this' if len(batches) == 1 else 'these'} for good?", err=True):
             raise typer.Exit(1)
         for batch in batches.values():
@@ -81,7 +81,7 @@ def _steer(
     which: str | None, owner: str | None, change: Callable[[Batch | Job | Owner], int], done: str, nothing: str
 ) -> None:
     if (which is None) == (owner is None):
-        raise typer.BadParameter("say a batch or a job, or an owner with --owner")
+        raise typer.BadParameter("name a batch or a job, or an owner with --owner")
     with open_farm() as farm:
         if owner is not None:
             target: Batch | Job | Owner = farm.owner(owner)

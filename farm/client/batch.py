@@ -24,8 +24,8 @@ from farm.objects.storage import Storage
 from farm.runtime.parallel import parallel_map
 from farm.runtime.polling import polls
 from farm.settings import Settings
-from farm.show import progress as bars
 from farm.show.contact_sheet import contact_sheet
+from farm.show.progress_bars import counts_text, progress_bar
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class Batch:
 
     def status(self) -> BatchStatus:
         """How far it is, now."""
-        return self._store.batch(self.id)
+        return self._store.queries.batch(self.id)
 
     def jobs(self, *, after: int = 0, states: Sequence[JobState] = ()) -> Iterator[Job]:
         """Its jobs as they are now, in their order: all, or those from the one after that index, or in those states.
@@ -60,7 +60,7 @@ class Batch:
         return self.jobs()
 
     def _infos(self, after: int = 0, states: Sequence[JobState] = ()) -> Iterator[JobInfo]:
-        while found := self._store.jobs(self.id, after=after, states=states):
+        while found := self._store.queries.jobs(self.id, after=after, states=states):
             yield from found
             after = found[-1].index
 
@@ -69,7 +69,7 @@ class Batch:
 
     def wrong(self, limit: int = 20) -> list[Job]:
         """Its first jobs with an error: those that failed, and those whose last try did."""
-        return [self._job(info) for info in self._store.wrong(self.id, limit)]
+        return [self._job(info) for info in self._store.queries.wrong(self.id, limit)]
 
     def _job(self, info: JobInfo) -> Job:
         return Job(self._store, self._storage, self._settings, info)
@@ -82,12 +82,12 @@ class Batch:
 
         Raises `TimeoutError` after `timeout` seconds; the batch goes on.
         """
-        with bars.bar(self.name, self.total, shown=progress, told=True) as shown:
+        with progress_bar(self.name, self.total, shown=progress, with_tempo=True) as shown:
             for _ in self._polls(timeout):
                 status = self.status()
                 steps = self._partly_done() if progress and status.counts[JobState.RUNNING] else 0.0
-                speed = self._store.tempo(status) if progress else None
-                shown.update(status.ended + steps, bars.note(status.counts), speed)
+                speed = self._store.overview.tempo(status) if progress else None
+                shown.update(status.ended + steps, counts_text(status.counts), speed)
                 if status.done:
                     return status
         raise AssertionError("unreachable: the polls never end")
@@ -96,7 +96,7 @@ class Batch:
         return polls(timeout, f"{self.name} has not ended in time; it goes on")
 
     def _partly_done(self) -> float:
-        running = self._store.running(self.id)
+        running = self._store.queries.running(self.id)
         return sum(min(1.0, info.steps_done / info.spec.num_inference_steps) for info in running)
 
     def as_completed(self, timeout: float | None = None) -> Iterator[Job]:
@@ -107,7 +107,7 @@ class Batch:
         seen, left = bytearray(self.total + 1), self.total
         last = None
         for _ in self._polls(timeout):
-            while found := self._store.finished(self.id, last):
+            while found := self._store.queries.finished(self.id, last):
                 for info in found:
                     if not seen[info.index]:
                         seen[info.index] = True
@@ -151,7 +151,7 @@ class Batch:
 
     def _shown(self, found: Iterator[T], *, progress: bool) -> Iterator[T]:
         total = self.status().counts[JobState.SUCCEEDED]
-        with bars.bar(f"{self.name}: fetching", total, shown=progress) as shown:
+        with progress_bar(f"{self.name}: fetching", total, shown=progress) as shown:
             for count, one in enumerate(found, 1):
                 shown.update(count)
                 yield one
@@ -161,7 +161,7 @@ class Batch:
 
         As it lies in the bucket once it has ended, `{batch}/manifest.jsonl`; as SQL has it until then.
         """
-        return Manifests(self._store, self._storage).read(self.id)
+        return Manifests(self._store.endings, self._storage).read(self.id)
 
     def contact_sheet(self, columns: int | None = None) -> Image.Image:
         """All its pictures on one page, each with its prompt; a job without one leaves an empty frame.
@@ -191,28 +191,35 @@ class Batch:
         found = islice(self._infos(after, [JobState.SUCCEEDED]), limit)
         wrong = islice(self._infos(states=[JobState.FAILED, JobState.CANCELLED]), limit)
         written = report(
-            self._storage, self.status(), self._store.totals(self.id), found, wrong, Path(path), full=full, after=after
+            self._storage,
+            self.status(),
+            self._store.overview.totals(self.id),
+            found,
+            wrong,
+            Path(path),
+            full=full,
+            after=after,
         )
         return sum(1 for _ in self._shown(written, progress=progress))
 
     def cancel(self) -> int:
         """Cancel what has not ended; returns how many jobs that were. A running one stops within a beat."""
-        return self._store.cancel(batch_id=self.id)
+        return self._store.steering.cancel(batch_id=self.id)
 
     def pause(self) -> int:
         """Render nothing of it until `resume`; returns how many jobs that holds up.
 
         Running ones stop within a beat and go on later from the step they were at.
         """
-        return self._store.pause(batch_id=self.id)
+        return self._store.steering.pause(batch_id=self.id)
 
     def resume(self) -> int:
         """Go on with it; returns how many jobs have not ended."""
-        return self._store.resume(batch_id=self.id)
+        return self._store.steering.resume(batch_id=self.id)
 
     def retry(self) -> int:
         """Give its failed jobs all their tries anew; returns how many jobs that were."""
-        return self._store.retry(batch_id=self.id)
+        return self._store.steering.retry(batch_id=self.id)
 
     def delete(self, *, cancel: bool = False) -> bool:
         """Delete it, its pictures first and its jobs last; from now on it is not there, and its key is free.
@@ -221,9 +228,9 @@ class Batch:
         deletes the rest later, as it does when this is interrupted. Raises `NotEnded` if it has jobs that have not
         ended, unless they are to be cancelled with it.
         """
-        self._store.give_up(self.id, cancel=cancel)
+        self._store.deletions.mark(self.id, cancel=cancel)
         try:
-            return Deletion(self._store, self._storage).carry_out(self.id)
+            return Deletion(self._store.deletions, self._storage).delete(self.id)
         except StorageUnavailable as error:
             log.warning("%s is deleted when its objects can be: %s", self.id, error)
             return False

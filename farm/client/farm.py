@@ -11,7 +11,7 @@ from typing import Any, Self, TypeGuard
 from farm.client.batch import Batch
 from farm.client.job import Job
 from farm.client.owner import Owner
-from farm.dispatch.dispatcher import Dispatcher
+from farm.dispatch.fill import fill
 from farm.errors import DatabaseUnavailable, InvalidInput, NotFound, Problem, ServiceUnavailable
 from farm.jobs.database import Database
 from farm.jobs.estimates import DryRun, dry_run, speeds
@@ -60,7 +60,7 @@ class Farm:
         self.settings = settings or Settings.load()
         self._db = Database(self.settings.database_url)
         self._db.check_schema()
-        self._store = JobStore(self._db, self.settings)
+        self._store = JobStore.over(self._db, self.settings)
         self._storage = Storage(self.settings)
         self._broker = Broker(self.settings)
 
@@ -125,9 +125,9 @@ class Farm:
             wildcard_seed=wildcard_seed,
             **defaults,
         )
-        batch_id = self._store.submit(name, whose, priority, made, key=key, reuse=reuse)
+        batch_id = self._store.submissions.submit(name, whose, priority, made, key=key, reuse=reuse)
         try:
-            Dispatcher(self._store, self._broker, self._storage, self.settings).fill()
+            fill(self._store.backlog, self._store.workers, self._broker, self.settings.window)
         except ServiceUnavailable as error:
             log.warning("batch %s is safe in SQL and starts when what is away is back: %s", batch_id, error)
         try:
@@ -174,36 +174,36 @@ class Farm:
         )
         if problems:
             raise problems.error()
-        kinds = held_kinds(self._store.workers())
+        kinds = held_kinds(self._store.workers.all())
         return name, specs(what, defaults, partial(sampler_problem, kinds=kinds), expansion=expansion)
 
     def batch(self, name_or_id: str) -> Batch:
         """A batch by its id, or the newest of that name; raises `NotFound`."""
         if not _is_name(name_or_id):  # no database keeps it, and some refuse the question
             raise NotFound(f"there is no batch {shown(name_or_id)}; `farm status` lists them")
-        return Batch(self._store, self._storage, self.settings, self._store.batch(name_or_id))
+        return Batch(self._store, self._storage, self.settings, self._store.queries.batch(name_or_id))
 
     def batches(self, limit: int = 20) -> list[BatchStatus]:
         """How far the newest batches are, newest first."""
-        return self._store.batches(limit)
+        return self._store.queries.batches(limit)
 
     def moving(self, limit: int = 20) -> list[BatchStatus]:
         """How far the batches are that have jobs on their way, in Redis or in a worker."""
-        return [*self._store.statuses(self._store.moving(limit)).values()]
+        return [*self._store.overview.statuses(self._store.overview.moving(limit)).values()]
 
     def tempo(self, batch: BatchStatus) -> Tempo:
         """How fast a batch goes, and how long it still takes."""
-        return self._store.tempo(batch)
+        return self._store.overview.tempo(batch)
 
     def failed(self, batch_id: str, limit: int = 10) -> list[JobInfo]:
         """The jobs of a batch that failed last, newest first."""
-        return self._store.failed(batch_id, limit)
+        return self._store.overview.failed(batch_id, limit)
 
     def job(self, job_id: str) -> Job:
         """A job by its id; raises `NotFound`."""
         if not _is_name(job_id):
             raise NotFound(f"there is no job {shown(job_id)}")
-        return Job(self._store, self._storage, self.settings, self._store.job(job_id))
+        return Job(self._store, self._storage, self.settings, self._store.queries.job(job_id))
 
     def owner(self, name: str) -> Owner:
         """Whoever submits under that name, whether or not there is anything of theirs yet.
@@ -212,19 +212,19 @@ class Farm:
         """
         if not _is_name(name):
             raise InvalidInput([Problem("", "owner", _NAMED)])
-        return Owner(self._store, name)
+        return Owner(self._store.steering, name)
 
     def workers(self) -> list[WorkerInfo]:
         """The workers, what they render on, and the models they hold."""
-        return self._store.workers()
+        return self._store.workers.all()
 
     def loads(self) -> dict[str, Load]:
         """What each worker does now, by name; one that does nothing is not among them."""
-        return self._store.loads()
+        return self._store.overview.loads()
 
     def unheld(self, batch_id: str | None = None) -> list[str]:
         """The models that jobs, or a batch's jobs, wait for and no living worker holds; they start when one does."""
-        return self._store.unheld(batch_id)
+        return self._store.overview.unheld(batch_id)
 
     def too_large(self, batch_id: str | None = None) -> dict[str, int]:
         """The models with jobs, in a batch or at all, that wait because no living worker has the memory for them.
@@ -235,11 +235,11 @@ class Farm:
 
     def exceeded_limits(self, batch_id: str | None = None) -> dict[str, MemoryLimit]:
         """The same models, with all that a worker says about its limit."""
-        return self._store.too_large(batch_id)
+        return self._store.overview.too_large(batch_id)
 
     def waiting(self) -> dict[str, int]:
         """How many jobs of each model wait for a worker."""
-        return self._store.waiting_by_model()
+        return self._store.overview.waiting_by_model()
 
     def close(self) -> None:
         """Close every connection."""

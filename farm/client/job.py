@@ -9,7 +9,8 @@ from PIL import Image
 
 from farm.client import pictures
 from farm.client.previews import Preview, watch
-from farm.jobs.records import AttemptInfo, JobInfo, Picture
+from farm.errors import NotFound
+from farm.jobs.records import AttemptInfo, JobInfo, Picture, Role
 from farm.jobs.states import JobState
 from farm.jobs.store import JobStore
 from farm.objects.storage import Storage
@@ -69,7 +70,7 @@ class Job:
 
     def refresh(self) -> Self:
         """Look at it again; returns itself."""
-        self._info = self._store.job(self.id)
+        self._info = self._store.queries.job(self.id)
         return self
 
     def wait(self, timeout: float | None = None) -> Self:
@@ -95,16 +96,17 @@ class Job:
 
         Raises `NotFound` if its spec did not ask for that, and `JobNotSucceeded`.
         """
-        return pictures.frames(self._film(1), self.spec.num_inference_steps)
+        return pictures.frames(self._film(Role.ANIMATION), self.spec.num_inference_steps)
 
     def film_strip(self) -> Image.Image:
         """Its steps on one page, waiting for it if need be; raises as `trajectory` does."""
-        return pictures.decoded(self._film(0))
+        return pictures.decoded(self._film(Role.FILM_STRIP))
 
-    def _film(self, which: int) -> bytes:
-        if self.spec.trajectory:
-            self.wait()
-        return self._storage.get(pictures.film_keys(self._info)[which])
+    def _film(self, role: Role) -> bytes:
+        if not self.spec.trajectory:
+            raise NotFound(f"job {self.id} kept no trajectory: its spec did not ask for one (trajectory=True)")
+        info = self.wait().info
+        return pictures.stored(self._storage, info, pictures.artifact(info, role))
 
     def previews(self, *, vae: bool = False, timeout: float | None = None) -> Iterator[Preview]:
         """How it looks on its way: each new preview until it ends, rough from the latents or decoded by the VAE.
@@ -139,23 +141,23 @@ class Job:
 
     def cancel(self) -> bool:
         """Cancel it; False if it had ended. If it is running, it stops within a beat."""
-        return bool(self._store.cancel(job_id=self.id))
+        return bool(self._store.steering.cancel(job_id=self.id))
 
     def pause(self) -> bool:
         """Do not render it until `resume`; False if it had ended. If it is running, it stops within a beat."""
-        return bool(self._store.pause(job_id=self.id))
+        return bool(self._store.steering.pause(job_id=self.id))
 
     def resume(self) -> bool:
         """Go on with it, from the step it was at; False if it had ended."""
-        return bool(self._store.resume(job_id=self.id))
+        return bool(self._store.steering.resume(job_id=self.id))
 
     def retry(self) -> bool:
         """Give it all its tries anew; False unless it had failed."""
-        return bool(self._store.retry(job_id=self.id))
+        return bool(self._store.steering.retry(job_id=self.id))
 
     def attempts(self) -> list[AttemptInfo]:
         """What became of each attempt that has ended: its worker, its times, its outcome and the reason."""
-        return self._store.attempts(self.id)
+        return self._store.queries.attempts(self.id)
 
     def _looked_at(self) -> JobInfo:
         """What SQL says of it, again unless it had ended."""

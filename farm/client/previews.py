@@ -43,8 +43,8 @@ def watch(
     for _ in polls(timeout, f"{job_id} has shown nothing new in time; it goes on"):
         if asked is None or time.monotonic() - asked >= _RENEW_SECONDS:
             asked = time.monotonic()
-            store.want_preview(job_id, vae=vae, seconds=_WANTED_SECONDS)
-        job = store.job(job_id)
+            store.steering.request_preview(job_id, vae=vae, seconds=_WANTED_SECONDS)
+        job = store.queries.job(job_id)
         if job.state.terminal:
             return
         if job.state is not JobState.RUNNING:

@@ -10,9 +10,9 @@ from typing import Any
 
 from farm.errors import BrokerUnavailable, ServiceUnavailable
 from farm.jobs.leadership import Leadership
+from farm.jobs.overview import Overview
 from farm.jobs.records import BatchStatus
 from farm.jobs.states import JobState
-from farm.jobs.store import JobStore
 from farm.queue.broker import make_app
 from farm.runtime.backoff import Backoff
 from farm.runtime.terminal_text import printable
@@ -24,11 +24,11 @@ log = logging.getLogger(__name__)
 NAME = "batch"
 """The task name that Flower shows."""
 MOST = 200
-"""The most active batches, and the most others in turn, that one look reads; and the most that it sends."""
+"""The most active batches, and the most others in turn, that one update reads; and the most that it sends."""
 AGAIN_SECONDS = 5.0
 """When an active batch is sent again without a change: its rate falls, or Flower missed the last event."""
 _ENDED_SECONDS, _ENDED_EVERY = 600.0, 60
-"""Every sixtieth look sends recently ended batches again: Flower may have been away when they ended."""
+"""Every sixtieth update sends recently ended batches again: Flower may have been away when they ended."""
 _ENDED_KEPT = 1000
 _HEARTBEAT_SECONDS = 10
 
@@ -40,11 +40,12 @@ class BatchRows:
     """Shows batches to Flower as if each were a task, from one thread of the leading dispatcher.
 
     Each event holds the whole row, so that neither a new dispatcher nor a restarted Flower needs earlier events. Events
-    that can't be sent follow with a later look. A look costs by active batches and a few hundred others, not by jobs.
+    that can't be sent follow with a later update. The cost of an update depends on the number of active batches, and on
+    a few hundred others, not on the number of jobs.
     """
 
-    def __init__(self, store: JobStore, settings: Settings) -> None:
-        self._store = store
+    def __init__(self, overview: Overview, settings: Settings) -> None:
+        self._overview = overview
         self._seconds = settings.progress_seconds
         self._bucket = settings.s3_bucket
         self._stream = EventStream(settings)
@@ -56,10 +57,10 @@ class BatchRows:
         self._ended: dict[str, object] = {}  # the last state sent of some ended ones
         self._models: dict[str, str] = {}
         self._place: tuple[datetime, str] | None = None
-        self._looks = 0
+        self._updates = 0
 
     def run(self, stop: threading.Event, leadership: Leadership) -> None:
-        """Look at the batches while this process leads, until `stop` is set; logs an outage once."""
+        """Update the rows while this process leads, until `stop` is set; logs an outage once."""
         if self._seconds is None:
             return
         pause, failures = self._seconds, 0
@@ -69,7 +70,7 @@ class BatchRows:
                 self._reset()  # another dispatcher sends events meanwhile
                 continue
             try:
-                self.look(time.monotonic())
+                self.update(time.monotonic())
                 failures = 0
             except ServiceUnavailable as error:
                 failures += 1
@@ -81,18 +82,18 @@ class BatchRows:
                 pause = max(pause, self._backoff.max_seconds)
         self._stream.close()
 
-    def look(self, at: float) -> int:
+    def update(self, at: float) -> int:
         """Send the batches that changed, at a time of `time.monotonic`; returns the number of events.
 
-        Raises `ServiceUnavailable`; the next look sends the same batches.
+        Raises `ServiceUnavailable`; the next update sends the same batches.
         """
-        again = frozenset(self._store.just_ended(_ENDED_SECONDS, MOST) if self._looks % _ENDED_EVERY == 0 else ())
-        moving = frozenset(self._store.moving(MOST))
-        looked_at = [*{**dict.fromkeys(moving), **dict.fromkeys(self._others()), **dict.fromkeys(again)}]
-        found = self._store.statuses(looked_at)
+        again = frozenset(self._overview.just_ended(_ENDED_SECONDS, MOST) if self._updates % _ENDED_EVERY == 0 else ())
+        moving = frozenset(self._overview.moving(MOST))
+        batch_ids = [*{**dict.fromkeys(moving), **dict.fromkeys(self._others()), **dict.fromkeys(again)}]
+        found = self._overview.statuses(batch_ids)
         events: list[Event] = []
         marks: dict[str, object] = {}
-        for batch_id in self._longest_untold_first(looked_at):
+        for batch_id in self._least_recently_sent_first(batch_ids):
             status = found.get(batch_id)
             if status is None:
                 events += _gone(batch_id) if batch_id in self._open else ()
@@ -107,21 +108,21 @@ class BatchRows:
             if len(marks) == MOST:
                 break
         self._stream.send(events, at)
-        self._looks += 1
+        self._updates += 1
         for batch_id, mark in marks.items():
             self._remember(batch_id, mark, at, found.get(batch_id))
         return len(events)
 
     def _others(self) -> Iterator[str]:
         """The next page of open batches, and the next of those that were open when they were last sent."""
-        page = self._store.open_batches(MOST, self._place)
+        page = self._overview.open_batches(MOST, self._place)
         self._place = page[-1] if len(page) == MOST else None
         yield from (batch_id for _, batch_id in page)
         known = list(self._open)
-        start = self._looks * MOST % len(known) if len(known) > MOST else 0
+        start = self._updates * MOST % len(known) if len(known) > MOST else 0
         yield from known[start : start + MOST]
 
-    def _longest_untold_first(self, batch_ids: Sequence[str]) -> list[str]:
+    def _least_recently_sent_first(self, batch_ids: Sequence[str]) -> list[str]:
         return sorted(batch_ids, key=lambda batch_id: self._open.get(batch_id, (None, 0.0))[1])
 
     def _remember(self, batch_id: str, mark: object, at: float, status: BatchStatus | None) -> None:
@@ -148,7 +149,7 @@ class BatchRows:
             if status.id not in self._open:
                 # Without it Flower keeps a batch with retried jobs in its terminal state.
                 yield "task-retried", row
-            line = jobs_line(status.ended, status.total, self._store.tempo(status), note(status))
+            line = jobs_line(status.ended, status.total, self._overview.tempo(status), note(status))
             yield "task-progress", {**row, "result": line}
             return
         took = (status.finished_at - status.created_at).total_seconds() if status.finished_at else 0.0
@@ -166,7 +167,7 @@ class BatchRows:
     def _shown(self, status: BatchStatus) -> str:
         models = self._models.get(status.id)
         if models is None:
-            models = self._models[status.id] = ", ".join(self._store.models_of(status.id))
+            models = self._models[status.id] = ", ".join(self._overview.models_of(status.id))
         jobs = f"{status.total} job{'s' * (status.total != 1)}"
         return printable(f"{status.name[:80]}: {jobs} of {status.owner[:40]} (model {models[:200]})")
 

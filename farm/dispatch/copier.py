@@ -6,8 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 
 from farm.errors import NotFound, ServiceUnavailable
-from farm.jobs.reuse import Copying
-from farm.jobs.store import JobStore
+from farm.jobs.reuse import Copying, Reuse
 from farm.objects.storage import Storage
 from farm.runtime.backoff import Backoff
 
@@ -28,8 +27,8 @@ class Copier:
     dispatcher has such jobs rendered.
     """
 
-    def __init__(self, store: JobStore, storage: Storage, clock: Callable[[], float] = time.monotonic) -> None:
-        self._store = store
+    def __init__(self, reuse: Reuse, storage: Storage, clock: Callable[[], float] = time.monotonic) -> None:
+        self._reuse = reuse
         self._storage = storage
         self._clock = clock
         self._waiting: dict[str, str] = {}
@@ -66,17 +65,17 @@ class Copier:
         """
         made: list[Copying] = []
         error: ServiceUnavailable | None = None
-        for one in self._store.begin_copies(wanted):
+        for one in self._reuse.begin_copies(wanted):
             try:
                 if self._copied(one):
                     made.append(one)
                 else:
                     log.warning("the picture of job_id=%s is gone, or not its own: it serves no other", one.source_id)
-                    self._store.withdraw(one.source_id)
+                    self._reuse.withdraw(one.source_id)
             except ServiceUnavailable as raised:
                 error = raised
                 break
-        late = self._store.end_copies(made) if made else []
+        late = self._reuse.record_copies(made) if made else []
         self._storage.delete_many(key for one in late for key in one.keys.values())
         if error is not None:
             raise error

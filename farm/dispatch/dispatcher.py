@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 from farm.dispatch.batch_rows import BatchRows
 from farm.dispatch.copier import Copier
+from farm.dispatch.fill import fill
 from farm.dispatch.retention import Retention
-from farm.errors import BrokerUnavailable, DatabaseUnavailable, ServiceUnavailable
+from farm.errors import DatabaseUnavailable, ServiceUnavailable
 from farm.jobs.leadership import RENEW_SECONDS, Leadership
 from farm.jobs.store import JobStore
 from farm.objects.storage import Storage
@@ -59,9 +60,9 @@ class Dispatcher:
         self._broker = broker
         self._storage = storage
         self._clock = clock
-        self._copier = Copier(store, storage, clock)
+        self._copier = Copier(store.reuse, storage, clock)
         self._retention = Retention(store, storage, settings)
-        self._batch_rows = BatchRows(store, settings)
+        self._batch_rows = BatchRows(store.overview, settings)
         self._window = settings.window
         self._beat_seconds = settings.beat_seconds
         self._lease_seconds = settings.lease_seconds
@@ -74,20 +75,10 @@ class Dispatcher:
 
         Raises `BrokerUnavailable` after it has returned the unpublished jobs to the backlog.
         """
-        # Commit before publishing: a worker that receives a message before the commit has nothing to claim. If this
-        # process dies between the two, `recover` finds the jobs without a message.
-        copies: dict[str, str] = {}
-        bells = self._store.enqueue(
-            self._window, slots=self._store.slots(), copies=copies if self._copier.ready else None
-        )
-        self._copier.offer(copies)
-        if bells:
-            try:
-                self._broker.publish(bells)
-            except BrokerUnavailable:
-                self._store.unqueue([bell.job_id for bell in bells])
-                raise
-        return len(bells)
+        backlog, workers = self._store.backlog, self._store.workers
+        found = fill(backlog, workers, self._broker, self._window, copy=self._copier.ready)
+        self._copier.offer(found.copies)
+        return len(found.queued)
 
     def recover(self) -> int:
         """Return to the backlog jobs with an expired lease and queued jobs with a lost message; returns the number.
@@ -95,17 +86,17 @@ class Dispatcher:
         A message counts as lost after half a lease time outside Redis: until then it may be on its way in, or with a
         worker that is about to claim. A lost message that turns up later has nothing to claim.
         """
-        lost = self._store.expire_leases()
+        lost = self._store.leases.expire()
         self.tally.lost_leases += lost
         now, missed = self._clock(), {}
-        for model in self._store.queued_models():
-            for job_id in set(self._store.queued(model)) - self._broker.waiting(model):
+        for model in self._store.backlog.queued_models():
+            for job_id in set(self._store.backlog.queued(model)) - self._broker.waiting(model):
                 missed[job_id] = self._missed_since.get(job_id, now)
         gone = [job_id for job_id, since in missed.items() if now - since >= self._grace_seconds]
         self._missed_since = {job_id: since for job_id, since in missed.items() if job_id not in gone}
         if gone:
             log.warning("messages gone, jobs brought back: %s", ", ".join(gone[:20]))
-            back = self._store.unqueue(gone)
+            back = self._store.backlog.unqueue(gone)
             self.tally.lost_messages += back
             lost += back
         return lost
@@ -117,13 +108,13 @@ class Dispatcher:
         of a killed worker may still arrive. Objects are deleted before SQL forgets them, so a failure in between is
         repaired by repeating. Raises `StorageUnavailable`.
         """
-        for batch_id in self._store.abandoned():
+        for batch_id in self._store.submissions.abandoned():
             log.warning("batch_id=%s was never submitted to its end, deleted", batch_id)
-            self._store.discard(batch_id)
+            self._store.submissions.discard(batch_id)
         swept = 0
-        while stale := self._store.leftovers(_SWEEP_CHUNK, settled_seconds):
+        while stale := self._store.leftovers.find(_SWEEP_CHUNK, settled_seconds):
             self._storage.delete_many(key for _, keys in stale for key in keys)
-            self._store.forget_leftovers([job_id for job_id, _ in stale])
+            self._store.leftovers.swept([job_id for job_id, _ in stale])
             swept += len(stale)
         return swept
 

@@ -1,4 +1,4 @@
-"""A batch's manifest: what became of each of its jobs, a JSON line a job, beside its pictures."""
+"""The manifest of a batch: a JSON line with the result of each job, in the bucket beside its pictures."""
 
 import json
 import logging
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from farm.errors import NotFound
-from farm.jobs.store import JobStore
+from farm.jobs.endings import Endings
 from farm.objects.large_objects import abort
 from farm.objects.storage import Storage
 from farm.specs.object_keys import manifest_key
@@ -15,41 +15,41 @@ log = logging.getLogger(__name__)
 
 
 class Manifests:
-    """The manifests of batches that have ended, each written once for each time that its batch ended."""
+    """Writes and reads the manifests of ended batches; a batch that ends again after a retry gets a new one."""
 
-    def __init__(self, store: JobStore, storage: Storage) -> None:
-        self._store = store
+    def __init__(self, endings: Endings, storage: Storage) -> None:
+        self._endings = endings
         self._storage = storage
 
     def write(self, batch_id: str) -> bool:
-        """Write the manifest of a batch that has ended, and note that; False if it has not, or goes on meanwhile.
+        """Write the manifest of an ended batch, and record that; False if the batch has not ended, or is retried.
 
-        In constant memory. Written first, noted second: what fails between is only done again. Raises
-        `StorageUnavailable`.
+        In constant memory. It is written before that is recorded, so a failure in between is repaired by repeating.
+        Raises `StorageUnavailable`.
         """
-        ended_at = self._store.last_ended_at(batch_id)
+        ended_at = self._endings.last_ended_at(batch_id)
         if ended_at is None:
             return False
         key = manifest_key(batch_id)
-        abort(self._storage, key)  # a dispatcher that died halfway through a long one left parts that no listing shows
+        abort(self._storage, key)  # a dispatcher that died while it wrote a long one left parts that no listing shows
         self._storage.put_stream(key, self.lines(batch_id), "application/jsonl")
-        return self._store.note_end(batch_id, ended_at)
+        return self._endings.note(batch_id, ended_at)
 
     def lines(self, batch_id: str) -> Iterator[bytes]:
-        """A manifest's lines as SQL has them now."""
-        for entry in self._store.entries(batch_id):
+        """The lines of a manifest, from SQL."""
+        for entry in self._endings.entries(batch_id):
             yield json.dumps(entry).encode() + b"\n"
 
     def read(self, batch_id: str) -> Iterator[dict[str, Any]]:
-        """What became of each job of a batch, in order; from SQL while its manifest is not written.
+        """The result of each job of a batch, in order; from SQL until its manifest is written.
 
         Raises `StorageUnavailable`.
         """
-        if self._store.end_is_noted(batch_id):
+        if self._endings.noted(batch_id):
             try:
                 yield from map(json.loads, self._storage.lines(manifest_key(batch_id)))
             except NotFound:
                 log.warning("the manifest of batch_id=%s is gone from the bucket", batch_id)
             else:
                 return
-        yield from self._store.entries(batch_id)
+        yield from self._endings.entries(batch_id)

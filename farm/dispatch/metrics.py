@@ -28,7 +28,7 @@ from farm.jobs.database import Database
 from farm.jobs.demand import Demands, demands
 from farm.jobs.leadership import Leadership
 from farm.jobs.states import JobState
-from farm.jobs.store import JobStore
+from farm.jobs.workers import Workers
 from farm.runtime.metrics_server import MetricsServer, Service, respond
 from farm.settings import Settings
 
@@ -89,7 +89,7 @@ def _by_model(found: Demands) -> Iterator[Metric]:
             ("running_device_seconds", "Estimated device seconds of running jobs, from first to last step."),
             (
                 "oldest_wait_seconds",
-                "Age of the oldest batch with waiting jobs that are not paused; 0 if there is none.",
+                "Age of the oldest batch with unpaused waiting jobs; 0 without one.",
             ),
             ("model_workers", "Live workers that serve the model."),
             ("model_slots", "Slots of the live workers that serve the model."),
@@ -130,7 +130,7 @@ class DispatcherCollector(Collector):
             ("dispatch_pass_seconds", "Seconds that passes took.", tally.pass_seconds),
             (
                 "dispatched_jobs",
-                "Jobs moved into Redis by this dispatcher, without those moved by clients.",
+                "Jobs this dispatcher moved into Redis; clients move others.",
                 tally.dispatched,
             ),
             ("lost_leases", "Jobs recovered from expired leases.", tally.lost_leases),
@@ -149,12 +149,12 @@ class DispatcherCollector(Collector):
 class WorkerTargets:
     """The live workers with metrics, as targets for Prometheus' `http_sd_configs`."""
 
-    store: JobStore
+    workers: Workers
 
     def __call__(self, _environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """Answer a refresh; after an error Prometheus keeps its present targets."""
         try:
-            found = [target(one.name, one.metrics_url) for one in self.store.workers() if one.alive and one.metrics_url]
+            found = [target(one.name, one.metrics_url) for one in self.workers.all() if one.alive and one.metrics_url]
         except ServiceUnavailable as error:
             return respond(start_response, http.HTTPStatus.SERVICE_UNAVAILABLE, f"{error}\n")
         return respond(start_response, http.HTTPStatus.OK, json.dumps(found), "application/json")
@@ -171,7 +171,7 @@ def target(worker: str, url: str) -> dict[str, Any]:
 
 def serve(
     db: Database,
-    store: JobStore,
+    workers: Workers,
     dispatcher: Dispatcher,
     leadership: Leadership,
     settings: Settings,
@@ -185,7 +185,7 @@ def serve(
         ProcessCollector(registry=registry)
     registry.register(FarmCollector(db, settings))
     registry.register(DispatcherCollector(dispatcher, leadership, services))
-    server = MetricsServer(settings, registry, {"/workers": WorkerTargets(store)})
+    server = MetricsServer(settings, registry, {"/workers": WorkerTargets(workers)})
     server.start()
     log.info("metrics at %s", server.url)
     return server

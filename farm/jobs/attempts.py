@@ -1,119 +1,93 @@
-"""`Attempts`: what a worker may do with a job that it has claimed, to its end; and what became of each attempt.
+"""`Attempts`: what a worker records of a job that it has claimed, up to its end.
 
-Each move names the state that it leaves and the attempt that makes it: a worker that comes too late matches no row.
+Each move names the state that it leaves and the attempt that makes it: writes from older attempts are rejected.
 """
 
 import logging
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import sqlalchemy as sa
 
 from farm.errors import ErrorClass
-from farm.jobs.database import Database, now, now_plus
-from farm.jobs.leases import Leases, end_attempts, leave_running
-from farm.jobs.queries import in_state
-from farm.jobs.records import AttemptInfo, Claim, Picture
-from farm.jobs.schema import AttemptRow, JobRow
+from farm.jobs.artifacts import artifact_rows
+from farm.jobs.conditions import in_state
+from farm.jobs.database import Database, now_plus
+from farm.jobs.records import Artifact, Claim, Picture, Success
+from farm.jobs.schema import ArtifactRow, JobRow
 from farm.jobs.states import JobState, Outcome
+from farm.jobs.transitions import Ending, Move, finalize, unless_cancelled, without_worker
+from farm.runtime.backoff import Backoff
 from farm.settings import Settings
 
 log = logging.getLogger(__name__)
 
 
-class Attempts(Leases):
-    """Jobs as workers end them."""
+class Attempts:
+    """Records what a worker reports of the jobs that it has claimed."""
 
     def __init__(self, db: Database, settings: Settings) -> None:
-        super().__init__(db, settings)
+        self._db = db
         self._max_tries = settings.max_tries
+        self._backoff = Backoff(settings.retry_seconds, settings.retry_max_seconds)
 
-    def attempts(self, job_id: str) -> list[AttemptInfo]:
-        """What became of each attempt of a job that has ended, in order; the one under way is in the job itself."""
-        with self._db.read() as session:
-            rows = session.scalars(
-                sa.select(AttemptRow).where(AttemptRow.job_id == job_id).order_by(AttemptRow.attempt)
-            )
-            return [
-                AttemptInfo(
-                    attempt=row.attempt,
-                    worker=row.worker,
-                    started_at=row.started_at,
-                    ended_at=row.ended_at,
-                    outcome=Outcome(row.outcome),
-                    error_class=ErrorClass(row.error_class) if row.error_class else None,
-                    reason=row.reason,
-                    steps_done=row.steps_done,
-                    device_seconds=row.device_seconds,
-                )
-                for row in rows
-            ]
+    def record_checkpoint(self, claim: Claim, key: str) -> bool:
+        """Record the object from which a later attempt can resume; False if the claim no longer holds."""
+        held = in_state(JobState.RUNNING), JobRow.attempt == claim.attempt
+        return self._note(claim, *held, checkpoint_key=key, leftovers=True)
 
-    def checkpointed(self, claim: Claim, key: str) -> bool:
-        """Record the object that a later attempt can go on from; False if the claim no longer holds."""
-        with self._db.write() as session:
-            row = session.execute(
-                sa.update(JobRow).where(*_holds(claim)).values(checkpoint_key=key).returning(JobRow.id)
-            ).one_or_none()
-        return row is not None
+    def expect_objects(self, claim: Claim) -> bool:
+        """Note that a worker is about to write objects beside a job's picture; False if the claim no longer holds.
 
-    def leaves(self, claim: Claim) -> bool:
-        """Note that a claimed job's worker is about to write objects beside its picture; False if the claim is void.
-
-        Before it writes the first: whatever dies or is away then, the dispatcher looks for them when the job has ended.
+        Called before the first object is written: if the worker dies, the dispatcher looks for them when the job has
+        ended.
         """
+        return self._note(claim, in_state(JobState.RUNNING), JobRow.attempt == claim.attempt, leftovers=True)
+
+    def report_leftovers(self, claim: Claim) -> None:
+        """Note that an attempt, current or not, may have left objects that no sweep has seen."""
+        self._note(claim, leftovers=True)
+
+    def _note(self, claim: Claim, *which: sa.ColumnElement[bool], **values: Any) -> bool:
+        noted = sa.update(JobRow).where(JobRow.id == claim.job_id, *which).values(**values).returning(JobRow.id)
         with self._db.write() as session:
-            noted = sa.func.coalesce(JobRow.checkpoint_key, "")
-            row = session.execute(
-                sa.update(JobRow).where(*_holds(claim)).values(checkpoint_key=noted).returning(JobRow.id)
-            ).one_or_none()
-        return row is not None
+            return session.execute(noted).one_or_none() is not None
 
-    def left_behind(self, claim: Claim) -> None:
-        """Note that objects of a claim, void or not, may lie in the object store that a sweep has not seen."""
-        with self._db.write() as session:
-            noted = sa.func.coalesce(JobRow.checkpoint_key, "")
-            session.execute(sa.update(JobRow).where(JobRow.id == claim.job_id).values(checkpoint_key=noted))
+    def succeed(self, claim: Claim, picture: Picture, artifacts: Sequence[Artifact] = ()) -> bool:
+        """Record the picture of a claimed job, and the artifacts beside it; False if the claim no longer holds.
 
-    def succeed(self, claim: Claim, picture: Picture) -> bool:
-        """Record the picture of a claimed job; False if the claim no longer holds.
-
-        Done again, because the answer of the first time was lost, it is True again. What its attempts left beside the
-        picture the worker deletes, or else the dispatcher.
+        Repeated after its answer was lost, it is True again. The worker deletes what its attempts left beside the
+        picture, or else the dispatcher does.
         """
-        return bool(self._succeed([(claim, picture)]))
+        return bool(self._succeed([Success(claim, picture, artifacts)]))
 
-    def succeed_many(self, ended: Sequence[tuple[Claim, Picture]]) -> set[str]:
-        """Record pictures as `succeed` does each; returns the ids of the jobs whose claims still held.
+    def succeed_many(self, ended: Sequence[Success]) -> set[str]:
+        """Record successes as `succeed` does each; returns the ids of the jobs whose claims still held.
 
-        All in one transaction, except for what somebody else has locked.
+        One transaction records them all; locked rows are recorded afterwards, one by one.
         """
         recorded = self._succeed(ended, skip_locked=True)
-        left = [one for one in ended if one[0].job_id not in recorded]
-        return recorded.union(*(self._succeed([one]) for one in left))
+        left = [success for success in ended if success.claim.job_id not in recorded]
+        return recorded.union(*(self._succeed([success]) for success in left))
 
-    def _succeed(self, ended: Sequence[tuple[Claim, Picture]], *, skip_locked: bool = False) -> set[str]:
-        claims = {claim.job_id: claim for claim, _ in ended}
-        keys = {claim.job_id: picture.key for claim, picture in ended}
+    def _succeed(self, ended: Sequence[Success], *, skip_locked: bool = False) -> set[str]:
+        claims = {success.claim.job_id: success.claim for success in ended}
+        keys = {success.claim.job_id: success.picture.key for success in ended}
         with self._db.write() as session:
-            connection = session.connection()
-            found = connection.execute(_CLAIMED_FREE if skip_locked else _CLAIMED, {"ended": list(claims)}).all()
+            query = _CLAIMED_UNLOCKED if skip_locked else _CLAIMED
+            found = session.connection().execute(query, {"job_ids": list(claims)}).all()
             mine = [row for row in found if row.attempt == claims[row.id].attempt]
             held = {row.id for row in mine if row.state == JobState.RUNNING.value}
             done = {row.id for row in mine if row.image_key == keys[row.id]}
             if held:
-                # Each statement counts in its batch: everybody in the same order, so that none wait for each other.
-                connection.execute(
-                    _SUCCEED,
-                    [
-                        _succeeded(claim, picture)
-                        for claim, picture in sorted(ended, key=lambda one: one[0].batch_id)
-                        if claim.job_id in held
-                    ],
-                )
-                connection.execute(_END_SUCCEEDED, {"held": list(held)})
-        for job_id in held:
-            log.info("ended job_id=%s attempt=%d now=succeeded", job_id, claims[job_id].attempt)
+                # Each statement counts in its batch: all transactions take the batches in one order, so that none
+                # wait for each other.
+                in_order = sorted(ended, key=lambda success: success.claim.batch_id)
+                recorded = [success for success in in_order if success.claim.job_id in held]
+                finalize(session, _SUCCEED, each=[_succeeded(each.claim, each.picture) for each in recorded])
+                artifacts = (artifact_rows(each.claim.job_id, each.picture, each.artifacts) for each in recorded)
+                session.connection().execute(_INSERT_ARTIFACTS, list(chain.from_iterable(artifacts)))
         if not skip_locked:
             for job_id in claims.keys() - held - done:
                 log.warning("too late job_id=%s attempt=%d", job_id, claims[job_id].attempt)
@@ -124,119 +98,79 @@ class Attempts(Leases):
         return error_class.retryable and claim.tries + 1 < self._max_tries
 
     def fail(self, claim: Claim, error: str, error_class: ErrorClass = ErrorClass.TRANSIENT) -> bool:
-        """Record a claimed job's error: back to the backlog, for a while, if it has tries left and another may help.
+        """Record a claimed job's error; False if the claim no longer holds.
 
-        The next try starts afresh, since what was checkpointed may be what went wrong: the worker deletes its
-        checkpoint before it calls this. Where there was no memory for it, it is left to another worker, if there is
-        one. False if the claim no longer holds.
+        While another try may help and tries are left, the job goes back to the backlog for a while. That try starts
+        from the first step, since the checkpoint may be what went wrong: the worker deletes it before it calls this. A
+        job that ran out of memory is left to another worker, if there is one.
         """
-        tries = claim.tries + 1  # nobody else counts them while the claim holds
+        tries = claim.tries + 1  # nothing else counts them while the claim holds
         again = self.tries_again(claim, error_class)
-        left = leave_running(sa.literal((JobState.PENDING if again else JobState.FAILED).value), sa.literal(error))
-        back = left["state"] == JobState.PENDING.value
+        values = without_worker(sa.literal(error))
+        if again:
+            values |= {"checkpoint_key": None, "not_before": now_plus(sa.literal(self._backoff.seconds(tries)))}
         if error_class is ErrorClass.OUT_OF_MEMORY:
-            left["avoid_worker"] = JobRow.worker
-        left["checkpoint_key"] = sa.case((back, ""), else_=left["checkpoint_key"])
+            values["avoid_worker"] = JobRow.worker
+        outcome = Outcome.RETRIED if again else Outcome.FAILED
         return self._end(
             claim,
-            {
-                "outcome": _unless_cancelled(Outcome.RETRIED if again else Outcome.FAILED),
-                "error_class": error_class.value,
-                "reason": error,
-            },
-            tries=tries,
-            not_before=now_plus(sa.literal(self._backoff.seconds(tries))) if again else None,
-            **left,
+            JobState.PENDING if again else JobState.FAILED,
+            Ending(_unless_cancelled(outcome), error_class.value, error),
+            **{"tries": tries, "not_before": None, **values},
         )
 
     def hand_back(self, claim: Claim, why: str = "its worker stops", *, elsewhere: bool = False) -> bool:
-        """Give a claimed job back to the backlog, unrendered, at no cost; False if the claim no longer holds.
+        """Return a claimed job to the backlog, unrendered, at no cost; False if the claim no longer holds.
 
-        One that is to go `elsewhere` is left to another worker, if there is one, and comes back after a while.
+        A job that is to go `elsewhere` is left to another worker, if there is one, and waits for a while.
         """
-        left = leave_running(sa.literal(JobState.PENDING.value), JobRow.error)
+        values = without_worker(JobRow.error)
         if elsewhere:
-            left |= {"avoid_worker": JobRow.worker, "not_before": now_plus(sa.literal(self._backoff.seconds(1)))}
-        return self._end(claim, {"outcome": _unless_cancelled(Outcome.HANDED_BACK), "reason": why}, **left)
+            values |= {"avoid_worker": JobRow.worker, "not_before": now_plus(sa.literal(self._backoff.seconds(1)))}
+        ending = Ending(_unless_cancelled(Outcome.HANDED_BACK), reason=why)
+        return self._end(claim, JobState.PENDING, ending, **values)
 
     def stopped(self, claim: Claim) -> bool:
-        """Record that a claimed job is no longer rendered because it was cancelled; False if the claim is void."""
-        return self._end(
-            claim,
-            {"outcome": Outcome.CANCELLED.value},
-            **leave_running(sa.literal(JobState.CANCELLED.value), JobRow.error),
-        )
+        """Record that a claimed job's render was stopped, as requested; False if the claim no longer holds."""
+        ending = Ending(Outcome.CANCELLED.value)
+        return self._end(claim, JobState.CANCELLED, ending, **without_worker(JobRow.error))
 
-    def _end(self, claim: Claim, ending: dict[str, Any], **values: Any) -> bool:
+    def _end(self, claim: Claim, to: JobState, ending: Ending, **values: Any) -> bool:
+        move = Move({JobState.RUNNING: unless_cancelled(otherwise=to)}, **values)
         with self._db.write() as session:
-            held = end_attempts(session, *_claimed(claim), **ending)
-            moved = sa.update(JobRow).where(*_holds(claim)).values(**values).returning(JobRow.state)
-            state = session.scalar(moved) if held else None
-        if state is None:
+            held = JobRow.id == claim.job_id, JobRow.attempt == claim.attempt
+            ended = bool(finalize(session, move, *held, ending=ending))
+        if not ended:
             log.warning("too late job_id=%s attempt=%d", claim.job_id, claim.attempt)
-            return False
-        log.info("ended job_id=%s attempt=%d now=%s", claim.job_id, claim.attempt, state)
-        return True
+        return ended
 
 
-# Written once, since to put them together takes as long as to execute them.
+# Built once: building a statement takes as long as executing it.
 _CLAIMED = (
     sa.select(JobRow.id, JobRow.attempt, JobRow.state, JobRow.image_key)
-    .where(JobRow.id.in_(sa.bindparam("ended", expanding=True)))
+    .where(JobRow.id.in_(sa.bindparam("job_ids", expanding=True)))
     .with_for_update()
 )
-# Waits for nobody while it holds some of the rows: so no two transactions can wait for each other.
-_CLAIMED_FREE = _CLAIMED.with_for_update(skip_locked=True)
-_SUCCEED = (
-    sa.update(JobRow)
-    .where(
-        JobRow.id == sa.bindparam("of_job"), JobRow.attempt == sa.bindparam("of_attempt"), in_state(JobState.RUNNING)
-    )
-    .values(
-        state=JobState.SUCCEEDED.value,
-        finished_at=now(),
-        lease_until=None,
-        error=None,
-        **{
-            name: sa.bindparam(name)
-            for name in (
-                "steps_done",
-                "image_key",
-                "image_sha256",
-                "image_bytes",
-                "width",
-                "height",
-                "model_sha256",
-                "render_seconds",
-                "device_seconds",
-                "warnings",
-            )
-        },
-    )
+# Never waits for a row while it holds others, so that no two transactions can wait for each other.
+_CLAIMED_UNLOCKED = _CLAIMED.with_for_update(skip_locked=True)
+_PICTURE = (
+    "steps_done",
+    "image_key",
+    "image_sha256",
+    "image_bytes",
+    "width",
+    "height",
+    "model_sha256",
+    "render_seconds",
+    "device_seconds",
+    "warnings",
 )
-
-
-_END_SUCCEEDED = sa.insert(AttemptRow).from_select(
-    [
-        AttemptRow.job_id,
-        AttemptRow.attempt,
-        AttemptRow.worker,
-        AttemptRow.started_at,
-        AttemptRow.ended_at,
-        AttemptRow.outcome,
-        AttemptRow.steps_done,
-        AttemptRow.device_seconds,
-    ],
-    sa.select(
-        JobRow.id,
-        JobRow.attempt,
-        JobRow.worker,
-        JobRow.started_at,
-        JobRow.finished_at,
-        sa.literal(Outcome.SUCCEEDED.value),
-        JobRow.steps_done,
-        JobRow.device_seconds,
-    ).where(JobRow.id.in_(sa.bindparam("held", expanding=True))),
+_INSERT_ARTIFACTS = sa.insert(ArtifactRow)
+_SUCCEED = Move(
+    {JobState.RUNNING: JobState.SUCCEEDED},
+    lease_until=None,
+    error=None,
+    **{name: sa.bindparam(name) for name in _PICTURE},
 )
 
 
@@ -255,14 +189,6 @@ def _succeeded(claim: Claim, picture: Picture) -> dict[str, Any]:
         "device_seconds": picture.device_seconds,
         "warnings": list(picture.warnings),
     }
-
-
-def _claimed(claim: Claim) -> tuple[sa.ColumnElement[bool], ...]:
-    return JobRow.id == claim.job_id, JobRow.attempt == claim.attempt
-
-
-def _holds(claim: Claim) -> tuple[sa.ColumnElement[bool], ...]:
-    return *_claimed(claim), in_state(JobState.RUNNING)
 
 
 def _unless_cancelled(outcome: Outcome) -> sa.ColumnElement[str]:

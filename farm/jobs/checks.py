@@ -6,12 +6,12 @@ from collections.abc import Iterator
 import sqlalchemy as sa
 
 from farm.errors import FarmError, SchemaMismatch
+from farm.jobs.conditions import JOB_PAUSED, VISIBLE, in_state
 from farm.jobs.database import Database
 from farm.jobs.leadership import DISPATCHER, RENEW_SECONDS, leader
-from farm.jobs.queries import VISIBLE, in_state
-from farm.jobs.schema import BatchRow, JobRow, OwnerRow
+from farm.jobs.schema import BatchRow, JobRow
 from farm.jobs.states import JobState
-from farm.jobs.store import JobStore
+from farm.jobs.workers import Workers
 from farm.runtime.finding import Finding
 from farm.settings import Settings
 from farm.version import __version__
@@ -48,7 +48,7 @@ def check_workers(database: Database, settings: Settings) -> Iterator[Finding]:
 
     Raises `DatabaseUnavailable`.
     """
-    workers = JobStore(database, settings).workers()
+    workers = Workers(database, settings).all()
     for worker in workers:
         models = ", ".join(model.name for model in worker.models)
         if not worker.alive:
@@ -82,9 +82,7 @@ def _waiting(database: Database) -> dict[str, int]:
             rows = session.execute(
                 sa.select(JobRow.model, sa.func.count())
                 .join(BatchRow)
-                .outerjoin(OwnerRow, OwnerRow.name == BatchRow.owner)
-                .where(in_state(state), VISIBLE, ~JobRow.paused, ~BatchRow.paused)
-                .where(sa.or_(OwnerRow.paused.is_(None), ~OwnerRow.paused))
+                .where(in_state(state), VISIBLE, ~JOB_PAUSED)
                 .group_by(JobRow.model)
             )
             for model, count in rows:

@@ -8,12 +8,18 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from farm.jobs.database import now, now_plus
-from farm.jobs.queries import VISIBLE, JobQueries, in_state, models_in
-from farm.jobs.records import BatchStatus, JobInfo, job_info
-from farm.jobs.schema import BatchRow, JobCountRow, JobRow, OwnerRow
+from farm.jobs.artifacts import job_info
+from farm.jobs.conditions import BATCH_PAUSED, VISIBLE, in_state, models_in
+from farm.jobs.database import Database, now, now_plus
+from farm.jobs.memory_limits import allowed, memory_limits
+from farm.jobs.queries import JOBS, batch_status
+from farm.jobs.records import BatchStatus, JobInfo
+from farm.jobs.schema import BatchRow, JobCountRow, JobRow
+from farm.jobs.served_models import MemoryLimit
 from farm.jobs.states import JobState
 from farm.jobs.tempo import MOST_ENDINGS, Tempo, tempo
+from farm.jobs.workers import live_models
+from farm.settings import Settings
 
 _FIRST_JOBS = 100
 _RUNNING = 256
@@ -41,8 +47,12 @@ class Totals:
     """Name and SHA-256 of each model that made pictures of it."""
 
 
-class Overview(JobQueries):
-    """Batches on their way, how fast they go, and who works on them."""
+class Overview:
+    """Reads which batches are in progress, how fast they go, and which jobs wait in vain for a worker."""
+
+    def __init__(self, db: Database, settings: Settings) -> None:
+        self._db = db
+        self._lease_seconds = settings.lease_seconds
 
     def open_batches(self, limit: int, after: tuple[datetime, str] | None = None) -> list[tuple[datetime, str]]:
         """When batches were accepted that have not ended, and their ids, in that order, from the one after that one.
@@ -80,9 +90,7 @@ class Overview(JobQueries):
         """How far these batches are, by id; one that was deleted is not among them."""
         with self._db.read() as session:
             rows = session.execute(
-                sa.select(BatchRow, OwnerRow.paused)
-                .outerjoin(OwnerRow, OwnerRow.name == BatchRow.owner)
-                .where(BatchRow.id.in_(batch_ids), VISIBLE)
+                sa.select(BatchRow, BATCH_PAUSED.label("paused")).where(BatchRow.id.in_(batch_ids), VISIBLE)
             ).all()
             counts: dict[str, dict[JobState, int]] = {}
             for batch_id, state, count in session.execute(
@@ -91,7 +99,7 @@ class Overview(JobQueries):
                 .group_by(JobCountRow.batch_id, JobCountRow.state)
             ):
                 counts.setdefault(batch_id, {})[JobState(state)] = int(count)
-            return {row.id: self._told(session, row, counts.get(row.id, {}), bool(paused)) for row, paused in rows}
+            return {row.id: batch_status(session, row, counts.get(row.id, {}), paused=paused) for row, paused in rows}
 
     def tempo(self, batch: BatchStatus) -> Tempo:
         """How fast a batch goes: from its last endings, or while it has none from its running jobs' measured steps."""
@@ -120,7 +128,7 @@ class Overview(JobQueries):
 
     def models_of(self, batch_id: str) -> list[str]:
         """The models of a batch: of its first hundred jobs, and of all that wait in the backlog."""
-        first = sa.select(JobRow.model).where(JobRow.batch_id == batch_id, JobRow.index <= _FIRST_JOBS).distinct()
+        first = sa.select(JobRow.model).where(JobRow.batch_id == batch_id, JobRow.position <= _FIRST_JOBS).distinct()
         with self._db.read() as session:
             found = set(session.scalars(first))
             for model in models_in(session, JobState.PENDING):
@@ -148,8 +156,7 @@ class Overview(JobQueries):
             .limit(_LAST_ENDED)
         )
         query = (
-            sa.select(JobRow)
-            .where(JobRow.id.in_(last), JobRow.state == JobState.FAILED.value)
+            JOBS.where(JobRow.id.in_(last), JobRow.state == JobState.FAILED.value)
             .order_by(JobRow.finished_at.desc())
             .limit(limit)
         )
@@ -165,3 +172,49 @@ class Overview(JobQueries):
             began_at, device_seconds = session.execute(sums).one()
             models = sorted((model, str(sha256)) for model, sha256 in session.execute(made_by))
         return Totals(began_at, device_seconds, models)
+
+    def waiting_by_model(self) -> dict[str, int]:
+        """Return how many jobs of each model wait, in the backlog or in Redis."""
+        states = (JobState.PENDING, JobState.QUEUED)
+        with self._db.read() as session:
+            waiting: dict[str, int] = {}
+            for state in states:
+                for model, count in session.execute(
+                    sa.select(JobRow.model, sa.func.count())
+                    .join(BatchRow)
+                    .where(in_state(state), VISIBLE)
+                    .group_by(JobRow.model)
+                ):
+                    waiting[model] = waiting.get(model, 0) + count
+            return waiting
+
+    def unheld(self, batch_id: str | None = None) -> list[str]:
+        """Return the models that jobs, of a batch or all, wait for and that no live worker serves."""
+        with self._db.read() as session:
+            held = {model.name for models in live_models(session, self._lease_seconds) for model in models}
+            missing = {
+                model
+                for state in (JobState.PENDING, JobState.QUEUED)
+                for model in models_in(session, state)
+                if model not in held and _has(session, state, model, batch_id)
+            }
+        return sorted(missing)
+
+    def too_large(self, batch_id: str | None = None) -> dict[str, MemoryLimit]:
+        """Return the models with jobs, of a batch or of all, that no live worker has the memory for.
+
+        With the highest limit of a worker of that model.
+        """
+        with self._db.read() as session:
+            return {
+                model: max(limits, key=lambda limit: limit.pixels)
+                for model, limits in memory_limits(live_models(session, self._lease_seconds)).items()
+                if _has(session, JobState.PENDING, model, batch_id, ~allowed(limits))
+            }
+
+
+def _has(session: Session, state: JobState, model: str, batch_id: str | None, *which: sa.ColumnElement[bool]) -> bool:
+    query = sa.select(JobRow.batch_id).join(BatchRow).where(in_state(state), JobRow.model == model, VISIBLE, *which)
+    if batch_id is not None:
+        query = query.where(JobRow.batch_id == batch_id)
+    return session.scalar(query.limit(1)) is not None

@@ -8,23 +8,24 @@ import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import sqlalchemy as sa
-from sqlalchemy.orm import Session, aliased
+from sqlalchemy.orm import Session, aliased, selectinload
 
-from farm.jobs.database import now, now_plus
-from farm.jobs.queries import JobQueries, in_state
-from farm.jobs.schema import AttemptRow, BatchRow, JobRow, LeaderRow, WorkerRow
-from farm.jobs.served_models import served_models
+from farm.jobs.artifacts import artifacts_of, copy_artifacts
+from farm.jobs.conditions import JOB_PAUSED, in_state
+from farm.jobs.database import Database, now
+from farm.jobs.schema import AttemptRow, BatchRow, JobRow, LeaderRow
 from farm.jobs.states import JobState, Outcome
-from farm.specs.object_keys import image_key, trajectory_keys
+from farm.jobs.transitions import UNQUEUE, Ending, Move, finalize
+from farm.jobs.workers import live_models
+from farm.specs.object_keys import beside, image_key
 
 log = logging.getLogger(__name__)
 
 _LEADER = "dispatcher"
 """Under which name the standing dispatchers elect the one that acts."""
-_FURTHER = 1000
 
 
 @dataclass(frozen=True)
@@ -49,50 +50,53 @@ class _Twin:
     priority: int
 
 
-class Works:
-    """What one pass of the dispatcher knows of work that is done or under way; asked in its transaction, when needed.
+class Chosen(NamedTuple):
+    """Which of some jobs are to be rendered now."""
 
-    `copies` takes, by job, the jobs whose pictures are to be copied: these are not to be rendered. Without it nothing
-    is copied, and what is under way is still waited for. While no standing dispatcher leads, nobody would make the
-    copies, nor go on with who waited, and every job is rendered.
+    job_ids: list[str]
+    last: int | None
+    """The position up to which every job was decided on; the jobs after it have to be read again."""
+
+
+class Works:
+    """What one pass of the dispatcher knows of work that is done or under way; read in its transaction, when needed.
+
+    With `copy`, a job whose picture exists is not rendered: it is added to `copies`. Without, it is rendered. Jobs wait
+    for a duplicate that is under way in both cases. While no dispatcher leads, nothing would make the copies, nor
+    continue with the jobs that wait, and every job is rendered.
     """
 
-    def __init__(self, session: Session, lease_seconds: float, copies: dict[str, str] | None) -> None:
+    def __init__(self, session: Session, lease_seconds: float, *, copy: bool) -> None:
         self._session = session
         self._lease_seconds = lease_seconds
-        self._copies = copies
+        self._copy = copy
         self._passed_by: list[str] = []
-        self.further = _FURTHER
-        """How many jobs the pass may still read beyond those whose turn it is."""
+        self.copies: dict[str, str] = {}
+        """The jobs that are to get a copy of a picture, and the job that has it."""
 
-    def to_render(
-        self, rows: Sequence[sa.Row[Any]], model: str, priority: int, most: int
-    ) -> tuple[list[str], int | None]:
-        """Which of these jobs of a model are to be rendered now, and the place of the last one that was decided on."""
-        chosen: list[str] = []
-        last, decided = None, True
+    def choose(self, rows: Sequence[sa.Row[Any]], model: str, priority: int, most: int) -> Chosen:
+        """Choose which of a model's jobs are to be rendered now, at most so many."""
+        job_ids: list[str] = []
+        last: int | None = None
+        decided = True
         works = {row.work_sha256 for row in rows} - {None}
-        done = self._done(model, works) if works and self._led and self._copies is not None else {}
+        done = self._done(model, works) if works and self._copy and self._led else {}
         for row in rows:
             work = row.work_sha256
             if work in done:
-                if (source := done[work]) is not None and self._copies is not None:
-                    self._copies[row.id] = source
-            elif len(chosen) == most:
-                decided = False
+                if (source := done[work]) is not None:
+                    self.copies[row.id] = source
+            elif len(job_ids) == most:
+                decided = False  # jobs after this one may still get copies
             elif work is None or not self._led or self._goes_first(row.id, work, priority):
-                chosen.append(row.id)
-            last = row.place if decided else last
-        return chosen, last
+                job_ids.append(row.id)
+            last = row.position if decided else last
+        return Chosen(job_ids, last)
 
     def put_back(self) -> None:
         """Return to the backlog what was queued, and is to wait for a twin of a higher priority now."""
         if self._passed_by:
-            self._session.execute(
-                sa.update(JobRow)
-                .where(in_state(JobState.QUEUED), JobRow.id.in_(self._passed_by))
-                .values(state=JobState.PENDING.value, queued_at=None)
-            )
+            self._session.execute(UNQUEUE.update.where(JobRow.id.in_(self._passed_by)))
             log.info("put back behind twins of a higher priority: %s", ", ".join(self._passed_by))
             self._passed_by = []
 
@@ -136,10 +140,9 @@ class Works:
     @cached_property
     def _weights(self) -> dict[str, set[str]]:
         """The hashes of each model's weights that the live workers which serve it report."""
-        alive = WorkerRow.seen_at > now_plus(sa.literal(-self._lease_seconds))
         found: dict[str, set[str]] = {}
-        for models in self._session.scalars(sa.select(WorkerRow.models).where(alive)):
-            for model in served_models(models):
+        for models in live_models(self._session, self._lease_seconds):
+            for model in models:
                 found.setdefault(model.name, set()).update(filter(None, [model.sha256]))
         return found
 
@@ -167,28 +170,31 @@ def pictures_of(works: Collection[str]) -> sa.Select[*tuple[Any, ...]]:
     )
 
 
-class Reuse(JobQueries):
+class Reuse:
     """Copies of pictures, begun and recorded.
 
     A job stays pending while a copy is made, so that nothing has to be undone when that breaks off. But the copy has
     an attempt of its own: no worker writes to its key, and it is no longer recorded once the job has gone elsewhere.
     """
 
+    def __init__(self, db: Database) -> None:
+        self._db = db
+
     def begin_copies(self, wanted: Mapping[str, str]) -> list[Copying]:
         """Take an attempt of each of these pending jobs for a copy of the picture of the job that it is mapped to."""
-        source = aliased(JobRow)
         with self._db.write() as session:
             sources = {
                 row.id: row
-                for row in session.execute(
-                    sa.select(source.id, source.image_key, source.image_bytes)
-                    .join(BatchRow, BatchRow.id == source.batch_id)
+                for row in session.scalars(
+                    sa.select(JobRow)
+                    .join(BatchRow)
                     .where(
-                        source.id.in_(set(wanted.values())),
-                        source.state == JobState.SUCCEEDED.value,
-                        source.image_key.is_not(None),
+                        JobRow.id.in_(set(wanted.values())),
+                        in_state(JobState.SUCCEEDED),
+                        JobRow.image_key.is_not(None),
                         BatchRow.deleted_at.is_(None),
                     )
+                    .options(selectinload(JobRow.artifacts))
                 )
             }
             taken = session.execute(
@@ -196,21 +202,21 @@ class Reuse(JobQueries):
                 .where(
                     in_state(JobState.PENDING),
                     JobRow.id.in_([job_id for job_id, source_id in wanted.items() if source_id in sources]),
-                    ~JobRow.paused,
+                    ~JOB_PAUSED,
                 )
                 .values(
                     attempt=JobRow.attempt + 1,
                     started_at=now(),
                     # So that what it leaves is swept when the job has ended, unless this is how it ends.
-                    checkpoint_key=sa.func.coalesce(JobRow.checkpoint_key, ""),
+                    leftovers=True,
                 )
-                .returning(JobRow.id, JobRow.attempt, JobRow.batch_id, JobRow.index.label("place"), JobRow.spec)
+                .returning(JobRow.id, JobRow.attempt, JobRow.batch_id, JobRow.position, JobRow.spec)
             ).all()
             if taken:
                 session.execute(sa.insert(AttemptRow).values([_begun(row, wanted[row.id]) for row in taken]))
-        return [_copying(row, sources[wanted[row.id]]) for row in taken]
+            return [_copying(row, sources[wanted[row.id]]) for row in taken]
 
-    def end_copies(self, made: Sequence[Copying]) -> list[Copying]:
+    def record_copies(self, made: Sequence[Copying]) -> list[Copying]:
         """Record copies whose objects are there; returns those that came too late, and whose objects are nobody's.
 
         All that is known of the picture comes with it, what it took to render included; a copy of its own serves
@@ -219,20 +225,25 @@ class Reuse(JobQueries):
         late = []
         with self._db.write() as session:
             for one in made:
-                attempt = (AttemptRow.job_id == one.job_id, AttemptRow.attempt == one.attempt)
-                if session.scalar(_recorded(one)) is None:
-                    late.append(one)
-                    continue
-                session.execute(
-                    sa.update(AttemptRow)
-                    .where(*attempt)
-                    .values(ended_at=now(), outcome=Outcome.SUCCEEDED.value, reason=f"a copy of {one.source_id}")
+                source = aliased(JobRow)
+                move = Move({JobState.PENDING: JobState.SUCCEEDED}, **_facts_of(source, one))
+                recorded = finalize(
+                    session,
+                    move,
+                    JobRow.id == one.job_id,
+                    JobRow.attempt == one.attempt,
+                    sa.exists().where(source.id == one.source_id, source.image_key.is_not(None)),
+                    # The job's own batch may be marked for deletion by now, and its objects deleted.
+                    sa.exists().where(BatchRow.id == JobRow.batch_id, BatchRow.deleted_at.is_(None)).correlate(JobRow),
+                    ending=Ending(Outcome.SUCCEEDED.value, reason=f"a copy of {one.source_id}"),
+                    note=f" copy_of={one.source_id}",
                 )
-        for one in made:
-            if one in late:
-                log.warning("too late job_id=%s attempt=%d", one.job_id, one.attempt)
-            else:
-                log.info("ended job_id=%s attempt=%d now=succeeded copy_of=%s", one.job_id, one.attempt, one.source_id)
+                if recorded:
+                    session.execute(copy_artifacts(one.source_id, one.job_id, one.keys))
+                else:
+                    late.append(one)
+        for one in late:
+            log.warning("too late job_id=%s attempt=%d", one.job_id, one.attempt)
         return late
 
     def withdraw(self, job_id: str) -> None:
@@ -255,11 +266,10 @@ def _begun(row: sa.Row[Any], source_id: str) -> dict[str, Any]:
     }
 
 
-def _copying(row: sa.Row[*tuple[Any, ...]], source: sa.Row[*tuple[Any, ...]]) -> Copying:
-    key = image_key(row.batch_id, row.place, row.attempt, row.spec["prompt"])
-    keys = {source.image_key: key}
-    if row.spec.get("trajectory"):
-        keys.update(zip(trajectory_keys(source.image_key), trajectory_keys(key), strict=True))
+def _copying(row: sa.Row[*tuple[Any, ...]], source: JobRow) -> Copying:
+    picture, *others = [artifact.key for artifact in artifacts_of(source)]
+    key = image_key(row.batch_id, row.position, row.attempt, row.spec["prompt"])
+    keys = {picture: key, **{other: beside(key, picture, other) for other in others}}
     return Copying(row.id, row.attempt, source.id, source.image_bytes or 0, keys)
 
 
@@ -277,33 +287,18 @@ _FACTS = (
 """What a job has from the one whose picture it copies."""
 
 
-def _recorded(one: Copying) -> sa.Executable:
-    source = aliased(JobRow)
-    facts = {
+def _facts_of(source: type[JobRow], one: Copying) -> dict[str, Any]:
+    copied = {
         name: sa.select(getattr(source, name)).where(source.id == one.source_id).scalar_subquery() for name in _FACTS
     }
-    return (
-        sa.update(JobRow)
-        .where(
-            JobRow.id == one.job_id,
-            JobRow.attempt == one.attempt,
-            in_state(JobState.PENDING),
-            sa.exists().where(source.id == one.source_id, source.image_key.is_not(None)),
-            # Its own batch may have been given up meanwhile, and its objects deleted.
-            sa.exists().where(BatchRow.id == JobRow.batch_id, BatchRow.deleted_at.is_(None)).correlate(JobRow),
-        )
-        .values(
-            state=JobState.SUCCEEDED.value,
-            finished_at=now(),
-            not_before=None,
-            error=None,
-            worker=None,
-            image_key=next(iter(one.keys.values())),
-            reused_from=one.source_id,
-            work_sha256=None,
-            # Nothing lies beside it if it never was attempted otherwise.
-            checkpoint_key=None if one.attempt == 1 else JobRow.checkpoint_key,
-            **facts,
-        )
-        .returning(JobRow.id)
-    )
+    return {
+        "not_before": None,
+        "error": None,
+        "worker": None,
+        "image_key": next(iter(one.keys.values())),
+        "reused_from": one.source_id,
+        "work_sha256": None,
+        # Nothing lies beside the picture of a job that was never attempted before.
+        "leftovers": False if one.attempt == 1 else JobRow.leftovers,
+        **copied,
+    }

@@ -1,58 +1,59 @@
-"""`JobStore`: the only writer of job state.
+"""`JobStore`: the classes that read and write jobs in SQL, held together.
 
-Every move of a job is one statement that names the state it leaves, and a worker's also the attempt it holds:
-whoever comes second matches no row and learns that it was too late.
+Only these classes write the state of jobs. Every move names the state that it leaves, and a worker's move also the
+attempt that it holds: a writer that comes second matches no row.
 """
 
-from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
 
-import sqlalchemy as sa
-
+from farm.jobs.attempts import Attempts
 from farm.jobs.backlog import Backlog
-from farm.jobs.database import now_plus
+from farm.jobs.database import Database
+from farm.jobs.deletions import Deletions
 from farm.jobs.endings import Endings
+from farm.jobs.leases import Leases
+from farm.jobs.leftovers import Leftovers
 from farm.jobs.overview import Overview
-from farm.jobs.queries import STALE, in_state
+from farm.jobs.queries import Queries
 from farm.jobs.reuse import Reuse
-from farm.jobs.schema import JobRow
-from farm.jobs.states import ACTIVE, JobState
 from farm.jobs.steering import Steering
 from farm.jobs.submissions import Submissions
+from farm.jobs.workers import Workers
+from farm.settings import Settings
 
 
-class JobStore(Submissions, Backlog, Steering, Endings, Overview, Reuse):
-    """Jobs in SQL: submitted, dispatched, claimed, renewed, ended."""
+@dataclass(frozen=True)
+class JobStore:
+    """One class for each concern, all over the same database."""
 
-    # --- the producer ---------------------------------------------------------------------------------------
+    submissions: Submissions
+    backlog: Backlog
+    workers: Workers
+    leases: Leases
+    attempts: Attempts
+    steering: Steering
+    endings: Endings
+    deletions: Deletions
+    leftovers: Leftovers
+    reuse: Reuse
+    queries: Queries
+    overview: Overview
 
-    def want_preview(self, job_id: str, *, vae: bool, seconds: float = 30) -> bool:
-        """Ask a job's worker to show how it gets on, for that many seconds; False if it has ended, or is not there.
-
-        Who asks last decides whether it is decoded by the VAE. A job that waits remembers the wish.
-        """
-        with self._db.write() as session:
-            row = session.execute(
-                sa.update(JobRow)
-                .where(JobRow.id == job_id, JobRow.state.in_(ACTIVE))
-                .values(preview_until=now_plus(sa.literal(float(seconds))), preview_vae=vae)
-                .returning(JobRow.id)
-            ).one_or_none()
-        return row is not None
-
-    # --- the dispatcher -------------------------------------------------------------------------------------
-
-    def unqueue(self, job_ids: Sequence[str]) -> int:
-        """Put queued jobs back into the backlog: their messages were not published, or are gone; returns how many."""
-        with self._db.write() as session:
-            moved = session.execute(
-                sa.update(JobRow)
-                .where(in_state(JobState.QUEUED), JobRow.id.in_(job_ids))
-                .values(state=JobState.PENDING.value, queued_at=None)
-                .returning(JobRow.id)
-            ).all()
-        return len(moved)
-
-    def forget_leftovers(self, job_ids: Sequence[str]) -> None:
-        """Record that what these jobs, which have ended, left beside their pictures is deleted."""
-        with self._db.write() as session:
-            session.execute(sa.update(JobRow).where(*STALE, JobRow.id.in_(job_ids)).values(checkpoint_key=None))
+    @classmethod
+    def over(cls, db: Database, settings: Settings) -> Self:
+        """Build all of them over a database."""
+        return cls(
+            submissions=Submissions(db),
+            backlog=Backlog(db, settings),
+            workers=Workers(db, settings),
+            leases=Leases(db, settings),
+            attempts=Attempts(db, settings),
+            steering=Steering(db),
+            endings=Endings(db),
+            deletions=Deletions(db),
+            leftovers=Leftovers(db),
+            reuse=Reuse(db),
+            queries=Queries(db),
+            overview=Overview(db, settings),
+        )

@@ -13,8 +13,8 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from farm.errors import DatabaseUnavailable, InvalidInput, KeyUsed, NotFound, Problem
-from farm.jobs.database import now, now_plus
-from farm.jobs.queries import ACCEPTED, JobQueries
+from farm.jobs.conditions import ACCEPTED
+from farm.jobs.database import Database, now, now_plus
 from farm.jobs.schema import BatchRow, JobRow
 from farm.specs.object_keys import slug
 from farm.specs.spec import MAX_SEED, RenderSpec
@@ -47,8 +47,11 @@ def seed_from(key: str, place: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{place}\n{key}".encode()).digest()[:8]) % (MAX_SEED + 1)
 
 
-class Submissions(JobQueries):
-    """Batches as they are handed in, and taken out again."""
+class Submissions:
+    """Writes batches with their jobs, and discards those whose submission broke off."""
+
+    def __init__(self, db: Database) -> None:
+        self._db = db
 
     def submit(
         self,

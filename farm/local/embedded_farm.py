@@ -13,7 +13,7 @@ from rich.text import Text
 
 from farm.errors import NotConfigured, PartFailed
 from farm.jobs.database import Database
-from farm.jobs.store import JobStore
+from farm.jobs.workers import Workers
 from farm.local import parts
 from farm.local.home import Home
 from farm.local.kept_part import KeptPart, explained
@@ -48,7 +48,7 @@ class LocalFarm:
         self._servers: list[KeptPart] = []
         self._users: list[KeptPart] = []
         # One thread starts, watches and ends all processes, so that none needs a lock. It lives as long as the farm:
-        # the tether kills a process when the thread that started it ends.
+        # the kernel kills a process when the thread that started it ends.
         self._keeper: threading.Thread | None = None
         self._up = threading.Event()
         self._stop = threading.Event()
@@ -193,9 +193,9 @@ class LocalFarm:
             self._servers, [parts.valkey(self.home, access, settings), parts.seaweed(self.home, access, settings)]
         )
         users = [parts.dispatcher(self.home, settings)] if self._dispatcher else []
-        store = JobStore(database, settings)
+        workers = Workers(database, settings)
         users += [
-            parts.worker(self.home, settings, number, self._workers, store) for number in range(1, self._workers + 1)
+            parts.worker(self.home, settings, number, self._workers, workers) for number in range(1, self._workers + 1)
         ]
         if self._flower:
             users.append(parts.flower(self.home, access))

@@ -1,4 +1,4 @@
-"""What an embedded farm keeps in its home: who runs it, its credentials and ports, and where its files are."""
+"""The home of an embedded farm: the lock of its process, its credentials and ports, and its files."""
 
 import fcntl
 import json
@@ -19,9 +19,9 @@ from farm.settings import EMBEDDED_FILE, Settings
 LOOPBACK = "127.0.0.1"
 BUCKET = "farm"
 GRPC = 10_000
-"""SeaweedFS's parts talk to each other at their port plus so much, whatever its `.port.grpc` flags say."""
-# Both below the range from which Linux and macOS take the ports of outgoing connections: a port that was ours is
-# then most likely still free after a restart.
+"""The offset of SeaweedFS's gRPC ports from its HTTP ports; its `.port.grpc` flags do not change it."""
+# Below the range from which Linux and macOS take ports for outgoing connections, so that the same ports are mostly
+# still free after a restart.
 _PORTS = range(12_000, 22_000, 10)
 _PORT_NAMES = ("redis", "flower", "s3", "master", "volume", "filer", "admin")
 
@@ -32,37 +32,37 @@ def _secret() -> str:
 
 @dataclass(frozen=True)
 class Access:
-    """The ports and credentials of an embedded farm, made once and kept."""
+    """The ports and credentials of an embedded farm; generated once, then kept."""
 
     ports: Mapping[str, int]
     host: str = LOOPBACK
-    """Where Redis and S3 listen."""
+    """The address on which Redis and S3 listen."""
     redis_password: str = field(default_factory=_secret, repr=False)
     s3_access_key_id: str = field(default_factory=lambda: f"farm{secrets.token_hex(8)}")
     s3_secret_access_key: str = field(default_factory=_secret, repr=False)
     s3_internal_key: str = field(default_factory=_secret, repr=False)
-    """Signs what SeaweedFS's own parts say to each other, so that nobody else can read through their ports."""
+    """Signs the requests between SeaweedFS's own parts; their ports refuse all others."""
     flower_user: str = "farm"
     flower_password: str = field(default_factory=lambda: secrets.token_urlsafe(12), repr=False)
-    """Shorter: people type it."""
+    """Shorter than the others, since people type it."""
 
 
 class Home:
-    """The folder of one embedded farm, and the right to run it."""
+    """The folder of one embedded farm, and the lock that only its process holds."""
 
     def __init__(self, path: Path) -> None:
         self.path = path.absolute()
         self._lock: IO[str] | None = None
 
     def take(self) -> None:
-        """Make the folder, if need be, and hold it; raises `AlreadyRunning` if another farm does.
+        """Create the folder, if needed, and lock it; raises `AlreadyRunning` if another farm runs there.
 
-        What is in it only its owner can read, even where the folder was there before and is open.
-        The kernel lets go of the lock when its holder dies, however it dies.
+        The files in it are private, even if the folder existed before and is open. The kernel releases the lock when
+        the process dies.
         """
         if not self.path.exists():
             self.path.mkdir(parents=True, mode=0o700)
-            # It holds passwords and pictures, and mostly lies in somebody's repository.
+            # It holds passwords and pictures, and is often inside a repository.
             write_atomic(self.path / ".gitignore", "*\n", private=True)
         opened = os.open(self.path / "lock", os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
         lock = os.fdopen(opened, "a+", encoding="utf-8")
@@ -85,7 +85,7 @@ class Home:
         (self.path / "farm.db").chmod(0o600)
 
     def release(self) -> None:
-        """Let go of the folder."""
+        """Unlock the folder."""
         if self._lock is not None:
             self._lock.truncate(0)
             self._lock.close()
@@ -93,12 +93,12 @@ class Home:
 
     @property
     def logs(self) -> Path:
-        """Where each part writes `<part>.log`."""
+        """The folder for `<part>.log`."""
         return self.path / "logs"
 
     @property
     def run(self) -> Path:
-        """Where each running part has its `<part>.pid`."""
+        """The folder for `<part>.pid` of running parts."""
         return self.path / "run"
 
     def data(self, part: str) -> Path:
@@ -106,7 +106,7 @@ class Home:
         return _private(self.path / part)
 
     def access(self) -> Access:
-        """The credentials and ports from last time; what is missing, and ports that others took, are made anew."""
+        """The credentials and ports of the last run; missing ones are generated, and ports in use replaced."""
         kept = self._kept()
         ports = kept.pop("ports", None)
         if not isinstance(ports, dict) or set(ports) != set(_PORT_NAMES) or not _free(list(ports.values())):
@@ -115,16 +115,16 @@ class Home:
         return Access(ports=ports, **{name: value for name, value in kept.items() if name in names})
 
     def settings(self, access: Access) -> Settings:
-        """The settings with which everything finds this farm, whatever services the environment names."""
+        """The settings of this farm, whatever services the environment names."""
         return Settings.load(home=self.path, **self.services(access))
 
     def save(self, access: Access) -> None:
-        """Write down how to reach this farm, for every command that runs in the same home."""
+        """Save the addresses and credentials for all commands with the same home."""
         values = {**self.services(access), **asdict(access)}
         write_atomic(self.path / EMBEDDED_FILE, json.dumps(values, indent=2) + "\n", private=True, durable=True)
 
     def services(self, access: Access) -> dict[str, str]:
-        """Where the services are, under the names of `Settings`' fields."""
+        """The addresses and credentials, by field of `Settings`."""
         ports = access.ports
         return {
             "database_url": f"sqlite:///{self.path / 'farm.db'}",
@@ -148,7 +148,7 @@ class Home:
 
 
 def _private(folder: Path) -> Path:
-    """A folder for its owner only, also where it was there before and open."""
+    """Create a folder, or make an existing one private."""
     folder.mkdir(exist_ok=True, mode=0o700)
     folder.chmod(0o700)
     return folder
@@ -156,7 +156,7 @@ def _private(folder: Path) -> Path:
 
 def _locked(lock: IO[str]) -> bool:
     for attempt in range(5):
-        if attempt:  # it may have been `running`, which holds it for a moment
+        if attempt:  # `running` locks it for a moment, too
             time.sleep(0.05)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -202,9 +202,9 @@ _claims: list[int] = []
 
 
 def _claim(first: int) -> bool:
-    """Whether no other farm that starts on this machine takes these ten ports; until this process ends.
+    """Claim ten ports against other farms that start on this machine, until this process ends; False if claimed.
 
-    Its parts bind them one after the other, some of them seconds later. Only on Linux: such a name needs no file.
+    The parts bind them one after the other, some only after seconds. Only on Linux: its abstract sockets need no file.
     """
     if sys.platform != "linux":
         return True

@@ -16,7 +16,7 @@ from pathlib import Path
 import redis
 
 from farm.errors import FarmError, NotConfigured, ServiceUnavailable
-from farm.jobs.store import JobStore
+from farm.jobs.workers import Workers
 from farm.local.home import GRPC, LOOPBACK, Access, Home
 from farm.local.process import PartProcess
 from farm.objects.storage import Storage
@@ -190,7 +190,7 @@ def dispatcher(home: Home, settings: Settings) -> Part:
     )
 
 
-def worker(home: Home, settings: Settings, number: int, of: int, store: JobStore) -> Part:
+def worker(home: Home, settings: Settings, number: int, of: int, workers: Workers) -> Part:
     """One of the workers; they share the machine's cores, and take turns on its GPUs if it has several."""
     name = f"worker-{number}"
     here = f"{name}@{socket.gethostname()}"
@@ -206,7 +206,7 @@ def worker(home: Home, settings: Settings, number: int, of: int, store: JobStore
         try:
             return any(
                 found.name == here and found.started_at is not None and found.started_at >= process.started_at
-                for found in store.workers()
+                for found in workers.all()
             )
         except ServiceUnavailable:
             return False

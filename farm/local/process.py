@@ -11,15 +11,15 @@ from pathlib import Path
 
 from farm.local.home import Home
 from farm.runtime.atomic_files import write_atomic
+from farm.runtime.child_process import ChildProcess
 from farm.runtime.terminal_text import printable
-from farm.runtime.tethered import Tethered
 
 LOG_BYTES = 16 * 2**20
 _SAME_SECONDS = 1.5
 """By how much the time of a process' start may seem to move: the boot time in it, whole seconds, follows the clock."""
 
 
-class PartProcess(Tethered):
+class PartProcess(ChildProcess):
     """One process of a part, from its start to its end; the next start makes a new one."""
 
     def __init__(

@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from farm.runtime.tethered import Tethered
+from farm.runtime.child_process import ChildProcess
 
 POLL_SECONDS = 0.1
 """How often `KeptProcess.tend` is to be called."""
 
-P = TypeVar("P", bound=Tethered)
+P = TypeVar("P", bound=ChildProcess)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What to render: `RenderSpec`, its bounds and its hash."""
+"""`RenderSpec`: what to render, with its bounds and its hash."""
 
 import hashlib
 import reprlib
@@ -27,13 +27,13 @@ MIN_SIZE, MAX_SIZE = 64, 4096
 MAX_SEED = 2**32 - 1
 MAX_STEPS = 1000
 MAX_TRAJECTORY_STEPS = 200
-"""A trajectory has a frame a step."""
+"""A trajectory has a frame for each step."""
 MAX_PROMPT_CHARS = 20_000
 MODEL_NAME = r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,199}$"
-"""What a model may be called: a hub id (`org/name`) or a plain name. It becomes part of a queue's name."""
+"""The pattern of model names: a hub id (`org/name`) or a plain name, which becomes part of a queue's name."""
 _SHOWN_CHARS = 80
 URGENT = 90
-"""From this priority on, of 0 to 100, a job is urgent: it waits neither for a worker's free thread nor for its slot."""
+"""Priority 90 and above is urgent: it preempts running renders between steps."""
 
 
 def draw_seed() -> int:
@@ -57,7 +57,7 @@ def _known_sampler(value: str | None) -> str | None:
 
 
 def _of_few_steps(value: bool, info: ValidationInfo) -> bool:
-    # Steps that are out of bounds themselves are not in `data`, and complained about already.
+    # Steps that are out of bounds are not in `data`; they are reported already.
     steps = info.data.get("num_inference_steps", 0)
     if value and steps > MAX_TRAJECTORY_STEPS:
         raise ValueError(f"keeps a picture a step, {MAX_TRAJECTORY_STEPS} at most; num_inference_steps is {steps}")
@@ -186,7 +186,7 @@ _BRIEF.maxstring = _BRIEF.maxother = _BRIEF.maxlong = 4 * _SHOWN_CHARS
 
 
 def shown(value: object) -> str:
-    """The beginning of a value, as a message says it; as little work however large it is."""
+    """The beginning of a value for a message; takes little time for values of any size."""
     try:
         return f"{_BRIEF.repr(value):.{_SHOWN_CHARS}}"
     except (ValueError, RecursionError):  # an integer of 5,000 digits

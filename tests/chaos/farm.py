@@ -17,8 +17,8 @@ import sqlalchemy as sa
 
 from farm.client.farm import Farm
 from farm.errors import ServiceUnavailable
+from farm.jobs.conditions import ACCEPTED
 from farm.jobs.database import Database
-from farm.jobs.queries import ACCEPTED
 from farm.jobs.schema import BatchRow, JobRow, LeaderRow
 from farm.jobs.states import ACTIVE, JobState
 from farm.jobs.store import JobStore
@@ -238,7 +238,7 @@ class ChaosFarm:
         moves.install(self.db)
         self.storage = Storage(direct)
         self._undo.callback(self.storage.close)
-        self.store = JobStore(self.db, self.settings)
+        self.store = JobStore.over(self.db, self.settings)
         self.redis = self._stand(parts.valkey(self.home, access, direct))
         self.s3 = self._stand(parts.seaweed(self.home, access, direct))
         for server in (self.redis, self.s3):
@@ -256,7 +256,7 @@ class ChaosFarm:
         self.farm = Farm(self.settings)
         self._undo.callback(self.farm.close)
         self.wait_until(
-            lambda: sum(worker.alive for worker in self.store.workers()) == workers, f"{workers} workers are there"
+            lambda: sum(worker.alive for worker in self.store.workers.all()) == workers, f"{workers} workers are there"
         )
 
     def _stand(self, part: Part, *, to_its_end: bool = False) -> Standing:

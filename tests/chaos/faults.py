@@ -10,7 +10,7 @@ import sqlalchemy as sa
 
 from farm.errors import ServiceUnavailable
 from farm.jobs import leadership
-from farm.jobs.queries import ACCEPTED
+from farm.jobs.conditions import ACCEPTED
 from farm.jobs.schema import BatchRow, JobRow
 from farm.jobs.states import ACTIVE
 from farm.specs.spec import URGENT

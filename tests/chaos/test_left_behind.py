@@ -10,6 +10,7 @@ import torch
 from farm.client.farm import Farm
 from farm.dispatch.dispatcher import Dispatcher
 from farm.errors import DatabaseUnavailable
+from farm.jobs.attempts import Attempts
 from farm.jobs.database import Database
 from farm.jobs.records import Claim, Picture
 from farm.jobs.states import JobState
@@ -30,16 +31,9 @@ pytestmark = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 
 
 @pytest.fixture
-def storage(settings: Settings) -> Iterator[Storage]:
-    storage = Storage(settings)
-    yield storage
-    storage.close()
-
-
-@pytest.fixture
 def dispatcher(settings: Settings, database: Database, storage: Storage) -> Iterator[Dispatcher]:
     broker = Broker(settings)
-    yield Dispatcher(JobStore(database, settings), broker, storage, settings)
+    yield Dispatcher(JobStore.over(database, settings), broker, storage, settings)
     broker.close()
 
 
@@ -53,18 +47,18 @@ def crew(settings: Settings, tmp_path: Path) -> Iterator[Crew]:
 def test_the_checkpoint_of_a_job_whose_worker_died_after_its_success_is_swept(
     settings: Settings, database: Database, storage: Storage, dispatcher: Dispatcher
 ) -> None:
-    store = JobStore(database, settings)
-    store.submit("batch", "me", 50, [RenderSpec(prompt="x")])
-    (bell,) = store.enqueue(10)
-    claim = store.claim(bell.job_id, "w1@host")
+    store = JobStore.over(database, settings)
+    store.submissions.submit("batch", "me", 50, [RenderSpec(prompt="x")])
+    (bell,) = store.backlog.enqueue(10).queued
+    claim = store.leases.claim(bell.job_id, "w1@host")
     assert claim is not None
     state = checkpoint_key(claim.batch_id, claim.index, claim.attempt)
     storage.put(state, b"state")
-    store.checkpointed(claim, state)
+    store.attempts.record_checkpoint(claim, state)
     key = image_key(claim.batch_id, claim.index, claim.attempt, "x")
     storage.put(key, b"picture")
     picture = Picture(key, hashlib.sha256(b"picture").hexdigest(), 7, 64, 64, "0" * 64, 1.0)
-    assert store.succeed(claim, picture)
+    assert store.attempts.succeed(claim, picture)
     # Here its worker dies, or finds the object store away.
     dispatcher.sweep()
     assert list(storage.keys()) == [key]
@@ -73,22 +67,23 @@ def test_the_checkpoint_of_a_job_whose_worker_died_after_its_success_is_swept(
 def test_a_checkpoint_that_was_not_recorded_because_sql_was_away_is_swept(
     settings: Settings, database: Database, storage: Storage, dispatcher: Dispatcher
 ) -> None:
-    class Away(JobStore):
-        def checkpointed(self, claim: Claim, key: str) -> bool:
+    class Away(Attempts):
+        def record_checkpoint(self, claim: Claim, key: str) -> bool:
             raise DatabaseUnavailable(f"{claim.job_id} and {key} can't be recorded")
 
-    store = Away(database, settings)
-    store.submit("batch", "me", 50, [RenderSpec(prompt="x")])
-    (bell,) = store.enqueue(10)
-    claim = store.claim(bell.job_id, "w1@host")
+    store = JobStore.over(database, settings)
+    store.submissions.submit("batch", "me", 50, [RenderSpec(prompt="x")])
+    (bell,) = store.backlog.enqueue(10).queued
+    claim = store.leases.claim(bell.job_id, "w1@host")
     assert claim is not None
-    observer = Observer(Engine(Pins.of({"tiny": NullPipeline()})), storage, store, settings)
+    away = Away(database, settings)
+    observer = Observer(Engine(Pins.of({"tiny": NullPipeline()})), storage, away, settings)
     observer.checkpoint(observer.open(claim), snapshot(claim.spec))
     observer.stop()
     assert list(storage.keys()) == [checkpoint_key(claim.batch_id, claim.index, claim.attempt)]
     key = image_key(claim.batch_id, claim.index, claim.attempt, "x")
     storage.put(key, b"picture")
-    assert store.succeed(claim, Picture(key, hashlib.sha256(b"picture").hexdigest(), 7, 64, 64, "0" * 64, 1.0))
+    assert store.attempts.succeed(claim, Picture(key, hashlib.sha256(b"picture").hexdigest(), 7, 64, 64, "0" * 64, 1.0))
     # Here its worker finds the object store away.
     dispatcher.sweep()
     assert list(storage.keys()) == [key]
@@ -120,19 +115,19 @@ def test_the_picture_of_an_attempt_whose_worker_died_before_its_success_is_delet
 def test_a_worker_that_lost_its_lease_leaves_the_checkpoint_that_the_next_attempt_goes_on_from(
     settings: Settings, database: Database, storage: Storage
 ) -> None:
-    store = JobStore(database, settings.model_copy(update={"lease_seconds": 0.001}))
-    store.submit("batch", "me", 50, [RenderSpec(prompt="x")])
-    (bell,) = store.enqueue(10)
-    claim = store.claim(bell.job_id, "w1@host")
+    store = JobStore.over(database, settings.model_copy(update={"lease_seconds": 0.001}))
+    store.submissions.submit("batch", "me", 50, [RenderSpec(prompt="x")])
+    (bell,) = store.backlog.enqueue(10).queued
+    claim = store.leases.claim(bell.job_id, "w1@host")
     assert claim is not None
-    zombie = Observer(Engine(Pins.of({"tiny": NullPipeline()})), storage, store, settings)
+    zombie = Observer(Engine(Pins.of({"tiny": NullPipeline()})), storage, store.attempts, settings)
     observation = zombie.open(claim)
     zombie.checkpoint(observation, snapshot(claim.spec))
-    wait_until(lambda: store.expire_leases() == 1, "its lease is lost")
+    wait_until(lambda: store.leases.expire() == 1, "its lease is lost")
     zombie.checkpoint(observation, snapshot(claim.spec))
     zombie.stop()
-    store.enqueue(10)
-    following = store.claim(bell.job_id, "w2@host")
+    store.backlog.enqueue(10)
+    following = store.leases.claim(bell.job_id, "w2@host")
     assert following is not None
     assert following.checkpoint_key in list(storage.keys())
 

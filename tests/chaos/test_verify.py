@@ -44,22 +44,22 @@ class Quiet:
         """Submit an order and do its jobs, the first of them at the second attempt."""
         wanted = order(1, name, SCALE)
         self.journal.write("asks", name, priority=wanted.priority)
-        batch_id = self.store.submit(name, wanted.owner, wanted.priority, wanted.specs)
+        batch_id = self.store.submissions.submit(name, wanted.owner, wanted.priority, wanted.specs)
         self.journal.write("has", name, batch=batch_id)
         if cancelled:
             self.journal.write("cancels", name)
-            self.store.cancel(batch_id=batch_id)
+            self.store.steering.cancel(batch_id=batch_id)
             return
-        for bell in self.store.enqueue(100):
+        for bell in self.store.backlog.enqueue(100).queued:
             if bell.job_id.endswith("-1"):
-                self.store.hand_back(self._claim(bell.job_id))
+                self.store.attempts.hand_back(self._claim(bell.job_id))
             else:
                 self.render(self._claim(bell.job_id))
-        for bell in self.store.enqueue(100):
+        for bell in self.store.backlog.enqueue(100).queued:
             self.render(self._claim(bell.job_id))
 
     def _claim(self, job_id: str) -> Claim:
-        claim = self.store.claim(job_id, "w1@host")
+        claim = self.store.leases.claim(job_id, "w1@host")
         assert claim is not None
         return claim
 
@@ -70,7 +70,7 @@ class Quiet:
         key = image_key(claim.batch_id, claim.index, claim.attempt, spec.prompt)
         self.storage.put(key, data)
         picture = Picture(key, hashlib.sha256(data).hexdigest(), len(data), spec.width, spec.height, "0" * 64, 0.1)
-        assert self.store.succeed(claim, picture)
+        assert self.store.attempts.succeed(claim, picture)
         self.logs["w1"] += f"2026-11-23 01:00:00 ended job_id={claim.job_id} attempt={claim.attempt} now=succeeded\n"
 
     def found(self) -> set[str]:
@@ -87,7 +87,7 @@ class Quiet:
         """A job of the first batch, which succeeded."""
         with self.db.read() as session:
             batch = session.scalars(sa.select(BatchRow).where(BatchRow.name == "first")).one()
-            job = session.scalars(sa.select(JobRow).where(JobRow.batch_id == batch.id, JobRow.index == index)).one()
+            job = session.scalars(sa.select(JobRow).where(JobRow.batch_id == batch.id, JobRow.position == index)).one()
             session.expunge_all()
         return job
 
@@ -133,7 +133,7 @@ def drawn(job_id: str, attempt: int, spec: RenderSpec) -> bytes:
 def quiet(settings: Settings, database: Database, tmp_path: Path) -> Iterator[Quiet]:
     moves.install(database)
     storage = Storage(settings)
-    quiet = Quiet(database, JobStore(database, settings), storage, Journal(tmp_path / "journal"), {"w1": ""}, [])
+    quiet = Quiet(database, JobStore.over(database, settings), storage, Journal(tmp_path / "journal"), {"w1": ""}, [])
     quiet.run("first")
     quiet.run("second", cancelled=True)
     Retention(quiet.store, storage, settings).turn()
@@ -149,10 +149,10 @@ def again(quiet: Quiet) -> list[str]:
     """Hand the first order in once more, let its pictures be copied, one of them at the second go; the new jobs."""
     specs = quiet.ordered("again", 50).specs
     quiet.journal.write("asks", "again", priority=50)
-    batch_id = quiet.store.submit("again", "me", 50, specs)
+    batch_id = quiet.store.submissions.submit("again", "me", 50, specs)
     sources = {f"{batch_id}-{index}": quiet.job(index).id for index in range(1, len(specs) + 1)}
-    quiet.store.begin_copies({f"{batch_id}-1": quiet.job(1).id})
-    assert Copier(quiet.store, quiet.storage).copy(sources) == len(specs)
+    quiet.store.reuse.begin_copies({f"{batch_id}-1": quiet.job(1).id})
+    assert Copier(quiet.store.reuse, quiet.storage).copy(sources) == len(specs)
     return list(sources)
 
 
@@ -175,7 +175,9 @@ def half_submitted(quiet: Quiet) -> None:
 
 def submitted_twice(quiet: Quiet) -> None:
     wanted = order(1, "second", SCALE)
-    quiet.store.cancel(batch_id=quiet.store.submit("second", wanted.owner, wanted.priority, wanted.specs))
+    quiet.store.steering.cancel(
+        batch_id=quiet.store.submissions.submit("second", wanted.owner, wanted.priority, wanted.specs)
+    )
 
 
 def accepted_and_gone(quiet: Quiet) -> None:
@@ -188,8 +190,8 @@ def broken_off_and_there(quiet: Quiet) -> None:
 
 
 def moved_unaccepted(quiet: Quiet) -> None:
-    batch_id = quiet.store.submit("half", "me", 50, [RenderSpec(prompt="half")])
-    (bell,) = quiet.store.enqueue(10)
+    batch_id = quiet.store.submissions.submit("half", "me", 50, [RenderSpec(prompt="half")])
+    (bell,) = quiet.store.backlog.enqueue(10).queued
     with quiet.db.write() as session:
         session.execute(sa.update(BatchRow).where(BatchRow.id == batch_id).values(accepted_at=None))
     assert bell.job_id.startswith(batch_id)
@@ -198,15 +200,15 @@ def moved_unaccepted(quiet: Quiet) -> None:
 def left_waiting(quiet: Quiet) -> None:
     wanted = order(1, "third", SCALE)
     quiet.journal.write("asks", "third", priority=wanted.priority)
-    quiet.store.submit("third", wanted.owner, wanted.priority, wanted.specs)
+    quiet.store.submissions.submit("third", wanted.owner, wanted.priority, wanted.specs)
 
 
 def failed(quiet: Quiet) -> None:
     wanted = order(1, "third", SCALE)
     quiet.journal.write("asks", "third", priority=wanted.priority)
-    quiet.store.submit("third", wanted.owner, wanted.priority, wanted.specs)
-    first, *rest = [quiet._claim(bell.job_id) for bell in quiet.store.enqueue(10)]
-    quiet.store.fail(first, "broke", ErrorClass.BAD_INPUT)
+    quiet.store.submissions.submit("third", wanted.owner, wanted.priority, wanted.specs)
+    first, *rest = [quiet._claim(bell.job_id) for bell in quiet.store.backlog.enqueue(10).queued]
+    quiet.store.attempts.fail(first, "broke", ErrorClass.BAD_INPUT)
     for claim in rest:
         quiet.render(claim)
 
@@ -241,7 +243,7 @@ def orphan(quiet: Quiet) -> None:
 
 def checkpoint_left(quiet: Quiet) -> None:
     job = quiet.job()
-    quiet.storage.put(checkpoint_key(job.batch_id, job.index, job.attempt), b"state")
+    quiet.storage.put(checkpoint_key(job.batch_id, job.position, job.attempt), b"state")
 
 
 def manifest_lost(quiet: Quiet) -> None:

@@ -118,7 +118,7 @@ class Evidence:
 
     def of(self, batch: BatchRow) -> list[JobRow]:
         """The jobs of a batch, in order."""
-        return sorted((job for job in self.jobs.values() if job.batch_id == batch.id), key=lambda job: job.index)
+        return sorted((job for job in self.jobs.values() if job.batch_id == batch.id), key=lambda job: job.position)
 
     def names(self, what: str) -> set[str]:
         """The submissions of which the journal says that."""
@@ -129,7 +129,7 @@ class Evidence:
         job = self.jobs.get(job_id)
         lines = [f"the story of {job_id}:"]
         if job is not None:
-            shown = {column.name: getattr(job, column.name) for column in JobRow.__table__.columns}
+            shown = {attribute.key: getattr(job, attribute.key) for attribute in sa.inspect(JobRow).column_attrs}
             lines.append("  " + ", ".join(f"{name}={value}" for name, value in shown.items() if value is not None))
         lines += [f"  move     {move}" for move in self.moves.get(job_id, ())]
         lines += [
@@ -143,7 +143,7 @@ class Evidence:
             for line in text.splitlines()
             if told.search(line)
         ]
-        beginning = None if job is None else f"{job.batch_id}/{job.index:05d}"
+        beginning = None if job is None else f"{job.batch_id}/{job.position:05d}"
         lines += [f"  object   {key}" for key in sorted(self.keys) if beginning and key.startswith(beginning)]
         return "\n".join(lines)
 
@@ -177,7 +177,7 @@ def every_submission_is_in_once_and_whole(evidence: Evidence) -> Iterator[Breach
         if batch.name in asked:
             wanted = list(evidence.orders(batch.name, asked[batch.name]).specs)
             jobs = evidence.of(batch)
-            if batch.total != len(wanted) or [job.index for job in jobs] != list(range(1, len(wanted) + 1)):
+            if batch.total != len(wanted) or [job.position for job in jobs] != list(range(1, len(wanted) + 1)):
                 yield Breach(f"{batch.name} has {len(jobs)} of {len(wanted)} jobs, and says {batch.total}")
             elif [RenderSpec.model_validate(job.spec) for job in jobs] != wanted:
                 yield Breach(f"{batch.name} has other specs than were submitted")
@@ -242,7 +242,7 @@ def nothing_else_lies_in_the_bucket(evidence: Evidence) -> Iterator[Breach]:
     """No picture of an attempt that lost, no checkpoint, no preview; pushed models are nobody's business."""
     owned = {job.image_key for job in evidence.jobs.values() if job.state == JobState.SUCCEEDED}
     owned |= {manifest_key(batch.id) for batch in evidence.accepted}
-    owners = {f"{job.batch_id}/{job.index:05d}": job.id for job in evidence.jobs.values()}
+    owners = {f"{job.batch_id}/{job.position:05d}": job.id for job in evidence.jobs.values()}
     for key in sorted(key for key in evidence.keys - owned if not key.startswith(PREFIX)):
         yield Breach(f"{key} lies in the bucket, and is nobody's", owners.get(re.split(r"(?<=/\d{5})", key)[0]))
 
@@ -333,12 +333,12 @@ def counts_are_what_can_be_counted(evidence: Evidence) -> Iterator[Breach]:
 
 
 def logs_tell_each_ending_once(evidence: Evidence) -> Iterator[Breach]:
-    """No two workers say that they ended the same job, nor the same attempt."""
-    told = re.compile(r"ended job_id=(\S+) attempt=(\d+) now=(\w+)")
+    """No two processes log the end of the same attempt, nor of the same job, which may end while it waits."""
+    told = re.compile(r"ended job_id=(\S+)(?: attempt=(\d+))? now=(\w+)")
     attempts, endings = Counter[tuple[str, str]](), Counter[str]()
     for text in evidence.logs.values():
         for job_id, attempt, state in told.findall(text):
-            attempts[job_id, attempt] += 1
+            attempts[job_id, attempt] += bool(attempt)
             endings[job_id] += JobState(state).terminal
     for (job_id, attempt), times in attempts.items():
         if times > 1:

@@ -30,7 +30,7 @@ def store(database: Database) -> JobStore:
 
 def made(database: Database, **settings: float) -> JobStore:
     settings = {"max_tries": 3, "max_lost_leases": 3, "retry_seconds": 0, **settings}
-    return JobStore(database, Settings(database_url="", broker_url="", s3_bucket="", **settings))
+    return JobStore.over(database, Settings(database_url="", broker_url="", s3_bucket="", **settings))
 
 
 @pytest.fixture
@@ -48,19 +48,19 @@ def lapse(database: Database) -> Callable[[], None]:
 
 
 def submitted(store: JobStore, count: int = 1) -> str:
-    return store.submit("batch", "me", 50, (RenderSpec(prompt=f"prompt {n}") for n in range(count)))
+    return store.submissions.submit("batch", "me", 50, (RenderSpec(prompt=f"prompt {n}") for n in range(count)))
 
 
 def taken(store: JobStore, worker: str = "w1@host") -> Claim:
     """The next attempt of the job whose turn it is."""
-    (bell,) = store.enqueue(1)
-    claim = store.claim(bell.job_id, worker)
+    (bell,) = store.backlog.enqueue(1).queued
+    claim = store.leases.claim(bell.job_id, worker)
     assert claim is not None
     return claim
 
 
 def story(store: JobStore, job_id: str) -> list[tuple[int, str, str | None]]:
-    return [(one.attempt, one.outcome.value, one.error_class) for one in store.attempts(job_id)]
+    return [(one.attempt, one.outcome.value, one.error_class) for one in store.queries.attempts(job_id)]
 
 
 def test_each_attempt_that_ended_is_told_with_its_worker_and_its_reason(
@@ -68,14 +68,14 @@ def test_each_attempt_that_ended_is_told_with_its_worker_and_its_reason(
 ) -> None:
     job_id = f"{submitted(store)}-1"
     first = taken(store, "w1@host")
-    store.beat("w1@host", {(job_id, 1): Pace(7, 0.5)})
-    assert store.attempts(job_id) == []
+    store.leases.beat("w1@host", {(job_id, 1): Pace(7, 0.5)})
+    assert store.queries.attempts(job_id) == []
     lapse()
-    store.expire_leases()
-    store.fail(taken(store, "w2@host"), "the loop broke")
-    store.hand_back(taken(store, "w3@host"))
-    store.succeed(taken(store, "w4@host"), PICTURE)
-    told = store.attempts(job_id)
+    store.leases.expire()
+    store.attempts.fail(taken(store, "w2@host"), "the loop broke")
+    store.attempts.hand_back(taken(store, "w3@host"))
+    store.attempts.succeed(taken(store, "w4@host"), PICTURE)
+    told = store.queries.attempts(job_id)
     assert [(one.attempt, one.worker, one.outcome, one.reason) for one in told] == [
         (1, "w1@host", Outcome.LOST, "no sign of life from its worker"),
         (2, "w2@host", Outcome.RETRIED, "the loop broke"),
@@ -84,24 +84,24 @@ def test_each_attempt_that_ended_is_told_with_its_worker_and_its_reason(
     ]
     assert [one.error_class for one in told] == [None, ErrorClass.TRANSIENT, None, None]
     assert [one.steps_done for one in told] == [7, 0, 0, 25]
-    assert (told[-1].device_seconds, store.job(job_id).picture) == (0.75, PICTURE)
+    assert (told[-1].device_seconds, store.queries.job(job_id).picture) == (0.75, PICTURE)
     assert all(one.seconds is not None and one.seconds >= 0 for one in told)
     assert all(one.ended_at <= other.ended_at for one, other in pairwise(told))
-    assert not store.succeed(first, PICTURE)
-    assert store.attempts(job_id) == told
+    assert not store.attempts.succeed(first, PICTURE)
+    assert store.queries.attempts(job_id) == told
 
 
 def test_a_cancelled_attempt_is_told_as_that_however_its_worker_ended_it(store: JobStore) -> None:
     batch_id = submitted(store, 3)
-    claims = [store.claim(bell.job_id, "w1@host") for bell in store.enqueue(3)]
-    store.cancel(batch_id=batch_id)
+    claims = [store.leases.claim(bell.job_id, "w1@host") for bell in store.backlog.enqueue(3).queued]
+    store.steering.cancel(batch_id=batch_id)
     stopped, failed, handed_back = (claim for claim in claims if claim)
-    store.stopped(stopped)
-    store.fail(failed, "hiccup")
-    store.hand_back(handed_back)
+    store.attempts.stopped(stopped)
+    store.attempts.fail(failed, "hiccup")
+    store.attempts.hand_back(handed_back)
     for claim in (stopped, failed, handed_back):
         assert story(store, claim.job_id)[0][:2] == (1, "cancelled")
-        assert store.job(claim.job_id).state is JobState.CANCELLED
+        assert store.queries.job(claim.job_id).state is JobState.CANCELLED
 
 
 def test_an_error_waits_longer_each_time_before_the_job_is_tried_again(database: Database) -> None:
@@ -109,28 +109,28 @@ def test_an_error_waits_longer_each_time_before_the_job_is_tried_again(database:
     job_id = f"{submitted(store)}-1"
     waits = []
     for _ in range(4):
-        assert store.fail(taken(store), "S3 is away")
-        assert store.enqueue(1) == []
-        (told,) = store.attempts(job_id)[-1:]
-        not_before = store.job(job_id).not_before
+        assert store.attempts.fail(taken(store), "S3 is away")
+        assert store.backlog.enqueue(1).queued == []
+        (told,) = store.queries.attempts(job_id)[-1:]
+        not_before = store.queries.job(job_id).not_before
         assert not_before is not None
         waits.append((not_before - told.ended_at).total_seconds())
         with database.write() as session:
             session.execute(sa.update(JobRow).values(not_before=now_plus(sa.literal(-0.1))))
     for wait, most in zip(waits, (10, 40, 60, 60), strict=True):
         assert most / 2 - 0.5 <= wait <= most + 0.5
-    store.fail(taken(store), "S3 is still away")
-    assert store.job(job_id).state is JobState.FAILED
+    store.attempts.fail(taken(store), "S3 is still away")
+    assert store.queries.job(job_id).state is JobState.FAILED
     assert [outcome for _, outcome, _ in story(store, job_id)] == ["retried"] * 4 + ["failed"]
 
 
 def test_what_fails_together_does_not_come_back_together(database: Database) -> None:
     store = made(database, retry_seconds=100)
     submitted(store, 8)
-    for bell in store.enqueue(8):
-        claim = store.claim(bell.job_id, "w1@host")
+    for bell in store.backlog.enqueue(8).queued:
+        claim = store.leases.claim(bell.job_id, "w1@host")
         assert claim is not None
-        store.fail(claim, "S3 is away")
+        store.attempts.fail(claim, "S3 is away")
     with database.read() as session:
         times = set(session.scalars(sa.select(JobRow.not_before)))
     assert (max(times) - min(times)).total_seconds() > 1
@@ -140,21 +140,21 @@ def test_what_fails_together_does_not_come_back_together(database: Database) -> 
 def test_an_error_that_another_try_can_not_help_fails_at_once(store: JobStore, error_class: ErrorClass) -> None:
     submitted(store)
     claim = taken(store)
-    store.fail(claim, "no such sampler", error_class)
-    job = store.job(claim.job_id)
+    store.attempts.fail(claim, "no such sampler", error_class)
+    job = store.queries.job(claim.job_id)
     assert (job.state, job.error) == (JobState.FAILED, "no such sampler")
     assert story(store, claim.job_id) == [(1, "failed", error_class)]
 
 
 def test_a_job_without_memory_here_is_left_to_another_worker(store: JobStore) -> None:
     for worker in (SMALL, LARGE, OTHER):
-        store.introduce(worker)
+        store.workers.register(worker)
     job_id = f"{submitted(store)}-1"
-    assert store.fail(taken(store, "small@host"), "no memory", ErrorClass.OUT_OF_MEMORY)
-    assert store.job(job_id).avoid_worker == "small@host"
-    assert [bell.job_id for bell in store.enqueue(1)] == [job_id]
-    assert store.claim(job_id, "small@host") is None
-    assert store.job(job_id).state is JobState.PENDING
+    assert store.attempts.fail(taken(store, "small@host"), "no memory", ErrorClass.OUT_OF_MEMORY)
+    assert store.queries.job(job_id).avoid_worker == "small@host"
+    assert [bell.job_id for bell in store.backlog.enqueue(1).queued] == [job_id]
+    assert store.leases.claim(job_id, "small@host") is None
+    assert store.queries.job(job_id).state is JobState.PENDING
     assert taken(store, "large@host").attempt == 2
 
 
@@ -162,23 +162,23 @@ def test_a_job_without_memory_here_is_left_to_another_worker(store: JobStore) ->
 def test_a_job_without_memory_here_is_tried_here_again_if_no_other_worker_serves_its_model(
     store: JobStore, database: Database, how: str
 ) -> None:
-    store.introduce(SMALL)
-    store.introduce(OTHER)
+    store.workers.register(SMALL)
+    store.workers.register(OTHER)
     if how == "dead":
-        store.introduce(LARGE)
+        store.workers.register(LARGE)
         with database.write() as session:
             session.execute(
                 sa.text("UPDATE workers SET seen_at = '2000-01-01 00:00:00.000000' WHERE name = 'large@host'")
             )
     if how == "gone":
-        store.introduce(LARGE)
-        store.leave("large@host")
+        store.workers.register(LARGE)
+        store.workers.deregister("large@host")
     job_id = f"{submitted(store)}-1"
     for attempt in (1, 2, 3):
         claim = taken(store, "small@host")
         assert claim.attempt == attempt
-        store.fail(claim, "no memory", ErrorClass.OUT_OF_MEMORY)
-    assert store.job(job_id).state is JobState.FAILED
+        store.attempts.fail(claim, "no memory", ErrorClass.OUT_OF_MEMORY)
+    assert store.queries.job(job_id).state is JobState.FAILED
     assert story(store, job_id)[-1] == (3, "failed", ErrorClass.OUT_OF_MEMORY)
 
 
@@ -187,8 +187,8 @@ def test_a_job_that_keeps_losing_its_worker_is_told_to_be_poison(store: JobStore
     for _ in range(3):
         taken(store)
         lapse()
-        assert store.expire_leases() == 1
-    job = store.job(job_id)
+        assert store.leases.expire() == 1
+    job = store.queries.job(job_id)
     assert job.state is JobState.FAILED
     assert "set aside" in (job.error or "")
     assert story(store, job_id) == [(1, "lost", None), (2, "lost", None), (3, "lost", ErrorClass.POISON)]
@@ -200,13 +200,13 @@ def test_neighbours_that_keep_losing_their_worker_come_back_one_after_another(
     store = made(database, retry_seconds=30, max_lost_leases=5)
     submitted(store, 8)
     for _ in range(2):
-        bells = store.enqueue(8)
+        bells = store.backlog.enqueue(8).queued
         assert len(bells) == 8
         for bell in bells:
-            store.claim(bell.job_id, "w1@host")
+            store.leases.claim(bell.job_id, "w1@host")
         lapse()
-        assert store.expire_leases() == 8
-    assert store.enqueue(8) == []
+        assert store.leases.expire() == 8
+    assert store.backlog.enqueue(8).queued == []
     with database.read() as session:
         assert len(set(session.scalars(sa.select(JobRow.not_before)))) == 8
 
@@ -214,17 +214,17 @@ def test_neighbours_that_keep_losing_their_worker_come_back_one_after_another(
 def test_failed_jobs_are_tried_anew_when_a_person_wants_it(store: JobStore, lapse: Callable[[], None]) -> None:
     batch_id = submitted(store, 3)
     for _ in range(2):
-        store.fail(taken(store), "no such sampler", ErrorClass.BAD_INPUT)
-    store.succeed(taken(store), PICTURE)
-    assert store.batch(batch_id).done
-    assert store.retry(batch_id=batch_id) == 2
-    assert store.retry(batch_id=batch_id) == 0
-    status = store.batch(batch_id)
+        store.attempts.fail(taken(store), "no such sampler", ErrorClass.BAD_INPUT)
+    store.attempts.succeed(taken(store), PICTURE)
+    assert store.queries.batch(batch_id).done
+    assert store.steering.retry(batch_id=batch_id) == 2
+    assert store.steering.retry(batch_id=batch_id) == 0
+    status = store.queries.batch(batch_id)
     assert (status.counts[JobState.PENDING], status.counts[JobState.SUCCEEDED]) == (2, 1)
     assert status.finished_at is None
     again = taken(store, "w2@host")
-    assert (again.attempt, again.tries, store.job(again.job_id).error) == (2, 0, None)
-    store.succeed(again, PICTURE)
+    assert (again.attempt, again.tries, store.queries.job(again.job_id).error) == (2, 0, None)
+    store.attempts.succeed(again, PICTURE)
     assert story(store, again.job_id) == [(1, "failed", ErrorClass.BAD_INPUT), (2, "succeeded", None)]
 
 
@@ -232,40 +232,40 @@ def test_a_job_that_was_set_aside_has_all_its_tries_and_leases_again(
     store: JobStore, lapse: Callable[[], None]
 ) -> None:
     job_id = f"{submitted(store)}-1"
-    store.fail(taken(store), "hiccup")
+    store.attempts.fail(taken(store), "hiccup")
     for _ in range(3):
         taken(store)
         lapse()
-        store.expire_leases()
-    assert store.retry(job_id=job_id) == 1
+        store.leases.expire()
+    assert store.steering.retry(job_id=job_id) == 1
     for _ in range(2):
         taken(store)
         lapse()
-        store.expire_leases()
-        assert store.job(job_id).state is JobState.PENDING
+        store.leases.expire()
+        assert store.queries.job(job_id).state is JobState.PENDING
     claim = taken(store)
     assert (claim.attempt, claim.tries) == (7, 0)
-    assert len(store.attempts(job_id)) == 6
+    assert len(store.queries.attempts(job_id)) == 6
 
 
 @pytest.mark.parametrize("state", ["pending", "queued", "running", "succeeded", "cancelled"])
 def test_only_a_failed_job_is_tried_anew(store: JobStore, state: str) -> None:
     batch_id = submitted(store)
     if state in ("queued", "running", "succeeded"):
-        (bell,) = store.enqueue(1)
-        claim = store.claim(bell.job_id, "w1@host") if state != "queued" else None
+        (bell,) = store.backlog.enqueue(1).queued
+        claim = store.leases.claim(bell.job_id, "w1@host") if state != "queued" else None
         if claim and state == "succeeded":
-            store.succeed(claim, PICTURE)
+            store.attempts.succeed(claim, PICTURE)
     if state == "cancelled":
-        store.cancel(batch_id=batch_id)
-    assert store.retry(batch_id=batch_id) == 0
-    assert store.job(f"{batch_id}-1").state == state
+        store.steering.cancel(batch_id=batch_id)
+    assert store.steering.retry(batch_id=batch_id) == 0
+    assert store.queries.job(f"{batch_id}-1").state == state
 
 
 def test_the_attempts_of_a_deleted_job_go_with_it(store: JobStore, database: Database) -> None:
     job_id = f"{submitted(store)}-1"
-    store.hand_back(taken(store))
-    assert store.attempts(job_id)
+    store.attempts.hand_back(taken(store))
+    assert store.queries.attempts(job_id)
     with database.write() as session:
         session.execute(sa.delete(JobRow))
-    assert store.attempts(job_id) == []
+    assert store.queries.attempts(job_id) == []

@@ -21,7 +21,7 @@ LEASE = 10.0
 
 @pytest.fixture
 def store(database: Database) -> JobStore:
-    return JobStore(database, Settings(database_url="sqlite://", broker_url="", s3_bucket=""))
+    return JobStore.over(database, Settings(database_url="sqlite://", broker_url="", s3_bucket=""))
 
 
 def asked(database: Database) -> dict[str, Demand]:
@@ -34,10 +34,10 @@ def specs(count: int, *models: str) -> Iterator[RenderSpec]:
 
 def render(store: JobStore, *job_ids: str, seconds: float) -> None:
     for job_id in job_ids:
-        claim = store.claim(job_id, "w1")
+        claim = store.leases.claim(job_id, "w1")
         assert claim is not None
         picture = Picture(f"{job_id}.png", "a" * 64, 1, 8, 8, "b" * 64, 9 * seconds, device_seconds=seconds)
-        assert store.succeed(claim, picture)
+        assert store.attempts.succeed(claim, picture)
 
 
 def by_sql(database: Database, model: str) -> float:
@@ -48,10 +48,10 @@ def by_sql(database: Database, model: str) -> float:
 
 
 def test_jobs_are_counted_by_state_and_model_where_a_batch_has_several_too(database: Database, store: JobStore) -> None:
-    store.submit("one", "me", 50, specs(5, "tiny"))
-    store.submit("both", "me", 50, specs(6, "tiny", "other"))
-    bells = store.enqueue(2)
-    claim = store.claim(next(bell.job_id for bell in bells if bell.model == "other"), "w1")
+    store.submissions.submit("one", "me", 50, specs(5, "tiny"))
+    store.submissions.submit("both", "me", 50, specs(6, "tiny", "other"))
+    bells = store.backlog.enqueue(2).queued
+    claim = store.leases.claim(next(bell.job_id for bell in bells if bell.model == "other"), "w1")
     assert claim is not None
     found = demands(database, LEASE)
     assert found.jobs[JobState.PENDING] + found.jobs[JobState.QUEUED] + found.jobs[JobState.RUNNING] == 11
@@ -64,16 +64,16 @@ def test_jobs_are_counted_by_state_and_model_where_a_batch_has_several_too(datab
 def test_what_waits_costs_what_its_batch_took_or_else_its_model_or_else_a_second(
     database: Database, store: JobStore
 ) -> None:
-    measured = store.submit("measured", "me", 50, specs(10, "tiny"))
-    store.enqueue(4)
+    measured = store.submissions.submit("measured", "me", 50, specs(10, "tiny"))
+    store.backlog.enqueue(4)
     render(store, f"{measured}-1", f"{measured}-2", seconds=3.0)
     assert asked(database)["tiny"].queued_seconds == pytest.approx(8 * 3.0)
-    store.submit("new", "me", 50, specs(5, "tiny"))
-    store.submit("unknown", "me", 50, specs(7, "other"))
+    store.submissions.submit("new", "me", 50, specs(5, "tiny"))
+    store.submissions.submit("unknown", "me", 50, specs(7, "other"))
     found = asked(database)
     assert found["tiny"].queued_seconds == pytest.approx(13 * 3.0)
     assert found["other"].queued_seconds == pytest.approx(7.0)
-    assert store.claim(f"{measured}-3", "w1") is not None
+    assert store.leases.claim(f"{measured}-3", "w1") is not None
     found = asked(database)
     assert (found["tiny"].queued_seconds, found["tiny"].running_seconds) == (pytest.approx(36.0), pytest.approx(3.0))
     for model, demand in found.items():
@@ -83,15 +83,15 @@ def test_what_waits_costs_what_its_batch_took_or_else_its_model_or_else_a_second
 def test_copies_failures_and_jobs_of_other_models_say_nothing_of_what_one_costs(
     database: Database, store: JobStore
 ) -> None:
-    batch = store.submit("mixed", "me", 50, specs(40, "tiny", "other"))
-    store.enqueue(40)
+    batch = store.submissions.submit("mixed", "me", 50, specs(40, "tiny", "other"))
+    store.backlog.enqueue(40)
     render(store, f"{batch}-1", seconds=2.0)
     render(store, f"{batch}-2", seconds=50.0)
     with database.write() as session:
         session.execute(sa.text("UPDATE jobs SET reused_from = 'x' WHERE id = :id"), {"id": f"{batch}-2"})
-    claim = store.claim(f"{batch}-3", "w1")
+    claim = store.leases.claim(f"{batch}-3", "w1")
     assert claim is not None
-    assert store.fail(claim, "why not")
+    assert store.attempts.fail(claim, "why not")
     found = asked(database)
     assert found["tiny"].queued_seconds == pytest.approx(19 * 2.0)
     assert found["other"].queued_seconds == pytest.approx(19.0)
@@ -102,22 +102,22 @@ def test_copies_failures_and_jobs_of_other_models_say_nothing_of_what_one_costs(
 def test_what_is_paused_waits_for_a_person_and_not_for_a_device(
     database: Database, store: JobStore, whose: str
 ) -> None:
-    batch = store.submit("paused", "me", 50, specs(5, "tiny"))
+    batch = store.submissions.submit("paused", "me", 50, specs(5, "tiny"))
     which = {"batch_id": batch} if whose == "batch" else {"owner": "me"}
-    store.pause(**which)
+    store.steering.pause(**which)
     found = asked(database)["tiny"]
     assert (found.jobs[JobState.PENDING], found.held_up, found.queued_seconds) == (5, 5, 0)
     assert found.waits_since is None
     assert by_sql(database, "tiny") == 0
-    store.resume(**which)
+    store.steering.resume(**which)
     found = asked(database)["tiny"]
     assert (found.held_up, found.queued_seconds) == (0, 5.0)
     assert found.waits_since is not None
 
 
 def test_what_is_deleted_or_not_there_yet_does_not_count(database: Database, store: JobStore) -> None:
-    batch = store.submit("gone", "me", 50, specs(5, "tiny"))
-    store.give_up(batch, cancel=True)
+    batch = store.submissions.submit("gone", "me", 50, specs(5, "tiny"))
+    store.deletions.mark(batch, cancel=True)
 
     def broken() -> Iterator[RenderSpec]:
         yield from specs(1500, "tiny")
@@ -127,13 +127,13 @@ def test_what_is_deleted_or_not_there_yet_does_not_count(database: Database, sto
         raise KeyError
 
     with pytest.raises(KeyError):
-        store.submit("broken", "me", 50, broken())
+        store.submissions.submit("broken", "me", 50, broken())
     assert by_sql(database, "tiny") == 0
 
 
 def test_who_serves_a_model_is_told_where_nothing_waits_too(database: Database, store: JobStore) -> None:
     for number in (1, 2):
-        store.introduce(
+        store.workers.register(
             WorkerInfo(f"w{number}@host", "cpu", "float32", 4, "1", [ServedModel("tiny"), ServedModel(f"own{number}")])
         )
     found = demands(database, LEASE)
@@ -149,11 +149,11 @@ def test_who_serves_a_model_is_told_where_nothing_waits_too(database: Database, 
 def test_it_asks_no_more_often_for_more_jobs(database: Database, store: JobStore) -> None:
     asked_for: list[str] = []
     sa.event.listen(database.engine, "before_cursor_execute", lambda *given: asked_for.append(given[2]))
-    store.submit("few", "me", 50, specs(3, "tiny"))
+    store.submissions.submit("few", "me", 50, specs(3, "tiny"))
     asked_for.clear()
     demands(database, LEASE)
     few = len(asked_for)
-    store.submit("many", "me", 50, specs(3000, "tiny"))
+    store.submissions.submit("many", "me", 50, specs(3000, "tiny"))
     asked_for.clear()
     demands(database, LEASE)
     assert len(asked_for) == few

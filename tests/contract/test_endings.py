@@ -20,16 +20,18 @@ DATA = b"a picture"
 
 @pytest.fixture
 def store(database: Database) -> JobStore:
-    return JobStore(database, Settings(database_url="", broker_url="", s3_bucket="", retry_seconds=0, window=4096))
+    return JobStore.over(database, Settings(database_url="", broker_url="", s3_bucket="", retry_seconds=0, window=4096))
 
 
 def submitted(store: JobStore, count: int = 3, **options: str) -> str:
-    return store.submit("sea", "me", 50, (RenderSpec(prompt=f"prompt {n}", seed=n) for n in range(count)), **options)
+    return store.submissions.submit(
+        "sea", "me", 50, (RenderSpec(prompt=f"prompt {n}", seed=n) for n in range(count)), **options
+    )
 
 
 def claimed(store: JobStore, batch_id: str, count: int = 3) -> list[Claim]:
-    store.enqueue(99)
-    claims = [store.claim(f"{batch_id}-{n}", "w1@host") for n in range(1, count + 1)]
+    store.backlog.enqueue(99)
+    claims = [store.leases.claim(f"{batch_id}-{n}", "w1@host") for n in range(1, count + 1)]
     return [claim for claim in claims if claim is not None]
 
 
@@ -42,57 +44,57 @@ def ended(store: JobStore) -> str:
     """A batch of three: two succeeded, one failed."""
     batch_id = submitted(store)
     good, fine, bad = claimed(store, batch_id)
-    assert store.succeed(good, picture(good))
-    assert store.succeed(fine, picture(fine))
-    assert store.fail(bad, "no such sampler", ErrorClass.BAD_INPUT)
+    assert store.attempts.succeed(good, picture(good))
+    assert store.attempts.succeed(fine, picture(fine))
+    assert store.attempts.fail(bad, "no such sampler", ErrorClass.BAD_INPUT)
     return batch_id
 
 
 def noted(store: JobStore) -> str:
     batch_id = ended(store)
-    at = store.last_ended_at(batch_id)
+    at = store.endings.last_ended_at(batch_id)
     assert at is not None
-    assert store.note_end(batch_id, at)
+    assert store.endings.note(batch_id, at)
     return batch_id
 
 
 def test_a_batch_is_found_once_when_its_last_job_has_ended(store: JobStore) -> None:
     submitted(store, 1)
-    assert (store.unnoted(), store.last_ended_at("nothing")) == ([], None)
+    assert (store.endings.unnoted(), store.endings.last_ended_at("nothing")) == ([], None)
     batch_id = ended(store)
-    assert store.unnoted() == [batch_id]
-    at = store.last_ended_at(batch_id)
-    assert at == store.batch(batch_id).finished_at
-    assert store.note_end(batch_id, at)
-    assert (store.unnoted(), store.end_is_noted(batch_id)) == ([], True)
+    assert store.endings.unnoted() == [batch_id]
+    at = store.endings.last_ended_at(batch_id)
+    assert at == store.queries.batch(batch_id).finished_at
+    assert store.endings.note(batch_id, at)
+    assert (store.endings.unnoted(), store.endings.noted(batch_id)) == ([], True)
 
 
 @pytest.mark.parametrize("kind", ["batch", "job", "owner"])
 def test_a_batch_that_is_tried_anew_ends_anew(store: JobStore, kind: str) -> None:
     batch_id = noted(store)
     which = {"batch": {"batch_id": batch_id}, "job": {"job_id": f"{batch_id}-3"}, "owner": {"owner": "me"}}[kind]
-    assert store.retry(**which) == 1
-    assert (store.unnoted(), store.end_is_noted(batch_id)) == ([], False)
-    store.cancel(batch_id=batch_id)
-    assert store.unnoted() == [batch_id]
+    assert store.steering.retry(**which) == 1
+    assert (store.endings.unnoted(), store.endings.noted(batch_id)) == ([], False)
+    store.steering.cancel(batch_id=batch_id)
+    assert store.endings.unnoted() == [batch_id]
 
 
 def test_an_end_is_not_noted_of_a_batch_that_was_tried_anew_meanwhile(store: JobStore) -> None:
     batch_id = ended(store)
-    at = store.last_ended_at(batch_id)
+    at = store.endings.last_ended_at(batch_id)
     assert at is not None
-    store.retry(batch_id=batch_id)
-    assert not store.note_end(batch_id, at)
-    (claim,) = [store.claim(bell.job_id, "w1@host") for bell in store.enqueue(9)]
+    store.steering.retry(batch_id=batch_id)
+    assert not store.endings.note(batch_id, at)
+    (claim,) = [store.leases.claim(bell.job_id, "w1@host") for bell in store.backlog.enqueue(9).queued]
     assert claim is not None
-    store.succeed(claim, picture(claim))
-    assert not store.note_end(batch_id, at)  # it has ended again, later
-    assert store.unnoted() == [batch_id]
+    store.attempts.succeed(claim, picture(claim))
+    assert not store.endings.note(batch_id, at)  # it has ended again, later
+    assert store.endings.unnoted() == [batch_id]
 
 
 def test_entries_say_what_became_of_each_job_in_order_and_what_there_is_to_be_said(store: JobStore) -> None:
     batch_id = ended(store)
-    first, _, bad = store.entries(batch_id)
+    first, _, bad = store.endings.entries(batch_id)
     sha256 = hashlib.sha256(DATA).hexdigest()
     assert first == {
         "id": f"{batch_id}-1",
@@ -120,60 +122,69 @@ def test_entries_say_what_became_of_each_job_in_order_and_what_there_is_to_be_sa
 
 def test_entries_go_on_from_page_to_page(store: JobStore) -> None:
     batch_id = submitted(store, 2345)
-    assert [entry["index"] for entry in store.entries(batch_id)] == list(range(1, 2346))
+    assert [entry["index"] for entry in store.endings.entries(batch_id)] == list(range(1, 2346))
 
 
 def test_what_went_wrong_is_found_without_a_look_at_what_did_not(store: JobStore) -> None:
     batch_id = ended(store)
-    assert [(job.index, job.error) for job in store.wrong(batch_id)] == [(3, "no such sampler")]
-    assert store.wrong(submitted(store)) == []
+    assert [(job.index, job.error) for job in store.queries.wrong(batch_id)] == [(3, "no such sampler")]
+    assert store.queries.wrong(submitted(store)) == []
 
 
 def test_a_batch_of_a_paused_owner_is_paused(store: JobStore) -> None:
     batch_id = submitted(store)
-    assert not store.batch(batch_id).paused
-    store.pause(owner="me")
-    assert store.batch(batch_id).paused
-    store.pause(batch_id=batch_id)
-    store.resume(owner="me")
-    assert [batch.paused for batch in store.batches()] == [True]
+    assert not store.queries.batch(batch_id).paused
+    store.steering.pause(owner="me")
+    assert store.queries.batch(batch_id).paused
+    store.steering.pause(batch_id=batch_id)
+    store.steering.resume(owner="me")
+    assert [batch.paused for batch in store.queries.batches()] == [True]
 
 
 def test_what_is_given_up_is_not_there_for_anybody_and_its_key_is_free(store: JobStore) -> None:
     batch_id = submitted(store, key="monday")
-    store.give_up(batch_id, cancel=True)
-    for ask in (lambda: store.batch(batch_id), lambda: store.batch("sea"), lambda: store.job(f"{batch_id}-1")):
+    store.deletions.mark(batch_id, cancel=True)
+    for ask in (
+        lambda: store.queries.batch(batch_id),
+        lambda: store.queries.batch("sea"),
+        lambda: store.queries.job(f"{batch_id}-1"),
+    ):
         with pytest.raises(NotFound):
             ask()
-    assert store.batches() == []
-    assert (store.waiting_by_model(), store.unheld(), store.enqueue(9), store.unnoted()) == ({}, [], [], [])
+    assert store.queries.batches() == []
+    assert (
+        store.overview.waiting_by_model(),
+        store.overview.unheld(),
+        store.backlog.enqueue(9).queued,
+        store.endings.unnoted(),
+    ) == ({}, [], [], [])
     assert submitted(store, key="monday") != batch_id
-    assert store.given_up() == [batch_id]
-    assert store.abandoned() == []
+    assert store.deletions.marked() == [batch_id]
+    assert store.submissions.abandoned() == []
     with pytest.raises(NotFound):
-        store.give_up(batch_id)
+        store.deletions.mark(batch_id)
 
 
 def test_what_has_not_ended_is_given_up_only_with_what_it_still_does(store: JobStore) -> None:
     batch_id = submitted(store)
     with pytest.raises(NotEnded, match=re.escape(f"3 jobs of {batch_id}")):
-        store.give_up(batch_id)
+        store.deletions.mark(batch_id)
     held, *_ = claimed(store, batch_id, 1)
-    store.give_up(batch_id, cancel=True)
-    assert store.claim(f"{batch_id}-2", "w1@host") is None  # its message rings in vain
-    assert not store.at_rest(batch_id)
-    assert store.beat("w1@host", {}).cancelled == frozenset()
-    assert store.stopped(held)
-    assert store.at_rest(batch_id)
+    store.deletions.mark(batch_id, cancel=True)
+    assert store.leases.claim(f"{batch_id}-2", "w1@host") is None  # its message rings in vain
+    assert not store.deletions.at_rest(batch_id)
+    assert store.leases.beat("w1@host", {}).cancelled == frozenset()
+    assert store.attempts.stopped(held)
+    assert store.deletions.at_rest(batch_id)
 
 
 def test_what_a_late_pass_has_queued_is_stopped(store: JobStore, database: Database) -> None:
     batch_id = submitted(store)
-    store.give_up(batch_id, cancel=True)
+    store.deletions.mark(batch_id, cancel=True)
     with database.write() as session:  # as a dispatcher does that looked before the batch was given up
         session.execute(sa.update(JobRow).values(state=JobState.QUEUED.value))
-    assert store.at_rest(batch_id)
-    assert store.claim(f"{batch_id}-1", "w1@host") is None
+    assert store.deletions.at_rest(batch_id)
+    assert store.leases.claim(f"{batch_id}-1", "w1@host") is None
 
 
 def rows_of(database: Database) -> tuple[int, ...]:
@@ -186,23 +197,23 @@ def test_rows_go_a_piece_at_a_time_whoever_goes_on_and_nothing_else_does(store: 
     other = ended(store)
     batch_id = submitted(store, 2500)
     held, *_ = claimed(store, batch_id, 1)
-    store.succeed(held, picture(held))
-    store.give_up(batch_id, cancel=True)
-    after = store.forget(batch_id)
+    store.attempts.succeed(held, picture(held))
+    store.deletions.mark(batch_id, cancel=True)
+    after = store.deletions.delete_rows(batch_id)
     assert after == 1000
-    assert store.forget(batch_id) == 2000  # another one, who finds what is left
-    assert store.forget(batch_id, after) == 2000
-    assert store.given_up() == [batch_id]
-    assert store.forget(batch_id, 2000) is None
-    assert store.forget(batch_id) is None
+    assert store.deletions.delete_rows(batch_id) == 2000  # another one, who finds what is left
+    assert store.deletions.delete_rows(batch_id, after) == 2000
+    assert store.deletions.marked() == [batch_id]
+    assert store.deletions.delete_rows(batch_id, 2000) is None
+    assert store.deletions.delete_rows(batch_id) is None
     assert rows_of(database)[:3] == (1, 3, 3)
-    assert store.batch(other).counts[JobState.SUCCEEDED] == 2
-    assert store.given_up() == []
+    assert store.queries.batch(other).counts[JobState.SUCCEEDED] == 2
+    assert store.deletions.marked() == []
 
 
 def test_a_batch_that_is_there_is_not_forgotten(store: JobStore, database: Database) -> None:
     batch_id = ended(store)
-    assert store.forget(batch_id) is None
+    assert store.deletions.delete_rows(batch_id) is None
     assert rows_of(database)[:3] == (1, 3, 3)
 
 
@@ -211,18 +222,18 @@ def test_batches_are_given_up_by_how_long_ago_they_ended(store: JobStore, databa
     with database.write() as session:
         long_ago = sa.update(BatchRow).values(ended_at=now_plus(sa.literal(-3 * 24 * 3600.0)))
         session.execute(long_ago.where(BatchRow.id.in_([old, tried])))
-    store.retry(batch_id=tried)
-    assert store.give_up_older_than(4) == []
-    assert store.give_up_older_than(2.9) == [old]
-    assert store.given_up() == [old]
-    assert {batch.id for batch in store.batches()} == {young, tried}
+    store.steering.retry(batch_id=tried)
+    assert store.deletions.mark_older_than(4) == []
+    assert store.deletions.mark_older_than(2.9) == [old]
+    assert store.deletions.marked() == [old]
+    assert {batch.id for batch in store.queries.batches()} == {young, tried}
 
 
 def test_a_copy_for_a_batch_that_was_given_up_meanwhile_comes_too_late(store: JobStore) -> None:
     source = ended(store)
     batch_id = submitted(store, 1)
-    made = store.begin_copies({f"{batch_id}-1": f"{source}-1"})
+    made = store.reuse.begin_copies({f"{batch_id}-1": f"{source}-1"})
     assert len(made) == 1
-    store.give_up(batch_id, cancel=True)
-    assert store.at_rest(batch_id)
-    assert store.end_copies(made) == made  # whoever made it deletes it
+    store.deletions.mark(batch_id, cancel=True)
+    assert store.deletions.at_rest(batch_id)
+    assert store.reuse.record_copies(made) == made  # whoever made it deletes it

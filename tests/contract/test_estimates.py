@@ -17,15 +17,15 @@ from farm.specs.spec import RenderSpec
 @pytest.fixture
 def store(database: Database) -> JobStore:
     url = database.url.render_as_string(hide_password=False)
-    return JobStore(database, Settings(database_url=url, broker_url="redis://nowhere", s3_bucket="b"))
+    return JobStore.over(database, Settings(database_url=url, broker_url="redis://nowhere", s3_bucket="b"))
 
 
 def serve(store: JobStore, *models: ServedModel) -> None:
-    store.introduce(WorkerInfo("w1@host", "cpu", "float32", 4, "1", models))
+    store.workers.register(WorkerInfo("w1@host", "cpu", "float32", 4, "1", models))
 
 
 def rendered(store: JobStore, database: Database, spec: RenderSpec, **values: object) -> None:
-    batch = store.submit("done", "me", 50, [spec])
+    batch = store.submissions.submit("done", "me", 50, [spec])
     with database.write() as session:
         session.execute(
             sa.update(JobRow)
@@ -35,7 +35,7 @@ def rendered(store: JobStore, database: Database, spec: RenderSpec, **values: ob
 
 
 def test_nothing_rendered_is_nothing_known(store: JobStore, database: Database) -> None:
-    store.submit("waiting", "me", 50, [RenderSpec(prompt="a")])
+    store.submissions.submit("waiting", "me", 50, [RenderSpec(prompt="a")])
     assert speeds(database) == {}
     found = dry_run([RenderSpec(prompt=str(n)) for n in range(12)], {})
     assert (found.count, len(found.first), found.device_seconds, found.unmeasured) == (12, 10, None, ("tiny",))

@@ -87,8 +87,8 @@ def test_a_change_is_noticed(recorded: Any, current: Any, said: str) -> None:
 def test_a_dispatchers_metrics_have_their_names_and_labels(sqlite_url: str) -> None:
     settings = Settings(database_url=sqlite_url, broker_url="redis://127.0.0.1:1/0", s3_bucket="x")
     with closing(Database(sqlite_url)) as db, closing(Broker(settings)) as broker, closing(Storage(settings)) as s3:
-        store = JobStore(db, settings)
-        store.submit("batch", "me", 50, [RenderSpec(prompt="x", seed=1)])
+        store = JobStore.over(db, settings)
+        store.submissions.submit("batch", "me", 50, [RenderSpec(prompt="x", seed=1)])
         dispatcher = Dispatcher(store, broker, s3, settings)
         registry = CollectorRegistry()
         registry.register(FarmCollector(db, settings))
@@ -134,15 +134,15 @@ def test_a_jobs_end_is_logged_in_the_words_that_programs_parse(
     settings = Settings(database_url=sqlite_url, broker_url="", s3_bucket="x", max_tries=1)
     caplog.set_level(logging.INFO)
     with closing(Database(sqlite_url)) as db:
-        store = JobStore(db, settings)
-        batch_id = store.submit("batch", "me", 50, [RenderSpec(prompt=str(n), seed=n) for n in range(4)])
-        claims = [store.claim(bell.job_id, "w1@host") for bell in store.enqueue(4)]
+        store = JobStore.over(db, settings)
+        batch_id = store.submissions.submit("batch", "me", 50, [RenderSpec(prompt=str(n), seed=n) for n in range(4)])
+        claims = [store.leases.claim(bell.job_id, "w1@host") for bell in store.backlog.enqueue(4).queued]
         done, failed, back, stopped = (claim for claim in claims if claim is not None)
-        assert store.succeed(done, Picture("b/1.png", "aa", 1, 64, 64, "ee", 1.0))
-        assert store.fail(failed, "broken")
-        assert store.hand_back(back)
-        store.cancel(job_id=stopped.job_id)
-        assert store.stopped(stopped)
+        assert store.attempts.succeed(done, Picture("b/1.png", "aa", 1, 64, 64, "ee", 1.0))
+        assert store.attempts.fail(failed, "broken")
+        assert store.attempts.hand_back(back)
+        store.steering.cancel(job_id=stopped.job_id)
+        assert store.attempts.stopped(stopped)
     ended = re.findall(r"^ended job_id=(\S+) attempt=(\d+) now=(\w+)", "\n".join(caplog.messages), re.MULTILINE)
     states = ["succeeded", "failed", "pending", "cancelled"]
     assert ended == [(f"{batch_id}-{n}", "1", state) for n, state in enumerate(states, 1)]

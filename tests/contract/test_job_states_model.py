@@ -3,7 +3,11 @@
 A short form runs with all tests; `pytest --hypothesis-profile long` takes its time.
 """
 
+import logging
+import re
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import sqlalchemy as sa
@@ -21,8 +25,8 @@ from hypothesis.stateful import (
 )
 
 from farm.errors import ErrorClass
+from farm.jobs.conditions import in_state
 from farm.jobs.database import Database, now_plus
-from farm.jobs.queries import in_state
 from farm.jobs.records import Claim, Pace, Picture, WorkerInfo
 from farm.jobs.schema import AttemptRow, BatchRow, JobCountRow, JobRow, OwnerRow
 from farm.jobs.served_models import ServedModel
@@ -53,24 +57,29 @@ class Known:
     cancel: bool = False
     paused: bool = False
     outcomes: list[str] = field(default_factory=list)
+    ended: list[tuple[str, JobState]] = field(default_factory=list)
+    """What the log says of its endings: the attempt, if one ended, and the job's state then."""
 
     def ends(self, outcome: str, state: JobState) -> None:
         """What happens to a running one whose attempt ends: a wish to cancel it comes first."""
         cancelled = self.cancel and state is not JobState.SUCCEEDED
         self.outcomes.append("cancelled" if cancelled and outcome != "lost" else outcome)
         self.state = JobState.CANCELLED if cancelled else state
+        self.ended.append((str(self.attempt), self.state))
 
 
 class Farm(RuleBasedStateMachine):
     """People, a dispatcher and two workers, in any order."""
 
     database: Database
+    lines: list[str]
+    """What was logged of endings."""
     batches = Bundle("batches")
     claims = Bundle("claims")
 
     @initialize()
     def clean(self) -> None:
-        self.store = JobStore(
+        self.store = JobStore.over(
             self.database,
             Settings(
                 database_url="",
@@ -86,7 +95,9 @@ class Farm(RuleBasedStateMachine):
             session.execute(sa.delete(BatchRow))
             session.execute(sa.delete(OwnerRow))
         for name in WORKERS:
-            self.store.introduce(WorkerInfo(name, "cpu", "float32", 8, "0", (ServedModel("tiny", sha256="e" * 64),)))
+            model = ServedModel("tiny", sha256="e" * 64)
+            self.store.workers.register(WorkerInfo(name, "cpu", "float32", 8, "0", (model,)))
+        self.lines.clear()
         self.jobs: dict[str, Known] = {}
         self.seen: dict[str, JobState] = {}
         self.paused: set[str] = set()
@@ -96,7 +107,7 @@ class Farm(RuleBasedStateMachine):
     @rule(target=batches, count=st.integers(1, 3), owner=st.sampled_from(OWNERS))
     def submit(self, count: int, owner: str) -> str:
         specs = (RenderSpec(prompt=f"p{n}", num_inference_steps=5) for n in range(count))
-        batch_id = str(self.store.submit("batch", owner, 50, specs))
+        batch_id = str(self.store.submissions.submit("batch", owner, 50, specs))
         for index in range(1, count + 1):
             self.jobs[f"{batch_id}-{index}"] = Known(batch_id, owner)
         return batch_id
@@ -115,17 +126,18 @@ class Farm(RuleBasedStateMachine):
     def cancel(self, batch_id: str, kind: str) -> None:
         which, jobs = self.which(batch_id, kind)
         active = [job for job in jobs if job.state in LIVE]
-        assert self.store.cancel(**which) == len(active)
+        assert self.store.steering.cancel(**which) == len(active)
         for job in active:
             job.cancel = True
             if job.state is not JobState.RUNNING:
                 job.state = JobState.CANCELLED
+                job.ended.append(("", job.state))
 
     @rule(batch_id=batches, kind=kinds, paused=st.booleans())
     def pause_or_resume(self, batch_id: str, kind: str, paused: bool) -> None:
         which, jobs = self.which(batch_id, kind)
         active = [job for job in jobs if job.state in LIVE]
-        assert (self.store.pause if paused else self.store.resume)(**which) == len(active)
+        assert (self.store.steering.pause if paused else self.store.steering.resume)(**which) == len(active)
         if kind == "job":
             for job in active:
                 job.paused = paused
@@ -144,7 +156,7 @@ class Farm(RuleBasedStateMachine):
     def retry(self, batch_id: str, kind: str) -> None:
         which, jobs = self.which(batch_id, kind)
         failed = [job for job in jobs if job.state is JobState.FAILED]
-        assert self.store.retry(**which) == len(failed)
+        assert self.store.steering.retry(**which) == len(failed)
         for job in failed:
             job.state, job.tries, job.lost, job.avoid = JobState.PENDING, 0, 0, None
 
@@ -153,7 +165,7 @@ class Farm(RuleBasedStateMachine):
     @rule(window=st.integers(1, 6))
     def fill(self, window: int) -> None:
         lying = sum(job.state is JobState.QUEUED for job in self.jobs.values())
-        bells = self.store.enqueue(window)
+        bells = self.store.backlog.enqueue(window).queued
         assert len(bells) <= max(0, window - lying)
         for bell in bells:
             job = self.jobs[bell.job_id]
@@ -164,7 +176,7 @@ class Farm(RuleBasedStateMachine):
     @rule()
     def lose_messages(self) -> None:
         queued = [job_id for job_id, job in self.jobs.items() if job.state is JobState.QUEUED]
-        assert self.store.unqueue(list(self.jobs)) == len(queued)
+        assert self.store.backlog.unqueue(list(self.jobs)) == len(queued)
         for job_id in queued:
             self.jobs[job_id].state = JobState.PENDING
 
@@ -177,7 +189,7 @@ class Farm(RuleBasedStateMachine):
                 .where(JobRow.worker == worker, in_state(JobState.RUNNING))
                 .values(lease_until=now_plus(sa.literal(-60.0)))
             )
-        assert self.store.expire_leases() == len(lost)
+        assert self.store.leases.expire() == len(lost)
         for job in lost:
             job.lost += 1
             job.ends("lost", JobState.FAILED if job.lost >= MAX_LOST else JobState.PENDING)
@@ -189,7 +201,7 @@ class Farm(RuleBasedStateMachine):
     def claim(self, data: st.DataObject, worker: str) -> object:
         queued = [job_id for job_id, job in self.jobs.items() if job.state is JobState.QUEUED]
         job_id = data.draw(st.sampled_from(queued or list(self.jobs)))
-        job, claim = self.jobs[job_id], self.store.claim(job_id, worker)
+        job, claim = self.jobs[job_id], self.store.leases.claim(job_id, worker)
         if job.state is not JobState.QUEUED:
             assert claim is None
             return multiple()
@@ -209,7 +221,7 @@ class Farm(RuleBasedStateMachine):
     @rule(claim=claims)
     def beat(self, claim: Claim) -> None:
         job = self.jobs[claim.job_id]
-        beat = self.store.beat("whoever", {(claim.job_id, claim.attempt): Pace(1, 0.1)})
+        beat = self.store.leases.beat("whoever", {(claim.job_id, claim.attempt): Pace(1, 0.1)})
         holds = self.holds(claim)
         assert (claim.job_id in beat.lost) == (not holds)
         assert (claim.job_id in beat.cancelled) == (holds and job.cancel)
@@ -219,14 +231,14 @@ class Farm(RuleBasedStateMachine):
     def succeed(self, claim: Claim) -> None:
         holds, job = self.holds(claim), self.jobs[claim.job_id]
         already = job.state is JobState.SUCCEEDED and job.attempt == claim.attempt  # and the answer may have been lost
-        assert self.store.succeed(claim, PICTURE) == (holds or already)
+        assert self.store.attempts.succeed(claim, PICTURE) == (holds or already)
         if holds:
             job.ends("succeeded", JobState.SUCCEEDED)
 
     @rule(claim=claims, error_class=st.sampled_from(list(ErrorClass)))
     def fail(self, claim: Claim, error_class: ErrorClass) -> None:
         holds, job = self.holds(claim), self.jobs[claim.job_id]
-        assert self.store.fail(claim, "why", error_class) == holds
+        assert self.store.attempts.fail(claim, "why", error_class) == holds
         if holds:
             job.tries += 1
             again = error_class.retryable and job.tries < MAX_TRIES
@@ -237,7 +249,7 @@ class Farm(RuleBasedStateMachine):
     @rule(claim=claims)
     def hand_back(self, claim: Claim) -> None:
         holds, job = self.holds(claim), self.jobs[claim.job_id]
-        assert self.store.hand_back(claim) == holds
+        assert self.store.attempts.hand_back(claim) == holds
         if holds:
             job.ends("handed_back", JobState.PENDING)
 
@@ -247,7 +259,7 @@ class Farm(RuleBasedStateMachine):
         holds = self.holds(claim)
         if holds and not job.cancel:
             return  # no worker says so then
-        assert self.store.stopped(claim) == holds
+        assert self.store.attempts.stopped(claim) == holds
         if holds:
             job.ends("cancelled", JobState.CANCELLED)
 
@@ -276,6 +288,11 @@ class Farm(RuleBasedStateMachine):
             before = self.seen.get(job_id, job.state)
             assert before is job.state or job.state in TRANSITIONS[before]
             self.seen[job_id] = job.state
+        logged: dict[str, list[tuple[str, JobState]]] = {job_id: [] for job_id in self.jobs}
+        for line in self.lines:
+            if told := _ENDED.fullmatch(line):
+                logged[told["job_id"]].append((told["attempt"] or "", JobState(told["state"])))
+        assert logged == {job_id: job.ended for job_id, job in self.jobs.items()}
         there = Counter((job.batch_id, job.state.value) for job in self.jobs.values())
         assert {key: n for key, n in counts.items() if n} == there
 
@@ -284,25 +301,50 @@ class Farm(RuleBasedStateMachine):
         if not hasattr(self, "jobs"):
             return
         for name in self.paused:
-            self.store.resume(**({"owner": name} if name in OWNERS else {"batch_id": name}))
+            self.store.steering.resume(**({"owner": name} if name in OWNERS else {"batch_id": name}))
         for job_id, job in self.jobs.items():
             if job.paused:
-                self.store.resume(job_id=job_id)
+                self.store.steering.resume(job_id=job_id)
         for worker in WORKERS:
             self.lose_a_worker(worker)
         self.lose_messages()
         for turn in range(2 * len(self.jobs) + 1):
-            for bell in self.store.enqueue(6):
+            for bell in self.store.backlog.enqueue(6).queued:
                 for worker in WORKERS[:: -1 if turn % 2 else 1]:  # who avoids it puts it back, and it is not there then
-                    if claim := self.store.claim(bell.job_id, worker):
-                        assert self.store.succeed(claim, PICTURE)
+                    if claim := self.store.leases.claim(bell.job_id, worker):
+                        assert self.store.attempts.succeed(claim, PICTURE)
                         break
         with self.database.read() as session:
             assert not session.scalars(sa.select(JobRow.id).where(JobRow.state.in_(LIVE))).all()
 
 
+_ENDED = re.compile(r"ended job_id=(?P<job_id>\S+)(?: attempt=(?P<attempt>\d+))? now=(?P<state>\w+)")
+
+
+@contextmanager
+def logged_lines() -> Iterator[list[str]]:
+    """What the funnel logs."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    log = logging.getLogger("farm.jobs.transitions")
+    before = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield lines
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(before)
+
+
 def test_the_store_does_what_a_plain_dict_says(database: Database) -> None:
-    machine = type("FarmOnThis", (Farm,), {"database": database})
+    with logged_lines() as lines:
+        check(database, lines)
+
+
+def check(database: Database, lines: list[str]) -> None:
+    machine = type("FarmOnThis", (Farm,), {"database": database, "lines": lines})
     is_long = settings.default is not None and settings.default.max_examples >= 1000
     run_state_machine_as_test(
         machine,

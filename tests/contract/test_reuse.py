@@ -9,7 +9,7 @@ import pytest
 import sqlalchemy as sa
 
 from farm.errors import ErrorClass
-from farm.jobs import backlog, reuse
+from farm.jobs import backlog, backlog_pass, reuse
 from farm.jobs.database import Database
 from farm.jobs.leadership import Leadership
 from farm.jobs.records import Claim, Picture, WorkerInfo
@@ -19,8 +19,8 @@ from farm.jobs.served_models import ServedModel
 from farm.jobs.states import JobState, Outcome
 from farm.jobs.store import JobStore
 from farm.settings import Settings
-from farm.specs.object_keys import trajectory_keys
 from farm.specs.spec import RenderSpec
+from tests.query_plan import plan
 
 WEIGHTS, OTHER = "e" * 64, "d" * 64
 PICTURE = Picture("b/1.png", "f" * 64, 123, 64, 64, WEIGHTS, 1.5, ("cut at 77 tokens",), 0.75)
@@ -32,29 +32,29 @@ SPEC = RenderSpec(prompt="a boat", seed=1)
 def store(database: Database) -> JobStore:
     """With a worker, and a dispatcher that leads."""
     Leadership(database, "dispatcher", lease_seconds=600).keep()
-    store = JobStore(database, Settings(database_url="", broker_url="", s3_bucket="", retry_seconds=0))
-    store.introduce(WORKER)
+    store = JobStore.over(database, Settings(database_url="", broker_url="", s3_bucket="", retry_seconds=0))
+    store.workers.register(WORKER)
     return store
 
 
 def submit(store: JobStore, *specs: RenderSpec, priority: int = 50, **options: bool) -> str:
-    return store.submit("batch", "me", priority, specs or [SPEC], **options)
+    return store.submissions.submit("batch", "me", priority, specs or [SPEC], **options)
 
 
 def passed(store: JobStore, most: int = 100) -> tuple[list[str], dict[str, str]]:
     """Which jobs a pass sends to be rendered, and which it wants copied."""
-    copies: dict[str, str] = {}
-    return [bell.job_id for bell in store.enqueue(most, copies=copies)], copies
+    found = store.backlog.enqueue(most, copy=True)
+    return [bell.job_id for bell in found.queued], dict(found.copies)
 
 
 def claimed(store: JobStore, job_id: str) -> Claim:
-    claim = store.claim(job_id, WORKER.name)
+    claim = store.leases.claim(job_id, WORKER.name)
     assert claim is not None
     return claim
 
 
 def rendered(store: JobStore, job_id: str, picture: Picture = PICTURE) -> str:
-    assert store.succeed(claimed(store, job_id), replace(picture, key=f"{job_id}.png"))
+    assert store.attempts.succeed(claimed(store, job_id), replace(picture, key=f"{job_id}.png"))
     return job_id
 
 
@@ -66,7 +66,7 @@ def done(store: JobStore, spec: RenderSpec = SPEC, picture: Picture = PICTURE) -
 
 def copied(store: JobStore, copies: dict[str, str]) -> list[Copying]:
     """Those of the copies that came too late; the objects are taken to be there."""
-    return store.end_copies(store.begin_copies(copies))
+    return store.reuse.record_copies(store.reuse.begin_copies(copies))
 
 
 def test_a_job_whose_picture_is_there_is_not_rendered_and_gets_all_that_is_known_of_it(store: JobStore) -> None:
@@ -74,19 +74,19 @@ def test_a_job_whose_picture_is_there_is_not_rendered_and_gets_all_that_is_known
     batch_id = submit(store)
     job_id = f"{batch_id}-1"
     assert passed(store) == ([], {job_id: source})
-    (copying,) = store.begin_copies({job_id: source})
-    assert store.job(job_id).state is JobState.PENDING
+    (copying,) = store.reuse.begin_copies({job_id: source})
+    assert store.queries.job(job_id).state is JobState.PENDING
     assert copying.keys == {f"{source}.png": f"{batch_id}/00001-a-boat.a1.png"}
-    assert store.end_copies([copying]) == []
-    job = store.job(job_id)
+    assert store.reuse.record_copies([copying]) == []
+    job = store.queries.job(job_id)
     assert (job.state, job.reused_from, job.attempt, job.worker) == (JobState.SUCCEEDED, source, 1, None)
     assert job.picture == replace(PICTURE, key=f"{batch_id}/00001-a-boat.a1.png")
-    (attempt,) = store.attempts(job_id)
+    (attempt,) = store.queries.attempts(job_id)
     assert (attempt.outcome, attempt.worker, attempt.reason) == (Outcome.SUCCEEDED, None, f"a copy of {source}")
-    status = store.batch(batch_id)
+    status = store.queries.batch(batch_id)
     assert status.counts[JobState.SUCCEEDED] == 1
     assert status.done
-    assert store.leftovers() == []
+    assert store.leftovers.find() == []
     assert passed(store) == ([], {})
 
 
@@ -99,7 +99,7 @@ def test_other_specs_and_seeds_that_were_drawn_are_other_work(store: JobStore) -
 
 def test_a_model_of_other_weights_renders_anew_and_then_serves_for_these(store: JobStore) -> None:
     done(store)
-    store.introduce(replace(WORKER, models=(ServedModel("tiny", sha256=OTHER),)))
+    store.workers.register(replace(WORKER, models=(ServedModel("tiny", sha256=OTHER),)))
     source = done(store, picture=replace(PICTURE, model_sha256=OTHER))
     job_id = f"{submit(store)}-1"
     assert passed(store) == ([], {job_id: source})
@@ -107,7 +107,7 @@ def test_a_model_of_other_weights_renders_anew_and_then_serves_for_these(store: 
 
 def test_while_workers_hold_different_weights_all_is_rendered(store: JobStore) -> None:
     done(store)
-    store.introduce(replace(WORKER, name="w2@host", models=(ServedModel("tiny", sha256=OTHER),)))
+    store.workers.register(replace(WORKER, name="w2@host", models=(ServedModel("tiny", sha256=OTHER),)))
     job_id = f"{submit(store)}-1"
     assert passed(store) == ([job_id], {})
 
@@ -116,10 +116,10 @@ def test_while_nobody_serves_the_model_what_was_rendered_waits_to_know_the_weigh
     store: JobStore, database: Database
 ) -> None:
     source = done(store)
-    store.leave(WORKER.name)
+    store.workers.deregister(WORKER.name)
     batch_id = submit(store, SPEC, RenderSpec(prompt="a cat", seed=1))
     assert passed(store) == ([f"{batch_id}-2"], {})
-    store.introduce(WORKER)
+    store.workers.register(WORKER)
     assert passed(store) == ([], {f"{batch_id}-1": source})
     with database.write() as session:  # one that serves it, and has not loaded it
         session.execute(sa.update(WorkerRow).values(models=[{"name": "tiny"}]))
@@ -132,12 +132,12 @@ def test_twins_in_flight_are_rendered_once_and_the_others_get_copies(store: JobS
     assert passed(store) == ([f"{first}-1", f"{first}-3"], {})
     claim = claimed(store, f"{first}-1")
     assert passed(store) == ([], {})
-    store.succeed(claim, PICTURE)
+    store.attempts.succeed(claim, PICTURE)
     bells, copies = passed(store)
     assert (bells, copies) == ([], {f"{first}-2": f"{first}-1", f"{second}-1": f"{first}-1"})
     assert copied(store, copies) == []
-    assert store.batch(second).done
-    assert store.job(f"{first}-2").reused_from == f"{first}-1"
+    assert store.queries.batch(second).done
+    assert store.queries.job(f"{first}-2").reused_from == f"{first}-1"
 
 
 @pytest.mark.parametrize("how", ["fails", "is cancelled", "is cancelled in the line", "goes back", "is paused"])
@@ -146,31 +146,31 @@ def test_when_its_twin_comes_to_nothing_the_next_one_goes(store: JobStore, how: 
     first, second, third = (f"{batch_id}-{n}" for n in (1, 2, 3))
     assert passed(store) == ([first], {})
     if how == "is cancelled in the line":
-        store.cancel(job_id=first)
+        store.steering.cancel(job_id=first)
     else:
         claim = claimed(store, first)
         assert passed(store) == ([], {})
         if how == "fails":
-            store.fail(claim, "broke", ErrorClass.BAD_INPUT)
+            store.attempts.fail(claim, "broke", ErrorClass.BAD_INPUT)
         elif how == "is cancelled":
-            store.cancel(job_id=first)
-            store.stopped(claim)
+            store.steering.cancel(job_id=first)
+            store.attempts.stopped(claim)
         elif how == "is paused":
-            store.pause(job_id=first)
-            store.hand_back(claim, "paused")
+            store.steering.pause(job_id=first)
+            store.attempts.hand_back(claim, "paused")
         else:
-            store.hand_back(claim)
+            store.attempts.hand_back(claim)
     (goes,), _ = passed(store)
     assert goes == (first if how == "goes back" else second)
     rendered(store, goes)
     _, copies = passed(store)
     assert third in copies
     if how == "fails":
-        assert store.retry(job_id=first) == 1
+        assert store.steering.retry(job_id=first) == 1
         assert passed(store)[1][first] == second
     if how == "is paused":
         assert first not in copies
-        store.resume(job_id=first)
+        store.steering.resume(job_id=first)
         assert passed(store)[1][first] == second
 
 
@@ -191,7 +191,7 @@ def test_without_a_dispatcher_that_leads_nobody_waits(store: JobStore, database:
 def test_who_can_not_copy_renders_and_still_waits_for_twins(store: JobStore) -> None:
     done(store)
     batch_id = submit(store, SPEC, SPEC)
-    assert [bell.job_id for bell in store.enqueue(10)] == [f"{batch_id}-1"]
+    assert [bell.job_id for bell in store.backlog.enqueue(10).queued] == [f"{batch_id}-1"]
 
 
 def test_a_more_urgent_twin_takes_the_place_of_one_that_lies_in_redis(store: JobStore) -> None:
@@ -199,12 +199,12 @@ def test_a_more_urgent_twin_takes_the_place_of_one_that_lies_in_redis(store: Job
     assert passed(store) == ([bulk], {})
     urgent = f"{submit(store, priority=95)}-1"
     assert passed(store) == ([urgent], {})
-    assert store.job(bulk).state is JobState.PENDING
+    assert store.queries.job(bulk).state is JobState.PENDING
     claim = claimed(store, urgent)
-    assert store.claim(bulk, WORKER.name) is None  # its message is still there
+    assert store.leases.claim(bulk, WORKER.name) is None  # its message is still there
     more_urgent = f"{submit(store, priority=99)}-1"
     assert passed(store) == ([], {})  # what is rendered goes on
-    store.succeed(claim, PICTURE)
+    store.attempts.succeed(claim, PICTURE)
     assert passed(store)[1] == {bulk: urgent, more_urgent: urgent}
 
 
@@ -214,12 +214,14 @@ def test_a_picture_that_is_deleted_or_withdrawn_serves_nobody(store: JobStore, d
     assert passed(store) == ([], {job_id: source})
     with database.write() as session:
         session.execute(
-            sa.update(BatchRow).where(BatchRow.id == store.job(source).batch_id).values(deleted_at=sa.func.now())
+            sa.update(BatchRow)
+            .where(BatchRow.id == store.queries.job(source).batch_id)
+            .values(deleted_at=sa.func.now())
         )
-    assert store.begin_copies({job_id: source}) == []
+    assert store.reuse.begin_copies({job_id: source}) == []
     assert passed(store) == ([job_id], {})
     rendered(store, job_id)
-    store.withdraw(job_id)
+    store.reuse.withdraw(job_id)
     another = f"{submit(store)}-1"
     assert passed(store) == ([another], {})
 
@@ -228,51 +230,41 @@ def test_a_picture_that_is_deleted_or_withdrawn_serves_nobody(store: JobStore, d
 def test_a_copy_that_comes_too_late_changes_nothing(store: JobStore, how: str) -> None:
     source = done(store)
     job_id = f"{submit(store)}-1"
-    (copying,) = store.begin_copies({job_id: source})
+    (copying,) = store.reuse.begin_copies({job_id: source})
     if how == "cancelled":
-        store.cancel(job_id=job_id)
+        store.steering.cancel(job_id=job_id)
     elif how == "rendered":
-        store.enqueue(10)
+        store.backlog.enqueue(10)
         rendered(store, job_id)
     else:
         assert copied(store, {job_id: source}) == []
-    before = store.job(job_id)
-    assert store.end_copies([copying]) == [copying]
-    assert store.job(job_id) == before
+    before = store.queries.job(job_id)
+    assert store.reuse.record_copies([copying]) == [copying]
+    assert store.queries.job(job_id) == before
     assert before.picture is None or before.picture.key not in copying.keys.values()
-    assert [one.attempt for one in store.attempts(job_id)] == list(range(1, before.attempt + 1))
+    assert [one.attempt for one in store.queries.attempts(job_id)] == list(range(1, before.attempt + 1))
     # Whatever object it left is swept with what else the job's attempts may have left.
-    ((_, keys),) = store.leftovers()
+    ((_, keys),) = store.leftovers.find()
     assert set(copying.keys.values()) <= set(keys)
 
 
 def test_a_copy_that_breaks_off_leaves_the_job_as_it_was(store: JobStore) -> None:
     source = done(store)
     job_id = f"{submit(store)}-1"
-    store.begin_copies({job_id: source})
+    store.reuse.begin_copies({job_id: source})
     assert passed(store) == ([], {job_id: source})
-    assert [bell.job_id for bell in store.enqueue(10)] == [job_id]
+    assert [bell.job_id for bell in store.backlog.enqueue(10).queued] == [job_id]
     claim = claimed(store, job_id)
     assert claim.attempt == 2
     assert claim.checkpoint_key is None
-    assert store.succeed(claim, PICTURE)
-    assert [one.outcome for one in store.attempts(job_id)] == [Outcome.HANDED_BACK, Outcome.SUCCEEDED]
-
-
-def test_a_copy_of_a_render_with_its_trajectory_has_that_too(store: JobStore) -> None:
-    spec = SPEC.model_copy(update={"trajectory": True})
-    source = done(store, spec)
-    job_id = f"{submit(store, spec)}-1"
-    (copying,) = store.begin_copies({job_id: source})
-    keys = list(copying.keys.values())
-    assert list(copying.keys)[1:] == list(trajectory_keys(f"{source}.png"))
-    assert keys[1:] == list(trajectory_keys(keys[0]))
+    assert store.attempts.succeed(claim, PICTURE)
+    assert [one.outcome for one in store.queries.attempts(job_id)] == [Outcome.HANDED_BACK, Outcome.SUCCEEDED]
 
 
 def test_what_waits_for_a_twin_does_not_hold_up_who_comes_behind_it(
     store: JobStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reuse, "_FURTHER", 30)
+    monkeypatch.setattr(backlog_pass, "AHEAD", 30)
     new = [RenderSpec(prompt=f"new {n}", seed=n) for n in range(8)]
     batch_id = submit(store, *[SPEC] * 100, *new[:4], *[SPEC] * 30, *new[4:])
     served: list[str] = []
@@ -283,10 +275,10 @@ def test_what_waits_for_a_twin_does_not_hold_up_who_comes_behind_it(
         for job_id in bells:
             claim = claimed(store, job_id)
             if job_id != f"{batch_id}-1":
-                store.succeed(claim, PICTURE)
+                store.attempts.succeed(claim, PICTURE)
     expected = [f"{batch_id}-{n}" for n in (1, *range(101, 105), *range(135, 139))]
     assert served == expected
-    store.fail(replace(claim, job_id=f"{batch_id}-1"), "broke", ErrorClass.BAD_INPUT)
+    store.attempts.fail(replace(claim, job_id=f"{batch_id}-1"), "broke", ErrorClass.BAD_INPUT)
     assert passed(store)[0] == [f"{batch_id}-2"]
 
 
@@ -306,11 +298,11 @@ def statements(database: Database) -> Iterator[list[str]]:
 def test_a_pass_asks_as_often_however_many_jobs_it_moves_and_never_for_drawn_seeds(
     store: JobStore, statements: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backlog, "_SETTLE_SECONDS", 0.0)  # else one pass asks more than another, by the clock
+    monkeypatch.setattr(backlog, "_CORRECT_SECONDS", 0.0)  # else one pass asks more than another, by the clock
     asked = []
     for count, seed in ((2, {}), (2, {"seed": 5}), (200, {"seed": 5})):
         submit(store, *(RenderSpec(prompt=f"{count} {n} {seed}", **seed) for n in range(count)))
-        store.enqueue(0)  # what it learns once
+        store.backlog.enqueue(0)  # what it learns once
         statements.clear()
         bells, _ = passed(store, 500)
         assert len(bells) == count
@@ -320,13 +312,6 @@ def test_a_pass_asks_as_often_however_many_jobs_it_moves_and_never_for_drawn_see
     plain, few, many = asked
     assert few <= plain + 5
     assert many <= few + 1  # of a thousand jobs that ended, what they took is asked in pieces
-
-
-def plan(database: Database, query: sa.Select[object]) -> str:
-    with database.read() as session:
-        compiled = query.compile(database.engine, compile_kwargs={"literal_binds": True})
-        how = "EXPLAIN QUERY PLAN" if database.engine.dialect.name == "sqlite" else "EXPLAIN"
-        return "\n".join(str(tuple(row)) for row in session.execute(sa.text(f"{how} {compiled}".replace(":", "\\:"))))
 
 
 @pytest.mark.parametrize(
@@ -352,7 +337,7 @@ def test_what_a_pass_asks_of_works_is_answered_by_indices(
     assert not re.search(r"SCAN jobs(?! USING)", how), how
 
 
-def test_a_pass_over_a_long_backlog_of_twins_takes_no_longer(store: JobStore) -> None:
+def test_a_pass_over_a_long_backlog_of_twins_takes_no_longer(store: JobStore, database: Database) -> None:
     def quickest() -> float:
         times = []
         for _ in range(5):
@@ -366,5 +351,5 @@ def test_a_pass_over_a_long_backlog_of_twins_takes_no_longer(store: JobStore) ->
     short = quickest()
     submit(store, *[SPEC] * 20_000)
     assert quickest() < 5 * short + 0.05
-    with store._db.read() as session:
+    with database.read() as session:
         assert session.scalar(sa.select(sa.func.count()).where(JobRow.state == "queued")) == 1

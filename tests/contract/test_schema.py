@@ -13,8 +13,10 @@ from alembic.script import ScriptDirectory
 
 from farm import __version__
 from farm.errors import DatabaseUnavailable, NotConfigured, SchemaMismatch
+from farm.jobs.charges import CORRECTABLE
+from farm.jobs.conditions import VISIBLE, in_state
 from farm.jobs.database import Database, _alembic, now, now_plus
-from farm.jobs.queries import STALE, VISIBLE, in_state
+from farm.jobs.leftovers import STALE, STALE_OF_OLD_WORKERS
 from farm.jobs.records import Pace
 from farm.jobs.schema import Base, BatchRow, JobCountRow, JobRow, ReleaseRow
 from farm.jobs.states import JobState
@@ -37,7 +39,7 @@ def test_migrating_twice_is_harmless(database: Database) -> None:
 
 @pytest.mark.parametrize("revision", ["0001", "0002"])
 def test_jobs_of_an_older_schema_are_rendered_by_this_one(database: Database, revision: str) -> None:
-    store = JobStore(database, Settings(database_url="", broker_url="", s3_bucket=""))
+    store = JobStore.over(database, Settings(database_url="", broker_url="", s3_bucket=""))
     go_back(database, revision)
     with database.write() as session:
         session.execute(sa.text("INSERT INTO batches VALUES ('old', 'old', 'me', 50, 3, '2026-01-01 00:00:00.000000')"))
@@ -56,11 +58,11 @@ def test_jobs_of_an_older_schema_are_rendered_by_this_one(database: Database, re
     database.migrate()
     database.check_schema()
     assert counted(database) == {"old": {"failed": 1, "pending": 2}}
-    assert [bell.job_id for bell in store.enqueue(1)] == ["old-2"]
-    claim = store.claim("old-2", "w1@host")
+    assert [bell.job_id for bell in store.backlog.enqueue(1).queued] == ["old-2"]
+    claim = store.leases.claim("old-2", "w1@host")
     assert claim is not None
     assert (claim.spec, claim.checkpoint_key) == (RenderSpec(prompt="b", seed=1), None)
-    assert store.beat("w1@host", {("old-2", 1): Pace(1, 0.1)}).previews == {}
+    assert store.leases.beat("w1@host", {("old-2", 1): Pace(1, 0.1)}).previews == {}
     assert counted(database) == {"old": {"failed": 1, "pending": 1, "running": 1}}
 
 
@@ -94,19 +96,21 @@ def counted(database: Database) -> dict[str, dict[str, int]]:
 
 
 def test_the_jobs_in_each_state_are_counted_whatever_moves_them(database: Database) -> None:
-    store = JobStore(database, Settings(database_url="", broker_url="", s3_bucket=""))
-    first = store.submit("first", "me", 50, [RenderSpec(prompt=str(n)) for n in range(1500)])
-    second = store.submit("second", "me", 40, [RenderSpec(prompt=str(n)) for n in range(3)])
+    store = JobStore.over(database, Settings(database_url="", broker_url="", s3_bucket=""))
+    first = store.submissions.submit("first", "me", 50, [RenderSpec(prompt=str(n)) for n in range(1500)])
+    second = store.submissions.submit("second", "me", 40, [RenderSpec(prompt=str(n)) for n in range(3)])
     with ThreadPoolExecutor(4) as pool:  # on PostgreSQL by connections of their own, and so in shards of their own
-        claims = list(pool.map(lambda bell: store.claim(bell.job_id, "w1@host"), store.enqueue(20)))
+        claims = list(
+            pool.map(lambda bell: store.leases.claim(bell.job_id, "w1@host"), store.backlog.enqueue(20).queued)
+        )
     assert None not in claims
-    store.cancel(job_id=f"{first}-30")
+    store.steering.cancel(job_id=f"{first}-30")
     assert counted(database) == {
         first: {"pending": 1479, "running": 20, "cancelled": 1},
         second: {"pending": 3},
     }
     with database.write() as session:
-        session.execute(sa.delete(JobRow).where(JobRow.batch_id == first, JobRow.index > 1000))
+        session.execute(sa.delete(JobRow).where(JobRow.batch_id == first, JobRow.position > 1000))
     assert counted(database)[first] == {"pending": 979, "running": 20, "cancelled": 1}
     with database.write() as session:
         session.execute(sa.delete(BatchRow).where(BatchRow.id == first))
@@ -116,8 +120,8 @@ def test_the_jobs_in_each_state_are_counted_whatever_moves_them(database: Databa
 
 
 def test_what_is_undone_is_not_counted(database: Database) -> None:
-    store = JobStore(database, Settings(database_url="", broker_url="", s3_bucket=""))
-    batch_id = store.submit("batch", "me", 50, [RenderSpec(prompt="a")])
+    store = JobStore.over(database, Settings(database_url="", broker_url="", s3_bucket=""))
+    batch_id = store.submissions.submit("batch", "me", 50, [RenderSpec(prompt="a")])
 
     def cancel_and_fail() -> None:
         with database.write() as session:
@@ -224,7 +228,7 @@ def test_a_database_without_a_schema_or_of_another_version_is_refused(database: 
             "ix_jobs_backlog",
             sa.select(JobRow.id)
             .where(in_state(JobState.PENDING), JobRow.model == "tiny", JobRow.batch_id == "b")
-            .order_by(JobRow.index)
+            .order_by(JobRow.position)
             .limit(10),
         ),
         (
@@ -253,7 +257,7 @@ def test_a_database_without_a_schema_or_of_another_version_is_refused(database: 
             "ix_jobs_wrong",
             sa.select(JobRow.id)
             .where(JobRow.batch_id == "b", JobRow.error.is_not(None))
-            .order_by(JobRow.index)
+            .order_by(JobRow.position)
             .limit(10),
         ),
         (
@@ -271,8 +275,13 @@ def test_a_database_without_a_schema_or_of_another_version_is_refused(database: 
             "ix_batches_deleted_at",
             sa.select(BatchRow.id).where(BatchRow.deleted_at.is_not(None)).order_by(BatchRow.deleted_at).limit(10),
         ),
+        ("ix_jobs_charged", sa.select(JobRow.id).where(CORRECTABLE).limit(10)),
         (
             "ix_jobs_stale_checkpoints",
+            sa.select(JobRow.id).where(*STALE_OF_OLD_WORKERS).order_by(JobRow.finished_at).limit(10),
+        ),
+        (
+            "ix_jobs_leftovers",
             sa.select(JobRow.id).where(*STALE).order_by(JobRow.finished_at).limit(10),
         ),
     ],

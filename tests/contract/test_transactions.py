@@ -85,10 +85,10 @@ def test_who_is_frozen_amid_a_transaction_holds_up_nobody_for_long(database: Dat
 
 
 def test_who_pauses_an_owner_may_be_the_second_to_write_of_it(database: Database) -> None:
-    store = JobStore(database, Settings(database_url="", broker_url="", s3_bucket=""))
+    store = JobStore.over(database, Settings(database_url="", broker_url="", s3_bucket=""))
     with database.write() as session:
         session.execute(sa.insert(OwnerRow).values(name="new", virtual_time=3.0))
-        pausing = threading.Thread(target=store.pause, kwargs={"owner": "new"})
+        pausing = threading.Thread(target=store.steering.pause, kwargs={"owner": "new"})
         pausing.start()
         wait_until(lambda: waiting(database) == 1, "the other waits")
     pausing.join(30)

@@ -67,7 +67,7 @@ def test_a_farm_is_upgraded_while_a_batch_runs(farm: HostsFarm, following: NextR
 
 def versions(farm: HostsFarm) -> dict[str, str]:
     """What each worker says it is."""
-    return {one.name: one.version for one in farm.store.workers() if one.alive}
+    return {one.name: one.version for one in farm.store.workers.all() if one.alive}
 
 
 def replaced(farm: HostsFarm, one: Standing) -> None:

@@ -337,9 +337,9 @@ def test_a_pool_scales_from_zero_by_the_device_seconds_that_wait(render: Render,
 
     assert asked(sd15) == 0  # and so nobody is started
     with closing(Database(postgres_url)) as database:
-        store = JobStore(database, Settings(database_url="", broker_url="", s3_bucket=""))
-        store.submit("some", "me", 50, [RenderSpec(prompt=str(n), model="sd15") for n in range(700)])
-        store.submit("odd", "me", 50, [RenderSpec(prompt="a", model="org/odd-1.5")])
+        store = JobStore.over(database, Settings(database_url="", broker_url="", s3_bucket=""))
+        store.submissions.submit("some", "me", 50, [RenderSpec(prompt=str(n), model="sd15") for n in range(700)])
+        store.submissions.submit("odd", "me", 50, [RenderSpec(prompt="a", model="org/odd-1.5")])
     assert asked(sd15) == 700
     assert asked(odd) == 1
     (trigger,) = {trigger["metadata"]["targetQueryValue"] for trigger in scaled["triggers"]}

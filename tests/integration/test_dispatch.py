@@ -39,7 +39,7 @@ def settings(settings: Settings) -> Settings:
 
 def test_submit_puts_a_window_of_jobs_into_redis_before_it_returns(settings: Settings, database: Database) -> None:
     settings = settings.model_copy(update={"lease_seconds": 600.0})  # the worker is alive, however slow the machine
-    JobStore(database, settings).introduce(WORKER)
+    JobStore.over(database, settings).workers.register(WORKER)
     with Farm(settings) as farm:
         batch = farm.submit([f"prompt {n}" for n in range(25)], priority=100)
         counts = batch.status().counts
@@ -67,7 +67,7 @@ def test_an_urgent_job_overtakes_what_lies_in_redis(settings: Settings) -> None:
 
 
 def test_what_redis_lost_is_brought_back_and_rung_for_again(settings: Settings, database: Database) -> None:
-    broker, store = Broker(settings), JobStore(database, settings)
+    broker, store = Broker(settings), JobStore.over(database, settings)
     dispatcher = Dispatcher(store, broker, Storage(settings), settings)
     with Farm(settings) as farm:
         batch = farm.submit(["one", "two", "three"])
@@ -89,10 +89,10 @@ def test_without_redis_a_batch_is_safe_in_sql(settings: Settings, database: Data
         assert batch.status().counts[JobState.PENDING] == 2
     broker = Broker(nowhere)
     with pytest.raises(BrokerUnavailable, match=r"127\.0\.0\.1:1"):
-        Dispatcher(JobStore(database, settings), broker, Storage(settings), settings).fill()
+        Dispatcher(JobStore.over(database, settings), broker, Storage(settings), settings).fill()
     broker.close()
     broker = Broker(settings)
-    assert Dispatcher(JobStore(database, settings), broker, Storage(settings), settings).fill() == 2
+    assert Dispatcher(JobStore.over(database, settings), broker, Storage(settings), settings).fill() == 2
     broker.close()
 
 
@@ -132,7 +132,7 @@ def test_sweeping_goes_on_whatever_breaks_it_and_batches_end_beside_it(
     monkeypatch.setattr(Dispatcher, "sweep", sweep)
     monkeypatch.setattr(Retention, "turn", turn)
     with closing(Broker(settings)) as broker, closing(Storage(settings)) as storage:
-        dispatcher = Dispatcher(JobStore(database, settings), broker, storage, settings)
+        dispatcher = Dispatcher(JobStore.over(database, settings), broker, storage, settings)
         leadership = Leadership(database, "dispatcher")
         assert leadership.seek()
         dispatcher._sweep_on(stop, leadership)
@@ -143,28 +143,28 @@ def checkpointed(farm: Farm, store: JobStore, storage: Storage, count: int) -> l
     """Keys of checkpoints of so many jobs, which have failed since."""
     farm.submit([f"prompt {n}" for n in range(count)])
     keys = []
-    for job_id in store.queued("tiny"):
-        claim = store.claim(job_id, "w1@host")
+    for job_id in store.backlog.queued("tiny"):
+        claim = store.leases.claim(job_id, "w1@host")
         assert claim is not None
         keys.append(checkpoint_key(claim.batch_id, claim.index, claim.attempt))
         storage.put(keys[-1], b"state")
-        assert store.checkpointed(claim, keys[-1])
-        store.fail(claim, "bad spec", ErrorClass.BAD_INPUT)
+        assert store.attempts.record_checkpoint(claim, keys[-1])
+        store.attempts.fail(claim, "bad spec", ErrorClass.BAD_INPUT)
     return keys
 
 
 def test_checkpoints_of_jobs_that_ended_are_swept_and_nothing_else_is(settings: Settings, database: Database) -> None:
-    broker, storage, store = Broker(settings), Storage(settings), JobStore(database, settings)
+    broker, storage, store = Broker(settings), Storage(settings), JobStore.over(database, settings)
     dispatcher = Dispatcher(store, broker, storage, settings)
     with Farm(settings) as farm:
         keys = checkpointed(farm, store, storage, 3)
         farm.submit(["it runs"])
-        (job_id,) = store.queued("tiny")
-        claim = store.claim(job_id, "w1@host")
+        (job_id,) = store.backlog.queued("tiny")
+        claim = store.leases.claim(job_id, "w1@host")
         assert claim is not None
         needed = checkpoint_key(claim.batch_id, claim.index, claim.attempt)
         storage.put(needed, b"state")
-        store.checkpointed(claim, needed)
+        store.attempts.record_checkpoint(claim, needed)
         storage.delete(keys[0])  # somebody was here before
         assert dispatcher.sweep() == 3
         assert dispatcher.sweep() == 0
@@ -179,18 +179,20 @@ def test_an_object_store_that_is_away_holds_up_no_job(settings: Settings, databa
     port = silent.getsockname()[1] if how == "hangs" else 1
     nowhere = settings.model_copy(update={"s3_endpoint_url": f"http://127.0.0.1:{port}"})
     broker, away, storage = Broker(settings), Storage(nowhere), Storage(settings)
-    store, stop = JobStore(database, settings), threading.Event()
+    store, stop = JobStore.over(database, settings), threading.Event()
     with Farm(settings) as farm:
         checkpointed(farm, store, storage, 1)
     standing = threading.Thread(
         target=Dispatcher(store, broker, away, settings).run, args=(stop, Leadership(database, "dispatcher"))
     )
     standing.start()
-    batch_id = store.submit("later", "me", 50, [RenderSpec(prompt="later")])
-    wait_until(lambda: store.queued("tiny") == [f"{batch_id}-1"], "the job is queued", seconds=40)  # S3 hangs for sixty
+    batch_id = store.submissions.submit("later", "me", 50, [RenderSpec(prompt="later")])
+    wait_until(
+        lambda: store.backlog.queued("tiny") == [f"{batch_id}-1"], "the job is queued", seconds=40
+    )  # S3 hangs for sixty
     stop.set()
     standing.join()
-    assert store.leftovers()
+    assert store.leftovers.find()
     silent.close()
     storage.close()
     away.close()
@@ -198,7 +200,7 @@ def test_an_object_store_that_is_away_holds_up_no_job(settings: Settings, databa
 
 
 def test_a_submission_that_was_broken_off_is_swept(settings: Settings, database: Database) -> None:
-    broker, storage, store = Broker(settings), Storage(settings), JobStore(database, settings)
+    broker, storage, store = Broker(settings), Storage(settings), JobStore.over(database, settings)
     with database.write() as session:
         session.add(
             BatchRow(id="old", name="old", owner="me", priority=50, total=0, created_at=now_plus(sa.literal(-4e3)))

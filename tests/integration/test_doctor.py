@@ -1,6 +1,5 @@
 """The doctor, over real servers in good and in bad health."""
 
-import json
 import os
 import socket
 import threading
@@ -10,7 +9,6 @@ from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
-import boto3
 import pytest
 import redis
 import sqlalchemy as sa
@@ -18,6 +16,7 @@ import sqlalchemy as sa
 from farm import __version__
 from farm.cli.doctor import check, exit_code, line
 from farm.client.farm import Farm
+from farm.jobs.backlog import Backlog
 from farm.jobs.checks import TAKEOVER_SECONDS, check_dispatcher
 from farm.jobs.database import Database, now_plus
 from farm.jobs.leadership import DISPATCHER, Leadership
@@ -26,6 +25,7 @@ from farm.jobs.schema import BatchRow, JobRow, LeaderRow, WorkerRow
 from farm.jobs.served_models import MemoryLimit, ServedModel
 from farm.jobs.states import JobState
 from farm.jobs.store import JobStore
+from farm.jobs.workers import Workers
 from farm.objects.storage import Storage
 from farm.runtime.finding import Finding
 from farm.settings import Settings
@@ -42,23 +42,23 @@ def only(settings: Settings, part: str) -> Finding:
 
 
 @pytest.fixture
-def on_sqlite(sqlite_url: str, valkey: str, s3: dict[str, str], tmp_path: Path) -> Settings:
+def on_sqlite(on_sqlite: Settings) -> Settings:
     """Settings of a farm with a dispatcher, for the tests to which the database does not matter."""
-    database = Database(sqlite_url)
+    database = Database(on_sqlite.database_url)
     lead(database)
     database.close()
-    return Settings.load(database_url=sqlite_url, broker_url=valkey, home=tmp_path / "home", **s3)
+    return on_sqlite
 
 
 def introduce(store: JobStore, name: str, *, model: str = "tiny", version: str = __version__) -> None:
-    store.introduce(
+    store.workers.register(
         WorkerInfo(name=name, device="cpu", dtype="float32", slots=8, version=version, models=(ServedModel(model),))
     )
 
 
 def test_a_healthy_farm_is_all_ok(settings: Settings, database: Database) -> None:
     lead(database)
-    introduce(JobStore(database, settings), "worker-1@here")
+    introduce(JobStore.over(database, settings), "worker-1@here")
     findings = list(check(settings))
     assert [(finding.part, finding.level) for finding in findings] == [
         (part, "ok") for part in ("settings", "database", "broker", "storage", "dispatcher", "worker")
@@ -71,7 +71,7 @@ def test_a_healthy_farm_is_all_ok(settings: Settings, database: Database) -> Non
 
 
 def test_what_workers_lack_is_named(settings: Settings, database: Database) -> None:
-    store = JobStore(database, settings)
+    store = JobStore.over(database, settings)
     with Farm(settings) as farm:
         farm.submit(["a red circle"] * 3, model="sd15")
         farm.submit(["a red circle"], model="tiny")
@@ -104,8 +104,8 @@ def lead(database: Database) -> None:
 
 def fill_the_window(farm: Farm, database: Database) -> None:
     farm.submit(["a red circle"] * 200)
-    assert JobStore(database, farm.settings).slots() == {"tiny": 8}
-    assert len(JobStore(database, farm.settings).queued("tiny")) == 16
+    assert Workers(database, farm.settings).slots() == {"tiny": 8}
+    assert len(Backlog(database, farm.settings).queued("tiny")) == 16
 
 
 def pause_a_batch_an_owner_and_a_job(farm: Farm, database: Database) -> None:
@@ -130,12 +130,12 @@ def let_a_job_wait_for_its_next_try(farm: Farm, database: Database) -> None:
 
 def submit_twins(farm: Farm, database: Database) -> None:
     farm.submit(["a red circle"] * 5, seed=3)
-    assert len(JobStore(database, farm.settings).queued("tiny")) == 1
+    assert len(Backlog(database, farm.settings).queued("tiny")) == 1
 
 
 def submit_what_is_too_large(farm: Farm, database: Database) -> None:
     model = ServedModel("tiny", limit=MemoryLimit(128 * 128, 1, UNGUIDED))
-    JobStore(database, farm.settings).describe(
+    Workers(database, farm.settings).describe(
         WorkerInfo(name="worker-1@here", device="cpu", dtype="float32", slots=8, version=__version__, models=(model,))
     )
     farm.submit(["a red circle"], width=1024, height=1024)
@@ -162,7 +162,7 @@ def test_jobs_that_have_a_reason_to_wait_are_no_fault(
     settings: Settings, database: Database, keep_jobs_in_the_backlog: Callable[[Farm, Database], None]
 ) -> None:
     lead(database)
-    introduce(JobStore(database, settings), "worker-1@here")
+    introduce(JobStore.over(database, settings), "worker-1@here")
     with Farm(settings) as farm:
         keep_jobs_in_the_backlog(farm, database)
     with database.read() as session:
@@ -246,30 +246,6 @@ def test_an_open_or_forgetful_redis_is_a_warning(on_sqlite: Settings) -> None:
     assert [finding.level for finding in findings] == ["warn", "warn"]
     assert "allkeys-lru" in findings[0].what
     assert "without a password" in findings[1].what
-
-
-def test_a_bucket_that_anyone_may_read_is_a_warning(on_sqlite: Settings) -> None:
-    secret = on_sqlite.s3_secret_access_key
-    assert secret is not None
-    client = boto3.client(
-        "s3",
-        endpoint_url=on_sqlite.s3_endpoint_url,
-        region_name="us-east-1",
-        aws_access_key_id=on_sqlite.s3_access_key_id,
-        aws_secret_access_key=secret.get_secret_value(),
-    )
-    allow = {
-        "Effect": "Allow",
-        "Principal": "*",
-        "Action": "s3:GetObject",
-        "Resource": f"arn:aws:s3:::{on_sqlite.s3_bucket}/*",
-    }
-    client.put_bucket_policy(
-        Bucket=on_sqlite.s3_bucket, Policy=json.dumps({"Version": "2012-10-17", "Statement": [allow]})
-    )
-    client.close()
-    finding = only(on_sqlite, "storage")
-    assert (finding.level, finding.do) == ("warn", "take away public access")
 
 
 @pytest.mark.parametrize(("status", "level"), [(200, "warn"), (401, "ok"), (500, "bad")])

@@ -21,18 +21,20 @@ def leader(database: Database) -> int:
 
 @BOTH_KINDS_IN_TIME
 def test_a_dispatcher_that_is_killed_is_replaced_within_seconds(crew: Crew, database: Database, farm: Farm) -> None:
-    store = JobStore(database, crew.settings)
+    store = JobStore.over(database, crew.settings)
     processes = {process.popen.pid: process for process in (crew.dispatcher(), crew.dispatcher())}
     wait_until(lambda: leader(database) in processes, "one leads")
     first = leader(database)
-    batch_id = store.submit("before", "me", 50, [RenderSpec(prompt="x")])  # not by the client, which fills inline
-    wait_until(lambda: store.queued("tiny") == [f"{batch_id}-1"], "the leader dispatches")
+    batch_id = store.submissions.submit(
+        "before", "me", 50, [RenderSpec(prompt="x")]
+    )  # not by the client, which fills inline
+    wait_until(lambda: store.backlog.queued("tiny") == [f"{batch_id}-1"], "the leader dispatches")
     processes.pop(first).kill()
     died = time.monotonic()
     inline = farm.submit("handed in while nobody leads")
-    assert f"{inline.id}-1" in store.queued("tiny")
-    later = store.submit("after", "me", 50, [RenderSpec(prompt="y")])
-    wait_until(lambda: f"{later}-1" in store.queued("tiny"), "the other dispatches")
+    assert f"{inline.id}-1" in store.backlog.queued("tiny")
+    later = store.submissions.submit("after", "me", 50, [RenderSpec(prompt="y")])
+    wait_until(lambda: f"{later}-1" in store.backlog.queued("tiny"), "the other dispatches")
     took = time.monotonic() - died
     (survivor,) = processes
     assert leader(database) == survivor

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from farm.errors import AlreadyRunning, NotConfigured, PartFailed
 from farm.jobs.database import Database
-from farm.jobs.store import JobStore
+from farm.jobs.workers import Workers
 from farm.local import LocalFarm, parts, running
 from farm.local.home import Home
 from farm.local.kept_part import KeptPart
@@ -179,7 +179,7 @@ def test_workers_share_the_cores_and_take_turns_on_the_gpus(tmp_path: Path, monk
     home = Home(tmp_path)
     settings = home.settings(home.access())
     database = Database(settings.database_url)
-    made = [parts.worker(home, settings, number, 3, JobStore(database, settings)) for number in (1, 2, 3)]
+    made = [parts.worker(home, settings, number, 3, Workers(database, settings)) for number in (1, 2, 3)]
     database.close()
     assert [part.env["FARM_DEVICE"] for part in made] == ["cuda:0", "cuda:1", "cuda:0"]
     assert {part.env["OMP_NUM_THREADS"] for part in made} == {str(max(1, len(os.sched_getaffinity(0)) // 3))}

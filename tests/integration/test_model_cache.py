@@ -26,9 +26,9 @@ from workers import tiny
 from workers.models import cache as model_cache
 from workers.models import fetching as model_fetching
 from workers.models.cache import ModelCache
-from workers.models.checkpoints import open_checkpoint
-from workers.pipelines.stable_diffusion import FAMILY
+from workers.models.checkpoints import Family, open_checkpoint
 
+FAMILY = Family("StableDiffusionPipeline", ("scheduler", "text_encoder", "tokenizer", "unet", "vae"))
 FAMILIES = {FAMILY.name: FAMILY}
 
 
@@ -43,13 +43,6 @@ class Loaded:
 @pytest.fixture
 def settings(s3: Mapping[str, str | None]) -> Settings:
     return Settings(database_url="sqlite://", broker_url="redis://127.0.0.1:1/0", **s3)  # type: ignore[arg-type]
-
-
-@pytest.fixture
-def storage(settings: Settings) -> Iterator[Storage]:
-    storage = Storage(settings)
-    yield storage
-    storage.close()
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -17,16 +17,8 @@ from farm.objects import large_objects
 from farm.objects.large_objects import Outgoing, send
 from farm.objects.model_store import PREFIX, ModelStore, check_name
 from farm.objects.storage import Storage
-from farm.settings import Settings
 from workers import tiny
 from workers.models.remote import find_remote
-
-
-@pytest.fixture
-def storage(s3: Mapping[str, str | None]) -> Iterator[Storage]:
-    storage = Storage(Settings(database_url="", broker_url="", **s3))  # type: ignore[arg-type]
-    yield storage
-    storage.close()
 
 
 @pytest.fixture

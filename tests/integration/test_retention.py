@@ -3,10 +3,8 @@
 import hashlib
 import io
 import json
-import subprocess
-import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +24,7 @@ from farm.jobs.store import JobStore
 from farm.objects.storage import Storage
 from farm.settings import Settings
 from farm.specs.object_keys import image_key, manifest_key
-from tests.integration.conftest import Crew, environment, wait_until
+from tests.integration.conftest import Command, Crew, wait_until
 from tests.servers import BOTH_KINDS_IN_TIME
 
 
@@ -44,24 +42,24 @@ class Stand:
         batch = self.farm.submit([{"prompt": f"prompt {n}", "seed": n} for n in range(count)], name=name)
         self.render(batch, count - 1)
         while not batch.status().done:
-            for bell in self.store.enqueue(99):
+            for bell in self.store.backlog.enqueue(99).queued:
                 assert bell.job_id
-            claim = self.store.claim(f"{batch.id}-{count}", "w1@host")
+            claim = self.store.leases.claim(f"{batch.id}-{count}", "w1@host")
             assert claim is not None
-            self.store.fail(claim, "no such sampler", ErrorClass.BAD_INPUT)
+            self.store.attempts.fail(claim, "no such sampler", ErrorClass.BAD_INPUT)
         return batch
 
     def render(self, batch: Batch, last: int, first: int = 1) -> None:
         """Render these jobs of a batch, each a picture of its own."""
-        self.store.enqueue(99)
+        self.store.backlog.enqueue(99)
         for index in range(first, last + 1):
-            claim = self.store.claim(f"{batch.id}-{index}", "w1@host")
+            claim = self.store.leases.claim(f"{batch.id}-{index}", "w1@host")
             assert claim is not None
             data = png(claim.spec.seed)
             key = image_key(claim.batch_id, claim.index, claim.attempt, claim.spec.prompt)
             self.storage.put(key, data)
             sha256 = hashlib.sha256(data).hexdigest()
-            assert self.store.succeed(claim, Picture(key, sha256, len(data), 64, 64, "e" * 64, 0.5))
+            assert self.store.attempts.succeed(claim, Picture(key, sha256, len(data), 64, 64, "e" * 64, 0.5))
 
     def manifest(self, batch: Batch) -> list[dict[str, object]]:
         """What lies in the bucket."""
@@ -76,7 +74,7 @@ def png(seed: int) -> bytes:
 
 @pytest.fixture
 def stand(settings: Settings, database: Database) -> Iterator[Stand]:
-    storage, store = Storage(settings), JobStore(database, settings)
+    storage, store = Storage(settings), JobStore.over(database, settings)
     with Farm(settings) as farm:
         yield Stand(farm, store, storage, Retention(store, storage, settings))
     storage.close()
@@ -99,7 +97,7 @@ def test_a_batch_that_has_ended_gets_a_manifest_and_another_one_when_it_ends_aga
     stand.retention.turn()
     assert [entry["state"] for entry in stand.manifest(batch)] == ["succeeded"] * 3
     stand.storage.delete(manifest_key(batch.id))
-    assert stand.store.unnoted() == []  # written once, and no more
+    assert stand.store.endings.unnoted() == []  # written once, and no more
     assert len(list(batch.manifest())) == 3
 
 
@@ -223,27 +221,9 @@ def test_batches_go_by_their_age_if_that_is_set(stand: Stand, settings: Settings
     assert list(stand.storage.keys(f"{old.id}/")) == []
 
 
-@pytest.fixture
-def command(settings: Settings, tmp_path: Path) -> Callable[..., "subprocess.CompletedProcess[str]"]:
-    def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
-        return subprocess.run(
-            [sys.executable, "-m", "farm", *arguments],
-            cwd=tmp_path,
-            env=environment(settings, COLUMNS=200),
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-
-    return run
-
-
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 @pytest.mark.long
-def test_the_command_line_tells_fetches_and_deletes(
-    stand: Stand, command: Callable[..., "subprocess.CompletedProcess[str]"], tmp_path: Path
-) -> None:
+def test_the_command_line_tells_fetches_and_deletes(stand: Stand, command: Command, tmp_path: Path) -> None:
     batch = stand.batch()
     batch.pause()
     shown = command("status", "sea").stdout

@@ -2,7 +2,6 @@
 
 import hashlib
 import threading
-from collections.abc import Iterator
 
 import pytest
 import sqlalchemy as sa
@@ -144,35 +143,30 @@ def test_other_weights_a_picture_that_is_gone_and_no_reuse_are_rendered(
 def store(database: Database, settings: Settings) -> JobStore:
     """With a worker that is known, and a dispatcher that leads."""
     Leadership(database, "dispatcher", lease_seconds=600).keep()
-    store = JobStore(database, settings)
-    store.introduce(WorkerInfo("w1@host", "cpu", "float32", 8, "0", (ServedModel("tiny", sha256=WEIGHTS),)))
+    store = JobStore.over(database, settings)
+    store.workers.register(WorkerInfo("w1@host", "cpu", "float32", 8, "0", (ServedModel("tiny", sha256=WEIGHTS),)))
     return store
-
-
-@pytest.fixture
-def storage(settings: Settings) -> Iterator[Storage]:
-    storage = Storage(settings)
-    yield storage
-    storage.close()
 
 
 def original(store: JobStore, storage: Storage, data: bytes = b"a picture") -> str:
     """A job that was rendered."""
-    store.submit("original", "me", 50, [SPEC])
-    (bell,) = store.enqueue(10)
-    claim = store.claim(bell.job_id, "w1@host")
+    store.submissions.submit("original", "me", 50, [SPEC])
+    (bell,) = store.backlog.enqueue(10).queued
+    claim = store.leases.claim(bell.job_id, "w1@host")
     assert claim is not None
     key = image_key(claim.batch_id, claim.index, claim.attempt, claim.spec.prompt)
     storage.put(key, data, "image/png")
-    assert store.succeed(claim, Picture(key, hashlib.sha256(data).hexdigest(), len(data), 64, 64, WEIGHTS, 1.0))
+    assert store.attempts.succeed(
+        claim, Picture(key, hashlib.sha256(data).hexdigest(), len(data), 64, 64, WEIGHTS, 1.0)
+    )
     return claim.job_id
 
 
 def test_a_copy_keeps_the_kind_of_its_content(store: JobStore, storage: Storage) -> None:
     source = original(store, storage)
-    job_id = f"{store.submit('copy', 'me', 50, [SPEC])}-1"
-    assert Copier(store, storage).copy({job_id: source}) == 1
-    key = store.job(job_id).picture.key
+    job_id = f"{store.submissions.submit('copy', 'me', 50, [SPEC])}-1"
+    assert Copier(store.reuse, storage).copy({job_id: source}) == 1
+    key = store.queries.job(job_id).picture.key
     assert storage._s3.head_object(Bucket=storage.bucket, Key=key)["ContentType"] == "image/png"
 
 
@@ -180,46 +174,46 @@ def test_a_copy_that_comes_too_late_leaves_no_object(
     store: JobStore, storage: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = original(store, storage)
-    batch_id = store.submit("copy", "me", 50, [SPEC])
+    batch_id = store.submissions.submit("copy", "me", 50, [SPEC])
     copy = storage.copy
 
     def cancelled_meanwhile(*args: object) -> bool:
         made = copy(*args)
-        store.cancel(batch_id=batch_id)
+        store.steering.cancel(batch_id=batch_id)
         return made
 
     monkeypatch.setattr(storage, "copy", cancelled_meanwhile)
-    assert Copier(store, storage).copy({f"{batch_id}-1": source}) == 0
+    assert Copier(store.reuse, storage).copy({f"{batch_id}-1": source}) == 0
     assert list(storage.keys(batch_id)) == []
-    assert store.job(f"{batch_id}-1").state is JobState.CANCELLED
+    assert store.queries.job(f"{batch_id}-1").state is JobState.CANCELLED
 
 
 def test_a_picture_of_another_size_than_sql_says_serves_nobody(store: JobStore, storage: Storage) -> None:
     source = original(store, storage)
-    storage.put(store.job(source).picture.key, b"half a")
-    job_id = f"{store.submit('copy', 'me', 50, [SPEC])}-1"
-    assert Copier(store, storage).copy({job_id: source}) == 0
+    storage.put(store.queries.job(source).picture.key, b"half a")
+    job_id = f"{store.submissions.submit('copy', 'me', 50, [SPEC])}-1"
+    assert Copier(store.reuse, storage).copy({job_id: source}) == 0
     copies: dict[str, str] = {}
-    assert [bell.job_id for bell in store.enqueue(10, copies=copies)] == [job_id]
+    assert [bell.job_id for bell in store.backlog.enqueue(10, copies=copies).queued] == [job_id]
     assert copies == {}
 
 
 def test_while_the_object_store_is_away_what_could_be_copied_is_rendered(
-    store: JobStore, storage: Storage, settings: Settings
+    store: JobStore, storage: Storage, settings: Settings, database: Database
 ) -> None:
     source = original(store, storage)
     broker, stop = Broker(settings), threading.Event()
     away = Storage(settings.model_copy(update={"s3_endpoint_url": "http://127.0.0.1:1"}))
-    job_id = f"{store.submit('copy', 'me', 50, [SPEC])}-1"
+    job_id = f"{store.submissions.submit('copy', 'me', 50, [SPEC])}-1"
     with pytest.raises(StorageUnavailable):
-        Copier(store, away).copy({job_id: source})
-    assert store.job(job_id).state is JobState.PENDING
-    leadership = Leadership(store._db, "dispatcher")
-    with store._db.write() as session:
+        Copier(store.reuse, away).copy({job_id: source})
+    assert store.queries.job(job_id).state is JobState.PENDING
+    leadership = Leadership(database, "dispatcher")
+    with database.write() as session:
         session.execute(sa.delete(LeaderRow))
     standing = threading.Thread(target=Dispatcher(store, broker, away, settings).run, args=(stop, leadership))
     standing.start()
-    wait_until(lambda: store.queued("tiny") == [job_id], "it is to be rendered")
+    wait_until(lambda: store.backlog.queued("tiny") == [job_id], "it is to be rendered")
     stop.set()
     standing.join()
     away.close()

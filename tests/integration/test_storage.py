@@ -3,7 +3,6 @@
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
 from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -13,13 +12,6 @@ from farm.errors import NotFound, StorageUnavailable
 from farm.objects.storage import Storage
 from farm.settings import Settings
 from farm.specs.object_keys import checkpoint_key, image_key, preview_key, trajectory_keys
-
-
-@pytest.fixture
-def storage(s3: Mapping[str, str | None]) -> Iterator[Storage]:
-    storage = Storage(Settings(database_url="", broker_url="", **s3))
-    yield storage
-    storage.close()
 
 
 def test_many_objects_are_deleted_at_once_and_missing_ones_are_no_error(storage: Storage) -> None:

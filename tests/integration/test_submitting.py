@@ -1,9 +1,7 @@
 """From files and options to jobs in SQL, through the client and through the command line."""
 
 import json
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,32 +9,14 @@ import pytest
 from farm.client.farm import Farm
 from farm.errors import InvalidInput
 from farm.settings import Settings
-from tests.integration.conftest import environment
+from tests.integration.conftest import Command
 from tests.servers import BOTH_KINDS_IN_TIME
-
-Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture
 def farm(settings: Settings) -> Iterator[Farm]:
     with Farm(settings) as farm:
         yield farm
-
-
-@pytest.fixture
-def command(settings: Settings, tmp_path: Path) -> Command:
-    def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
-        return subprocess.run(
-            [sys.executable, "-m", "farm", *arguments],
-            cwd=tmp_path,
-            env=environment(settings, COLUMNS=200),
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-
-    return run
 
 
 def test_a_file_a_template_a_grid_and_seeds_make_jobs_in_their_order(farm: Farm, tmp_path: Path) -> None:

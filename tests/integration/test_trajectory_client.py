@@ -3,8 +3,6 @@
 import hashlib
 import io
 import json
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,12 +15,12 @@ from PIL.PngImagePlugin import PngInfo
 from farm import Farm, InvalidInput, Job, JobNotSucceeded, NotFound, Settings
 from farm.errors import ErrorClass
 from farm.jobs.database import Database
-from farm.jobs.records import Claim, Pace, Picture, WorkerInfo
+from farm.jobs.records import Artifact, Claim, Pace, Picture, Role, WorkerInfo
 from farm.jobs.served_models import ServedModel
 from farm.jobs.store import JobStore
 from farm.objects.storage import Storage
 from farm.specs.object_keys import image_key, preview_key, trajectory_keys
-from tests.integration.conftest import environment, wait_until
+from tests.integration.conftest import wait_until
 
 COLOURS = [(40 * step, 10, 200 - 40 * step) for step in range(5)]
 
@@ -54,12 +52,12 @@ class Stand:
     storage: Storage
 
     def claim(self, job: Job) -> Claim:
-        claim = self.store.claim(job.id, "w1@host")
+        claim = self.store.leases.claim(job.id, "w1@host")
         assert claim is not None
         return claim
 
     def beat(self, claim: Claim, pace: Pace) -> dict[str, bool]:
-        return dict(self.store.beat("w1@host", {(claim.job_id, claim.attempt): pace}).previews)
+        return dict(self.store.leases.beat("w1@host", {(claim.job_id, claim.attempt): pace}).previews)
 
     def show(self, claim: Claim, step: int, colour: tuple[int, int, int] = COLOURS[0]) -> None:
         text = PngInfo()
@@ -73,17 +71,23 @@ class Stand:
         frames = [Image.new("RGB", (64, 64), colour) for colour in colours]
         key = image_key(claim.batch_id, claim.index, claim.attempt, claim.spec.prompt)
         data = encoded(frames[-1], "PNG")
+        beside: list[tuple[Artifact, bytes]] = []
         if claim.spec.trajectory:
             strip, animation = trajectory_keys(key)
             page = Image.new("RGB", (64 * len(frames), 64))
             for place, frame in enumerate(frames):
                 page.paste(frame, (64 * place, 0))
-            self.storage.put(strip, encoded(page, "PNG"))
             film = encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True, duration=100)
-            self.storage.put(animation, film)
+            beside = [
+                (Artifact(Role.FILM_STRIP, strip, "image/png"), encoded(page, "PNG")),
+                (Artifact(Role.ANIMATION, animation, "image/webp"), film),
+            ]
+        for artifact, content in beside:
+            self.storage.put(artifact.key, content)
         self.storage.put(key, data)
         digest = hashlib.sha256(data).hexdigest()
-        assert self.store.succeed(claim, Picture(key, digest, len(data), 64, 64, "e" * 64, 1.0))
+        picture = Picture(key, digest, len(data), 64, 64, "e" * 64, 1.0)
+        assert self.store.attempts.succeed(claim, picture, [artifact for artifact, _ in beside])
 
 
 def encoded(image: Image.Image, kind: str, **how: object) -> bytes:
@@ -110,7 +114,7 @@ def farm(settings: Settings) -> Iterator[Farm]:
 @pytest.fixture
 def worker(settings: Settings, database: Database) -> Iterator[Stand]:
     storage = Storage(settings)
-    yield Stand(JobStore(database, settings), storage)
+    yield Stand(JobStore.over(database, settings), storage)
     storage.close()
 
 
@@ -155,7 +159,7 @@ def test_a_job_that_was_not_asked_for_its_trajectory_says_so_at_once(farm: Farm)
 
 
 def test_a_job_that_failed_has_no_trajectory(job: Job, worker: Stand) -> None:
-    worker.store.fail(worker.claim(job), "bad spec", ErrorClass.BAD_INPUT)
+    worker.store.attempts.fail(worker.claim(job), "bad spec", ErrorClass.BAD_INPUT)
     for ask in (job.trajectory, job.film_strip, job.preview):
         with pytest.raises(JobNotSucceeded, match="bad spec"):
             ask()
@@ -212,8 +216,8 @@ def test_previews_of_a_job_that_waits_begin_when_it_does_and_go_on_with_its_next
     assert next(shown).step == 4
     info = job.refresh().info
     first = Claim(job.id, info.attempt, job.spec, info.batch_id, "", info.index, 1, 50, None)
-    worker.store.hand_back(first)
-    worker.store.enqueue(10)
+    worker.store.attempts.hand_back(first)
+    worker.store.backlog.enqueue(10)
     second = worker.claim(job)
     worker.show(second, 2)
     assert next(shown).step == 2
@@ -244,26 +248,10 @@ def test_a_job_says_how_long_it_still_takes(job: Job, worker: Stand) -> None:
     assert job.refresh().eta_seconds == 3.0
 
 
-@pytest.fixture
-def command(settings: Settings, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs `farm …` in a folder of its own."""
-
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "farm", *arguments],
-            env=environment(settings, COLUMNS="200"),
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-
-    return run
-
-
 def test_the_command_line_submits_all_that_a_spec_may_say(farm: Farm, worker: Stand, command) -> None:
-    worker.store.introduce(WorkerInfo("w1@host", "cpu", "float32", 8, "0", (ServedModel("tiny"),)))  # not loaded yet
+    worker.store.workers.register(
+        WorkerInfo("w1@host", "cpu", "float32", 8, "0", (ServedModel("tiny"),))
+    )  # not loaded yet
     options = ["--guidance-rescale", "0.7", "--clip-skip", "2", "--eta", "0.5", "--true-cfg-scale", "4"]
     done = command("submit", "a cat", "--name", "all", *options, "--deterministic", "--trajectory")
     assert (done.returncode, done.stderr) == (0, "")
@@ -300,7 +288,7 @@ def test_a_sampler_that_its_model_can_not_use_is_refused_with_the_row(farm: Farm
     model = ServedModel("sd3", sha256="e" * 64, family="StableDiffusion3Pipeline", samplers="flow")
     rows = [{"prompt": "fine", "scheduler": "euler"}, {"prompt": "not", "scheduler": "ddim"}]
     assert len(farm.submit(rows, model="sd3")) == 2  # no worker holds it: who knows
-    worker.store.introduce(WorkerInfo("w1@host", "cpu", "float32", 8, "0", (model,)))
+    worker.store.workers.register(WorkerInfo("w1@host", "cpu", "float32", 8, "0", (model,)))
     with pytest.raises(InvalidInput, match="spec 2: scheduler: ddim can't sample sd3") as caught:
         farm.submit(rows, model="sd3")
     assert len(caught.value.problems) == 1

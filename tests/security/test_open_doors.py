@@ -22,11 +22,6 @@ from farm.settings import Settings
 from tests.integration.conftest import wait_until
 
 
-@pytest.fixture
-def on_sqlite(sqlite_url: str, valkey: str, s3: dict[str, str], tmp_path: Path) -> Settings:
-    return Settings.load(database_url=sqlite_url, broker_url=valkey, home=tmp_path / "home", **s3)
-
-
 def found(settings: Settings, part: str) -> Finding:
     (finding,) = [finding for finding in check(settings) if finding.part == part]
     return finding

@@ -1,4 +1,4 @@
-"""What a worker accepts as a message; all else is put away before Celery looks into it."""
+"""The messages that a worker accepts; every other one is refused before Celery reads it."""
 
 import json
 import logging
@@ -25,19 +25,19 @@ _MOST_BYTES = 4096
 class CheckedConsumer(Consumer):
     """Celery's consumer for doorbells and nothing else.
 
-    Celery itself takes a message for what it claims to be. One without an id, or with a body of another shape, raises
-    in the worker's loop before it is acknowledged: it ends the worker, comes back, and ends the next.
+    Celery does not check a message. One without an id, or with a body of another shape, raises in the worker's loop
+    before it is acknowledged: it ends the worker, comes back, and ends the next worker.
     """
 
     def connection_for_read(self, heartbeat: float | None = None) -> Any:
-        """Called whenever Celery connects, for urgent messages too: its connection, by a transport that looks."""
+        """Called whenever Celery connects, for urgent messages too: its connection, with a transport that checks."""
         connection = self.app.connection_for_read(heartbeat=heartbeat)
-        # Not by the setting `broker_transport`: for a transport of another name kombu forgets what `rediss` means.
+        # The setting `broker_transport` would not do: for a transport of another name kombu ignores `rediss`.
         connection.transport_cls = f"{__name__}:{CheckedTransport.__name__}"
         return self.ensure_connected(connection)
 
     def create_task_handler(self, *args: Any, **kwargs: Any) -> Callable[[Any], None]:
-        """Called by Celery's loop, and for urgent messages: what is done with each message."""
+        """Called by Celery's loop and by `UrgentConsumer`: the function that handles each message."""
         handle = super().create_task_handler(*args, **kwargs)
 
         def checked(message: Any) -> None:
@@ -50,27 +50,27 @@ class CheckedConsumer(Consumer):
         return checked
 
     def on_decode_error(self, message: Any, exc: Any) -> None:
-        """Say why a message is put away. Celery's own shows its body, and raises where it has none."""
+        """Log why a message is refused. Celery's own method logs its body, and raises where it has none."""
         log.warning("refused a message: %.200s", exc)
         message.ack_log_error(log, self.connection_errors)  # type: ignore[attr-defined]
 
 
 class CheckedTransport(kombu_redis.Transport):
-    """kombu's Redis transport for lists in which anything may lie.
+    """kombu's Redis transport for lists that may contain anything.
 
-    kombu itself takes what it pops for a message. What is none raises in the worker's loop, and ends the worker.
+    kombu takes whatever it pops for a message. Anything else raises in the worker's loop, and ends the worker.
     """
 
     class Channel(kombu_redis.Channel):
-        """kombu's channel, which reads its messages with a client that has looked at them."""
+        """kombu's channel, whose client checks messages first."""
 
         class QoS(kombu_redis.QoS):
-            """kombu's note of what was taken and not yet acknowledged."""
+            """kombu's record of messages that are not acknowledged yet."""
 
             def restore_unacked(self, client: Any = None) -> None:
                 """Called when a channel closes, also where its connection is gone: kombu's own then ends the worker.
 
-                What was taken goes back to Redis a visibility timeout later, or is found missing by the dispatcher.
+                The messages return to Redis after the visibility timeout, or the dispatcher finds them missing.
                 """
                 if getattr(self.channel.connection, "client", None) is None:
                     self._delivered.clear()  # type: ignore[union-attr]  # None in its stubs, never in fact
@@ -91,14 +91,14 @@ class CheckedTransport(kombu_redis.Transport):
 
 
 class _CheckedRedis(Redis):
-    """redis-py's client, which gives what is no message as one without contents: it is refused like others then."""
+    """redis-py's client, which replaces anything that is no message by an empty one: that is refused like others."""
 
     def __init__(self, *, readable: Callable[[bytes], bool], **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._readable = readable
 
     def parse_response(self, connection: Any, command_name: Any, **options: Any) -> Any:
-        """Called by kombu for what its wait for a message has brought, and by redis-py for all other answers."""
+        """Called by kombu for the answer to its wait for a message, and by redis-py for all other answers."""
         found: Any = super().parse_response(connection, command_name, **options)  # type: ignore[no-untyped-call]
         if command_name == "BRPOP" and found and not self._readable(found[1]):
             return found[0], _nothing()

@@ -1,4 +1,4 @@
-"""Celery's thread pool, waking the event loop when a thread is free, and with threads for urgent tasks."""
+"""Celery's thread pool with threads for urgent tasks; it wakes the event loop when a thread is free."""
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -8,13 +8,13 @@ from kombu.asynchronous import Hub
 
 
 class TaskPool(ThreadPool):
-    """A thread pool that tells the consumers at once when they may fetch again.
+    """A thread pool that lets the consumers fetch the next message as soon as a thread is free.
 
     With `worker_disable_prefetch` the consumer fetches only while a thread is free, but a finishing thread does not
     wake its event loop: each slot would idle for the rest of the loop's poll, about a second a task.
 
-    `limit` is what the ordinary consumer may fill. `UrgentConsumer` may fill as many threads again, so that each is
-    bounded by what it took itself; threads nobody needs are never started.
+    The ordinary consumer may use `limit` threads and `UrgentConsumer` as many again, so that each is bounded by its own
+    tasks. A thread starts when it is first needed.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -23,7 +23,7 @@ class TaskPool(ThreadPool):
         self.executor = ThreadPoolExecutor(max_workers=2 * self.limit)
 
     def register_with_event_loop(self, loop: Hub) -> None:
-        """Keep Celery's event loop: after a lost connection it goes on, and is no longer kombu's current one."""
+        """Keep Celery's event loop: after a lost connection it is no longer kombu's current one."""
         self._hub = loop
 
     def on_apply(self, *args: Any, **kwargs: Any) -> Any:

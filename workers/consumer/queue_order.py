@@ -1,4 +1,4 @@
-"""Which message a worker takes next: from which model's queue, and urgent ones also while its threads are busy."""
+"""Which message a worker takes next: queues of loaded models first, and urgent messages also while it is busy."""
 
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
@@ -14,14 +14,14 @@ from farm.queue.broker import URGENT_STEP, queue_name
 class HeldFirst:
     """kombu's `queue_order_strategy` of a worker: queues of held models come first, so that few models are reloaded.
 
-    `held` names the models held now, most recently used first, and `failed` those that can't be loaded. Held ones take
-    turns, and so do the others; but one that has begun to be loaded, because a message of it was taken, is next until
-    it is held, and the held one that it will most likely replace comes after it: jobs of that one would only wait for
-    it to be loaded again, and so would have the two replace each other for ever. For every `rounds`-th message the
-    others come first, so that their jobs do not starve.
+    `held` names the models that are loaded, most recently used first, and `failed` those that can't be loaded. Queues
+    of held models are served round robin, and so are the others, with two exceptions:
+    - A model that is being loaded, because a message of its queue was taken, comes before all others, and the model
+      that it will most likely replace comes after it. Otherwise the two would replace each other for ever.
+    - Every `rounds`-th message comes from the queues of the other models first, so that their jobs do not starve.
 
-    Priority goes before all that: kombu's Redis transport looks into every queue for an urgent message before it looks
-    into any for a less urgent one.
+    Priority comes first: kombu's Redis transport looks into every queue for an urgent message before it looks into any
+    for a less urgent one.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class HeldFirst:
         return _Cycle(self)
 
     def __json__(self) -> str:
-        """What Flower and `celery inspect stats` show: a worker sends them the options of its connection as JSON."""
+        """Its form in Flower and `celery inspect stats`, which show the options of a worker's connection as JSON."""
         return type(self).__name__
 
 
@@ -48,7 +48,7 @@ class _Cycle(round_robin_cycle):  # type: ignore[type-arg]  # generic in its stu
         self._coming: str | None = None
 
     def consume(self, n: int) -> Any:
-        """The queues, in the order in which the next message is looked for."""
+        """The queues, in the order in which kombu looks for the next message."""
         held = [queue_name(model) for model in self._order.held()]
         if self._coming in [*held, *map(queue_name, self._order.failed())]:
             self._coming = None
@@ -61,7 +61,7 @@ class _Cycle(round_robin_cycle):  # type: ignore[type-arg]  # generic in its stu
         return sorted(super().consume(n), key=lambda queue: places.get(queue, others))
 
     def rotate(self, last_used: str) -> None:
-        """Called with the queue that a message came from: it is the last of its kind to be looked into again."""
+        """Called with the queue of a message that was taken: it becomes the last of its kind."""
         self._taken += 1
         if last_used not in [queue_name(model) for model in self._order.held()]:
             self._coming = last_used
@@ -71,11 +71,11 @@ class _Cycle(round_robin_cycle):  # type: ignore[type-arg]  # generic in its stu
 class UrgentConsumer(bootsteps.StartStopStep):
     """Celery's bootstep that takes urgent messages, and no others, also while the ordinary consumer is paused.
 
-    The ordinary consumer takes urgent messages too, and first. What each may take depends only on what it took itself
-    and has not ended: neither pauses the other, whose wait on Redis may be answered by an urgent message just then.
+    The ordinary consumer takes urgent messages too, and first. Each of the two is limited by its own running tasks
+    alone, and neither pauses the other: Redis may be answering the other's wait with an urgent message just then.
 
-    It has a connection of its own, which Celery's loop serves and restarts like the ordinary one: within one, kombu
-    delivers all messages of a queue to who consumed from it last.
+    It has a connection of its own, which Celery's loop serves and restarts like the ordinary one: within one
+    connection, kombu delivers all messages of a queue to its last consumer.
     """
 
     requires = ("celery.worker.consumer.tasks:Tasks",)
@@ -91,7 +91,7 @@ class UrgentConsumer(bootsteps.StartStopStep):
         self._connection = c.connect()
         channel = self._connection.default_channel
         channel.priority_steps = [URGENT_STEP]
-        # What dead workers left unacknowledged is put back by any channel, and must not become urgent by that.
+        # Any channel puts back what dead workers left unacknowledged, and must not make it urgent.
         channel.priority = c.task_consumer.channel.priority
         channel.qos.can_consume = lambda: self._under_way() < c.pool.limit
         handle = c.create_task_handler()
@@ -101,7 +101,7 @@ class UrgentConsumer(bootsteps.StartStopStep):
             request = state.requests.get(message.properties.get("correlation_id"))
             if request is not None:
                 self._taken.add(request.id)
-                # It uses up no thread of the ordinary consumer, which counts these.
+                # The ordinary consumer counts these, and this one must not use up its threads.
                 state.reserved_requests.discard(request)
 
         self._consumer = c.app.amqp.TaskConsumer(channel, on_decode_error=c.on_decode_error)
@@ -109,7 +109,7 @@ class UrgentConsumer(bootsteps.StartStopStep):
         self._consumer.consume()
 
     def stop(self, _c: Any) -> None:
-        """End consuming, for good or until the next `start`; what arrives meanwhile goes back to Redis."""
+        """Stop consuming, for good or until the next `start`; messages that arrive meanwhile go back to Redis."""
         if self._consumer is not None:
             ignore_errors(self._connection, self._consumer.cancel)
         if self._connection is not None:

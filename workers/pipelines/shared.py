@@ -13,8 +13,8 @@ from farm.specs.guidance import Guidance
 from farm.specs.spec import TEXT_OPTIONS, RenderSpec
 from workers.models.checkpoints import Checkpoint
 from workers.pipelines.loading import compile_blocks, load_pipe
+from workers.pipelines.peak_memory import peak_bytes
 from workers.pipelines.texts import Embedding, Embeddings, Text, left_out, remember_texts
-from workers.pipelines.traced import peak_bytes
 from workers.pipelines.vae import decode, shrunk
 from workers.render.pipeline import Options, Report
 from workers.render.request import RenderRequest
@@ -155,6 +155,7 @@ class DiffusersPipeline(ABC):
         shape = self.shape(*self.size(spec))
         self._check_text_options(spec)
         request.rows = self.rows(spec)
+        request.text_tokens = sum(self.token_limits(spec).values())
         request.sampling = self._schedulers.sampling(
             spec, shape, lambda scheduler: self.timestep_kwargs(scheduler, spec.num_inference_steps, shape)
         )

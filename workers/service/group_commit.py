@@ -1,4 +1,4 @@
-"""What many threads ask for at the same time, done at once."""
+"""Many calls that threads make at the same time, combined into few: group commit."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -12,15 +12,15 @@ A = TypeVar("A")
 R = TypeVar("R")
 
 GATHER_SECONDS = 0.02
-"""How soon after a call the next one begins, at the earliest: at full load a statement is worth several."""
+"""How long after a combined call the next one begins, at the earliest, so that more calls share it."""
 
 
-class Gathered(Generic[A, R]):
-    """Calls of many threads as few calls: whatever is asked while one is under way goes into the next one.
+class GroupCommit(Generic[A, R]):
+    """A call of one argument that may be made by many threads: calls that arrive during one share the next one.
 
-    `together` answers each of what it is given, in order. What is asked when nothing was asked just before is done at
-    once: nobody waits for company that does not come. An error is for whoever's call it was; if it was one for several,
-    each is called alone, unless a service is away.
+    `together` takes all their arguments, and returns their results in order. A call after a quiet time is made at
+    once. If a shared call raises, each of its calls is made alone, unless a service is away; the error goes to the
+    call that caused it.
     """
 
     def __init__(self, together: Callable[[Sequence[A]], Sequence[R]], name: str) -> None:
@@ -29,12 +29,12 @@ class Gathered(Generic[A, R]):
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=name)
         self._next_at = 0.0
 
-    def __call__(self, asked: A) -> R:
-        """Ask, and wait for the answer."""
-        answer: Future[R] = Future()
-        self._line.put((asked, answer))
+    def __call__(self, argument: A) -> R:
+        """Make the call, together with others, and wait for its result."""
+        result: Future[R] = Future()
+        self._line.put((argument, result))
         self._thread.submit(self._serve)
-        return answer.result()
+        return result.result()
 
     def _serve(self) -> None:
         if self._line.empty():
@@ -46,19 +46,19 @@ class Gathered(Generic[A, R]):
             while True:
                 group.append(self._line.get_nowait())
         except Empty:
-            self._answer(group)
+            self._call(group)
             self._next_at = time.monotonic() + GATHER_SECONDS
 
-    def _answer(self, group: Sequence[tuple[A, Future[R]]]) -> None:
+    def _call(self, group: Sequence[tuple[A, Future[R]]]) -> None:
         try:
-            answers = self._together([asked for asked, _ in group])
-        except Exception as error:  # noqa: BLE001  (it is for whoever asked)
+            found = self._together([argument for argument, _ in group])
+        except Exception as error:  # noqa: BLE001  (raised again in the calling threads)
             if len(group) == 1 or isinstance(error, ServiceUnavailable):
-                for _, answer in group:
-                    answer.set_exception(error)
+                for _, result in group:
+                    result.set_exception(error)
             else:
-                for one in group:
-                    self._answer([one])
+                for each in group:
+                    self._call([each])
             return
-        for (_, answer), found in zip(group, answers, strict=True):
-            answer.set_result(found)
+        for (_, result), value in zip(group, found, strict=True):
+            result.set_result(value)

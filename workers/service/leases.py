@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from farm.errors import ServiceUnavailable
+from farm.jobs.leases import Leases as JobLeases
 from farm.jobs.records import Beat, Claim, Pace
-from farm.jobs.store import JobStore
 from farm.runtime.periodic import Periodic
 from farm.settings import Settings
 from workers.render.request import Progress
-from workers.service.group_commit import Gathered
+from workers.service.group_commit import GroupCommit
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class Leases:
 
     def __init__(
         self,
-        store: JobStore,
+        jobs: JobLeases,
         worker: str,
         settings: Settings,
         *,
@@ -54,13 +54,13 @@ class Leases:
         previews: Callable[[Mapping[str, bool]], object],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._store, self._worker = store, worker
+        self._jobs, self._worker = jobs, worker
         self._lease_seconds, self._beat_seconds = settings.lease_seconds, settings.beat_seconds
         self._progress, self._cancel, self._hand_back, self._previews = progress, cancel, hand_back, previews
         self._clock = clock
         self._leases: dict[str, Lease] = {}
         self._lock = threading.Lock()
-        self._claims = Gathered(self._claim_all, "claims")
+        self._claims = GroupCommit(self._claim_all, "claims")
         self._heartbeat = Periodic("heartbeat", self._beat_seconds, self.renew)
         # In a thread of its own: a database that hangs can block a heartbeat for long.
         self._guard = Periodic("leases", self._beat_seconds / 4, self.stop_expiring)
@@ -124,7 +124,7 @@ class Leases:
                 self._stop(lease, cancelled=False)
 
     def _claim_all(self, job_ids: Sequence[str]) -> list[Claim | None]:
-        claims = self._store.claim_many(set(job_ids), self._worker)
+        claims = self._jobs.claim_many(set(job_ids), self._worker)
         return [claims.pop(job_id, None) for job_id in job_ids]  # of two messages for one job, the first claims it
 
     def _all(self) -> list[Lease]:
@@ -140,7 +140,7 @@ class Leases:
         for lease in leases:
             if seen := progress.get(lease.claim.job_id):  # else it is not in the engine yet, or no longer
                 lease.pace = Pace(seen.steps_done, seen.seconds_per_step)
-        beat = self._store.beat(
+        beat = self._jobs.beat(
             self._worker, {(lease.claim.job_id, lease.claim.attempt): lease.pace for lease in leases}
         )
         # A job that is not in the engine yet ignores all of this: so it is repeated with every heartbeat.

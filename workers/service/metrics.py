@@ -1,4 +1,4 @@
-"""What a worker tells Prometheus: what it counts of its jobs, and what engine and models say when asked."""
+"""The Prometheus metrics of a worker: counters of its jobs, and values read from engine and models at each scrape."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,23 +31,23 @@ _ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 class WorkerMetrics:
-    """A worker's numbers, counted whether somebody asks for them or not: it costs some microseconds a forward.
+    """The metrics of a worker, counted also without a port to serve them on: some microseconds a forward.
 
-    Labels are models and outcomes, never a batch, an owner or a job: there is no end to these.
+    Labels are models and outcomes, never a batch, an owner or a job, whose number is unbounded.
     """
 
     def __init__(self, settings: Settings) -> None:
-        disable_created_metrics()  # type: ignore[no-untyped-call]  # a series more for each, which nobody asks for
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # one more series each
         self._settings = settings
         self._registry = registry = CollectorRegistry()
         self._server: MetricsServer | None = None
         self._models: tuple[str, ...] = ()
 
-        def counter(name: str, shown: str, *labels: str) -> Counter:
-            return Counter(f"farm_{name}", shown, labels, registry=registry)
+        def counter(name: str, documentation: str, *labels: str) -> Counter:
+            return Counter(f"farm_{name}", documentation, labels, registry=registry)
 
-        def histogram(name: str, shown: str, buckets: Sequence[float]) -> Histogram:
-            return Histogram(f"farm_worker_{name}", shown, ["model"], buckets=buckets, registry=registry)
+        def histogram(name: str, documentation: str, buckets: Sequence[float]) -> Histogram:
+            return Histogram(f"farm_worker_{name}", documentation, ["model"], buckets=buckets, registry=registry)
 
         self._jobs = counter("worker_jobs", "Attempts that ended here, by what became of them.", "model", "outcome")
         self._errors = counter("worker_errors", "Attempts that an error ended, by what it needs.", "error_class")
@@ -60,24 +60,24 @@ class WorkerMetrics:
         self._steps = histogram("step_seconds", "What a render took for each of its steps.", _STEP_SECONDS)
         self._forwards = histogram("forward_rows", "Rows that share a forward.", _ROWS)
 
-    # --- where it is told
+    # --- the server
 
     def listen(self) -> None:
-        """Take the port, if one is set. Raises `NotConfigured` if somebody has it."""
+        """Bind the port, if one is set. Raises `NotConfigured` if it is taken."""
         if self._settings.metrics_port is not None:
             self._server = MetricsServer(self._settings, self._registry)
 
     @property
     def url(self) -> str | None:
-        """Where Prometheus finds all this; None if no port is set."""
+        """The address for Prometheus; None if no port is set."""
         return self._server.url if self._server else None
 
     def start(
         self, info: WorkerInfo, device: torch.device, engine: Engine, pins: Pins, services: Mapping[str, Service]
     ) -> None:
-        """Answer from now on, with what these say too."""
+        """Serve the metrics from now on, with those of these parts."""
         self._models = pins.names
-        for model in pins.names:  # what begins at nothing is seen to rise
+        for model in pins.names:  # Prometheus sees an increase only from a value of 0 on
             for outcome in Outcome:
                 self._jobs.labels(model, outcome.value)
             for metric in (self._device_seconds, self._hits, self._misses, self._waits, self._renders, self._steps):
@@ -91,12 +91,12 @@ class WorkerMetrics:
             log.info("metrics at %s", self._server.url)
 
     def stop(self) -> None:
-        """Answer no more."""
+        """Stop serving."""
         if self._server is not None:
             self._server.close()
             self._server = None
 
-    # --- what is counted
+    # --- counting
 
     def counted(self, model: str, pipeline: Pipeline) -> Pipeline:
         """A pipeline whose forwards and texts are counted."""
@@ -106,20 +106,20 @@ class WorkerMetrics:
         )
 
     def lost(self, jobs: int) -> None:
-        """An earlier worker of this name had left so many jobs."""
+        """Count the jobs that an earlier worker of this name left."""
         self._lost_leases.inc(jobs)
 
     def claimed(self, claim: Claim) -> None:
-        """An attempt begins."""
+        """Count an attempt that begins."""
         if claim.attempt == 1:
             self._waits.labels(self._model(claim)).observe(claim.waited_seconds)
 
     def rendered(self, claim: Claim, picture: Picture) -> None:
-        """A picture is recorded."""
+        """Count a picture that is recorded."""
         model = self._model(claim)
         self._renders.labels(model).observe(picture.render_seconds)
         self._device_seconds.labels(model).inc(picture.device_seconds or 0.0)
-        if not claim.checkpoint_key:  # else some of its steps were done by an earlier attempt
+        if not claim.checkpoint_key:  # else an earlier attempt did some of its steps
             self._steps.labels(model).observe(picture.render_seconds / claim.spec.num_inference_steps)
 
     def ended(self, claim: Claim, recorded: Outcome, error_class: ErrorClass | None) -> None:
@@ -129,12 +129,12 @@ class WorkerMetrics:
             self._errors.labels(error_class.value).inc()
 
     def _model(self, claim: Claim) -> str:
-        # A job can be of a model that is not served here only by a message that somebody has put into a wrong queue.
+        # Only a message in a wrong queue brings a job of a model that is not served here.
         return claim.spec.model if claim.spec.model in self._models else "other"
 
 
 class _Counted:
-    """A pipeline that counts what goes through it; all else is the pipeline's own."""
+    """A pipeline that counts its forwards and texts; everything else is the pipeline's own."""
 
     def __init__(self, pipeline: Pipeline, forwards: Histogram, hits: Counter, misses: Counter) -> None:
         self._pipeline = pipeline
@@ -149,7 +149,7 @@ class _Counted:
         return self._pipeline.denoise(requests, rows)
 
     def encode(self, request: RenderRequest) -> None:
-        """Called once a request, by one thread: what its cache counts meanwhile is this request's."""
+        """Called once a request, by one thread: so the counts of the cache that it changes are this request's."""
         cache: Embeddings | None = getattr(self._pipeline, "embeddings", None)
         hits, misses = (cache.hits, cache.misses) if cache else (0, 0)
         self._pipeline.encode(request)
@@ -159,7 +159,7 @@ class _Counted:
 
 
 class WorkerCollector(Collector):
-    """What engine, models and device say when they are asked."""
+    """The metrics that are read from engine, models and device at each scrape."""
 
     def __init__(
         self, info: WorkerInfo, device: torch.device, engine: Engine, pins: Pins, services: Mapping[str, Service]
@@ -171,7 +171,7 @@ class WorkerCollector(Collector):
         self._services = services
 
     def collect(self) -> Iterator[Metric]:
-        """Called with every scrape; waits for no step."""
+        """Called at each scrape; does not wait for a step."""
         about = GaugeMetricFamily("farm_worker_info", "What the worker is.", labels=["device", "dtype", "version"])
         about.add_metric([self._info.device, self._info.dtype, self._info.version], 1)
         yield about

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from PIL.PngImagePlugin import PngInfo
 
 from farm.errors import FarmError
+from farm.jobs.attempts import Attempts
 from farm.jobs.records import Claim
-from farm.jobs.store import JobStore
 from farm.objects.storage import Storage
 from farm.settings import Settings
 from farm.specs.object_keys import checkpoint_key, preview_key
@@ -51,11 +51,11 @@ class Observer:
         self,
         engine: Engine,
         storage: Storage,
-        store: JobStore,
+        attempts: Attempts,
         settings: Settings,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._engine, self._storage, self._store, self._clock = engine, storage, store, clock
+        self._engine, self._storage, self._attempts, self._clock = engine, storage, attempts, clock
         self._checkpoint_seconds = settings.checkpoint_seconds
         self._checkpoint_steps = settings.checkpoint_steps
         self._preview_steps = settings.preview_steps
@@ -101,7 +101,7 @@ class Observer:
         key = checkpoint_key(claim.batch_id, claim.index, claim.attempt)
         if self._put(observation, key, checkpoint.pack(snapshot), "application/octet-stream"):
             try:
-                if not self._store.checkpointed(claim, key):
+                if not self._attempts.record_checkpoint(claim, key):
                     return  # the next attempt may resume from this object; the sweep deletes it in the end
                 if claim.checkpoint_key is not None:
                     self._storage.delete(claim.checkpoint_key)
@@ -132,7 +132,7 @@ class Observer:
         """Close it, and record that it may have left objects; raises `DatabaseUnavailable`."""
         self.close(observation)
         if observation.keys:
-            self._store.left_behind(observation.claim)
+            self._attempts.report_leftovers(observation.claim)
 
     def stop(self) -> None:
         """Take no more snapshots."""
@@ -153,7 +153,7 @@ class Observer:
         if vae is None:
             return
         try:
-            image, text = self._engine.picture(snapshot, vae=vae), PngInfo()
+            image, text = self._engine.preview(snapshot, vae=vae), PngInfo()
             text.add_text("step", str(snapshot.steps_done))
             text.add_text("steps", str(snapshot.spec.num_inference_steps))
             out = io.BytesIO()
@@ -168,14 +168,14 @@ class Observer:
     ) -> None:
         """Take a snapshot after so many steps, or after the next one, and pass it on in a thread of the observer."""
 
-        def taken(look: Future[Snapshot]) -> None:
+        def taken(future: Future[Snapshot]) -> None:
             # Called by the render loop between two steps: it must not wait.
-            if look.cancelled():  # the request has left the engine, or waits for its model to be loaded
+            if future.cancelled():  # the request has left the engine, or waits for its model to be loaded
                 observation.checkpointing, observation.preview_vae = False, None
             elif not observation.closed:
-                self._pool.submit(self._safely, then, observation, look.result())
+                self._pool.submit(self._safely, then, observation, future.result())
 
-        self._engine.look(observation.claim.job_id, steps_done).add_done_callback(taken)
+        self._engine.snapshot(observation.claim.job_id, steps_done).add_done_callback(taken)
 
     def _safely(
         self, then: Callable[[Observation, Snapshot], None], observation: Observation, snapshot: Snapshot
@@ -190,7 +190,7 @@ class Observer:
             if observation.closed:
                 return False
             try:
-                if not observation.keys and not self._store.leaves(observation.claim):
+                if not observation.keys and not self._attempts.expect_objects(observation.claim):
                     return False
                 observation.keys.add(key)
                 self._storage.put(key, data, content_type)

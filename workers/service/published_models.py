@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from farm.errors import ServiceUnavailable
 from farm.jobs.records import WorkerInfo
-from farm.jobs.store import JobStore
+from farm.jobs.workers import Workers
 from farm.specs.spec import RenderSpec
 from workers.models.served import Served
 
@@ -16,9 +16,9 @@ log = logging.getLogger(__name__)
 class PublishedModels:
     """The description of a worker in SQL, kept up to date. All methods may be called from any thread."""
 
-    def __init__(self, store: JobStore, info: WorkerInfo, served: Served) -> None:
+    def __init__(self, workers: Workers, info: WorkerInfo, served: Served) -> None:
         """`info` is the worker without its models. Nothing is published yet."""
-        self._store, self._served = store, served
+        self._workers, self._served = workers, served
         self._worker = info
         self._lock = threading.Lock()
         self._published: WorkerInfo | None = None
@@ -36,11 +36,11 @@ class PublishedModels:
         except ServiceUnavailable as error:
             log.error("can't publish the models: %s", error)
 
-    def has_room(self, spec: RenderSpec) -> bool:
+    def allows(self, spec: RenderSpec) -> bool:
         """Whether the device may have memory for a picture of that size."""
         return self._served.allows(spec)
 
-    def no_room(self, spec: RenderSpec) -> None:
+    def forbid(self, spec: RenderSpec) -> None:
         """Publish that the device has no memory for a picture of that size, until this worker is restarted."""
         self._served.forbid(spec)
         self._update()
@@ -49,5 +49,5 @@ class PublishedModels:
         with self._lock:
             info = self.info
             if info != self._published:
-                self._store.describe(info)
+                self._workers.describe(info)
                 self._published = info

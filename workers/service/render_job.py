@@ -65,7 +65,7 @@ def render_job(worker: Worker, job_id: str) -> RenderOutcome:
 
 def _claim(worker: Worker, job_id: str) -> Lease | None:
     if worker.draining.is_set() or worker.engine.failed is not None:
-        worker.store.unqueue([job_id])
+        worker.store.backlog.unqueue([job_id])
         return None
     return worker.leases.claim(job_id)
 
@@ -95,7 +95,7 @@ class _Attempt:
     def _end(self) -> Ended:
         claim = self.claim
         try:
-            if not self.worker.models.has_room(claim.spec):
+            if not self.worker.models.allows(claim.spec):
                 # To try would end the worker on the CPU, and everything that it renders.
                 return self._hand_back("no memory for it here", elsewhere=True)
             return self._deliver(self._render())
@@ -129,21 +129,22 @@ class _Attempt:
         worker, claim = self.worker, self.claim
         made = delivery(claim, rendered, worker.name)
         for each in made.objects:
-            insist(lambda: worker.storage.put(each.key, each.data, each.content_type), OUTAGE_SECONDS)  # noqa: B023 - called here and now
+            insist(lambda: worker.storage.put(each.key, each.data, each.media_type), OUTAGE_SECONDS)  # noqa: B023 - called here and now
         # Before the success is recorded: from then on the sweep may look for leftovers, and nothing may follow.
         worker.observer.close(self.observation)
-        if not insist(lambda: worker.record_success((claim, made.picture)), OUTAGE_SECONDS):
+        if not insist(lambda: worker.record_success(made.success), OUTAGE_SECONDS):
             # Another worker renders this job, under a later attempt and so under other keys.
             self._leave_to_sweep()
             insist(lambda: worker.storage.delete_many([each.key for each in made.objects]), OUTAGE_SECONDS)
             return LostLease()
-        worker.metrics.rendered(claim, made.picture)
+        picture = made.success.picture
+        worker.metrics.rendered(claim, picture)
         self._delete_leftovers()
-        return Succeeded(f"s3://{worker.storage.bucket}/{made.picture.key}")
+        return Succeeded(f"s3://{worker.storage.bucket}/{picture.key}")
 
     def _cancel(self) -> Ended:
         self._delete_leftovers()
-        recorded = insist(lambda: self.worker.store.stopped(self.claim), OUTAGE_SECONDS)
+        recorded = insist(lambda: self.worker.store.attempts.stopped(self.claim), OUTAGE_SECONDS)
         return Cancelled(Outcome.CANCELLED if recorded else Outcome.LOST)
 
     def _lose(self) -> Ended:
@@ -153,18 +154,18 @@ class _Attempt:
 
     def _hand_back(self, why: str = "its worker stops", *, elsewhere: bool = False) -> Ended:
         why = "paused" if self.lease.paused else why
-        store, seconds = self.worker.store, self.worker.settings.drain_seconds / 4
+        attempts, seconds = self.worker.store.attempts, self.worker.settings.drain_seconds / 4
         # If SQL stays away, the lease runs out, which does the same.
-        recorded = insist(lambda: store.hand_back(self.claim, why, elsewhere=elsewhere), seconds)
+        recorded = insist(lambda: attempts.hand_back(self.claim, why, elsewhere=elsewhere), seconds)
         return HandedBack(why, Outcome.HANDED_BACK if recorded else Outcome.LOST)
 
     def _fail(self, error: Exception, reason: str, error_class: ErrorClass) -> Ended:
-        store, claim = self.worker.store, self.claim
+        attempts, claim = self.worker.store.attempts, self.claim
         self._delete_leftovers()
         if error_class is ErrorClass.OUT_OF_MEMORY:
-            insist(lambda: self.worker.models.no_room(claim.spec), OUTAGE_SECONDS)
-        recorded = insist(lambda: store.fail(claim, reason, error_class), OUTAGE_SECONDS)
-        ended = Outcome.RETRIED if store.tries_again(claim, error_class) else Outcome.FAILED
+            insist(lambda: self.worker.models.forbid(claim.spec), OUTAGE_SECONDS)
+        recorded = insist(lambda: attempts.fail(claim, reason, error_class), OUTAGE_SECONDS)
+        ended = Outcome.RETRIED if attempts.tries_again(claim, error_class) else Outcome.FAILED
         return Failed(error, ended if recorded else Outcome.LOST, error_class)
 
     def _delete_leftovers(self) -> None:

@@ -15,10 +15,10 @@ from typing import IO, Any, NoReturn
 from farm.errors import AlreadyRunning, FarmError, NotConfigured, ServiceUnavailable
 from farm.jobs.database import Database
 from farm.runtime.backoff import Backoff
+from farm.runtime.child_process import ChildProcess
 from farm.runtime.stopping import stop_signals
 from farm.runtime.supervisor import POLL_SECONDS, Fault, KeptProcess, Program, RestartPolicy, stop_all
 from farm.runtime.terminal_text import printable
-from farm.runtime.tethered import Tethered
 from farm.settings import Settings
 from workers.service import gpus as driver
 
@@ -115,7 +115,7 @@ class Crew:
         """Keep them running, from the main thread; returns the exit status."""
         with stop_signals(self._stop, self._hurry):
             try:
-                # One thread starts them all and lives as long as this process: the tether holds them to it.
+                # One thread starts them all and lives as long as this process: they are killed when it ends.
                 while not self._stop.is_set() and not all(kept.refused for kept in self._kept):
                     for kept in self._kept:
                         kept.tend()
@@ -130,7 +130,7 @@ class Crew:
         return REFUSED
 
 
-class WorkerProcess(Tethered):
+class WorkerProcess(ChildProcess):
     """One process of a worker, whose output goes to standard error with its name before each line."""
 
     def __init__(self, seat: Seat, command: Sequence[str]) -> None:

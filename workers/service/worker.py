@@ -11,8 +11,9 @@ import torch
 from farm import __version__
 from farm.errors import ServiceUnavailable
 from farm.jobs.database import Database
-from farm.jobs.records import Claim, Picture, WorkerInfo
+from farm.jobs.records import Success, WorkerInfo
 from farm.jobs.store import JobStore
+from farm.jobs.workers import Workers
 from farm.objects.storage import Storage
 from farm.runtime.periodic import Periodic
 from farm.settings import Settings
@@ -25,7 +26,7 @@ from workers.models.served import Served
 from workers.pipelines import load
 from workers.render.device import choose_device, choose_dtype, keep_freed_memory, use_threads
 from workers.render.pipeline import Pipeline
-from workers.service.group_commit import Gathered
+from workers.service.group_commit import GroupCommit
 from workers.service.leases import Leases
 from workers.service.metrics import WorkerMetrics
 from workers.service.observer import Observer
@@ -63,10 +64,10 @@ class Worker:
         self.metrics = metrics
         self.draining = draining
         """Set once the worker claims no more jobs."""
-        self.store = JobStore(db, settings)
-        self.observer = Observer(engine, storage, self.store, settings)
+        self.store = JobStore.over(db, settings)
+        self.observer = Observer(engine, storage, self.store.attempts, settings)
         self.leases = Leases(
-            self.store,
+            self.store.leases,
             name,
             settings,
             progress=engine.progress,
@@ -74,7 +75,7 @@ class Worker:
             hand_back=engine.hand_back,
             previews=self.observer.observe,
         )
-        self.record_success = Gathered(self._record_successes, "ends")
+        self.record_success = GroupCommit(self._record_successes, "ends")
         """Records the picture of a claim; False if the claim no longer holds."""
         self._db = db
         watchdog = Watchdog(engine, settings.stuck_seconds, draining)
@@ -85,7 +86,8 @@ class Worker:
 
     def start(self) -> None:
         """Register the worker in SQL, and renew its leases from now on."""
-        self.metrics.lost(self.store.introduce(self.models.info))
+        self.store.workers.register(self.models.info)
+        self.metrics.lost(self.store.leases.reclaim(self.name))
         self.leases.start()
         for each in self._periodic:
             each.start()
@@ -105,7 +107,7 @@ class Worker:
         self.engine.stop()
         self.observer.stop()
         try:
-            self.store.leave(self.name)
+            self.store.workers.deregister(self.name)
         except ServiceUnavailable as error:
             log.warning("could not say goodbye: %s", error)
         self.metrics.stop()
@@ -113,9 +115,9 @@ class Worker:
         self._db.close()
         log.info("stopped")
 
-    def _record_successes(self, ended: Sequence[tuple[Claim, Picture]]) -> list[bool]:
-        recorded = self.store.succeed_many(ended)
-        return [claim.job_id in recorded for claim, _ in ended]
+    def _record_successes(self, ended: Sequence[Success]) -> list[bool]:
+        recorded = self.store.attempts.succeed_many(ended)
+        return [success.claim.job_id in recorded for success in ended]
 
 
 def build_worker(settings: Settings, name: str) -> Worker:
@@ -164,7 +166,7 @@ def build_worker(settings: Settings, name: str) -> Worker:
             version=__version__,
             metrics_url=metrics.url,
         )
-        models = PublishedModels(JobStore(db, settings), info, Served(pins, opener, device))
+        models = PublishedModels(Workers(db, settings), info, Served(pins, opener, device))
         metrics.start(models.info, device, engine, pins, {"sql": db, "s3": storage})
         undo.pop_all()
         return Worker(

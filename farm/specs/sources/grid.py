@@ -27,7 +27,7 @@ class Axis:
     """One axis of a grid: the values that a field takes in turn."""
 
     names: tuple[str, ...]
-    """The fields it sets; two for a size."""
+    """The fields that it sets; two for a size."""
     values: Sequence[Any]
     """The values of one field, or pairs of values of two fields."""
 

@@ -102,12 +102,12 @@ def test_who_listens_everywhere_is_known_by_the_address_that_the_farms_redis_see
 
 
 class Workers:
-    """A store that knows these workers, or nothing."""
+    """Registered workers, or a database that is away."""
 
     def __init__(self, *known: WorkerInfo, away: bool = False) -> None:
         self.known, self.away = known, away
 
-    def workers(self) -> list[WorkerInfo]:
+    def all(self) -> list[WorkerInfo]:
         if self.away:
             raise DatabaseUnavailable("away")
         return list(self.known)

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from farm.runtime.child_process import ChildProcess
 from farm.runtime.supervisor import Fault, KeptProcess, Program, RestartPolicy, stop_all
-from farm.runtime.tethered import Tethered
 from tests.integration.conftest import wait_until
 
 STAYS = "trap '' TERM; echo up; while :; do sleep 0.05; done"
@@ -20,14 +20,14 @@ class Supervised:
 
     def __init__(self, script: str, healthy_seconds: float = 1000.0, **program: object) -> None:
         self.lines: list[str] = []
-        policy = RestartPolicy[Tethered](lambda _: 0.0, healthy_seconds, self._restarting, self._refused)
+        policy = RestartPolicy[ChildProcess](lambda _: 0.0, healthy_seconds, self._restarting, self._refused)
         made = Program("a", lambda: Shell(script), **{"stop_seconds": 10.0, **program})  # type: ignore[arg-type]
         self.kept = KeptProcess(made, policy, self.lines.append)
 
-    def _restarting(self, program: Program[Tethered], fault: Fault[Tethered], faults: int, delay: float) -> str:
+    def _restarting(self, program: Program[ChildProcess], fault: Fault[ChildProcess], faults: int, delay: float) -> str:
         return f"{program.name} {fault.status} {faults} {delay:g}"
 
-    def _refused(self, program: Program[Tethered], fault: Fault[Tethered]) -> str | None:
+    def _refused(self, program: Program[ChildProcess], fault: Fault[ChildProcess]) -> str | None:
         return f"{program.name} refused" if fault.status == 2 else None
 
     def tend_until(self, true: Callable[[], bool], what: str) -> None:
@@ -38,7 +38,7 @@ class Supervised:
         wait_until(tended, what, 20)
 
 
-class Shell(Tethered):
+class Shell(ChildProcess):
     """A shell program whose output is read."""
 
     def __init__(self, script: str) -> None:
@@ -52,7 +52,7 @@ class Shell(Tethered):
             self.last_words = self.output.read()
 
 
-def up(process: Tethered) -> bool:
+def up(process: ChildProcess) -> bool:
     """Whether it has written its first line; blocks until then."""
     assert process.output is not None
     return bool(process.output.readline())

@@ -71,10 +71,10 @@ def worker() -> Iterator[Worker]:
 def test_a_render_is_told_of_when_it_has_got_further(worker: Worker) -> None:
     renders = Renders(**{"b-1": 3, "b-2": 0})
     bars = ProgressBars(renders, 1.0)
-    bars.tell(worker.reporter)
-    bars.tell(worker.reporter)
+    bars.send(worker.reporter)
+    bars.send(worker.reporter)
     renders.steps["b-1"] = 12
-    bars.tell(worker.reporter)
+    bars.send(worker.reporter)
     told = [(event["uuid"], event["result"]) for event in worker.arrived()]
     assert told == [
         ("b-1", "██░░░░░░░░░░ 15% step 3/20"),
@@ -88,7 +88,7 @@ def test_a_render_that_waits_for_a_slot_is_not_told_of(worker: Worker) -> None:
     def waiting() -> Iterator[Mapping[tuple[str, int], Progress]]:
         yield {("b-1", 1): Progress(0, 20, None)}
 
-    ProgressBars(waiting, 1.0).tell(worker.reporter)
+    ProgressBars(waiting, 1.0).send(worker.reporter)
     assert worker.arrived() == []
 
 
@@ -101,7 +101,7 @@ def test_a_bar_never_comes_after_the_end_of_its_task(worker: Worker) -> None:
         while renders.steps:
             with renders.lock:
                 renders.steps = {job_id: done + 1 for job_id, done in renders.steps.items()}
-            bars.tell(worker.reporter)
+            bars.send(worker.reporter)
             going.set()
 
     telling = threading.Thread(target=tell_on)
@@ -124,7 +124,7 @@ def test_a_later_attempt_shows_its_bar_although_an_earlier_one_has_failed(worker
     bars = ProgressBars(renders, 1.0)
     for done in (4, 8):
         renders.steps["b-1"] = done
-        bars.tell(worker.reporter)
+        bars.send(worker.reporter)
     assert [event["type"] for event in worker.arrived()] == [
         "task-failed",
         "task-retried",
@@ -145,12 +145,12 @@ def test_while_redis_is_away_nothing_piles_up_and_afterwards_it_goes_on(
     for _ in range(1000):  # Celery's loop does not run meanwhile: it tries to connect
         clock[0] += 1
         renders.steps["b-1"] += 1
-        bars.tell(worker.reporter)
+        bars.send(worker.reporter)
     assert len(worker.event_dispatcher._group_buffer["task"]) <= 3
     monkeypatch.undo()
     worker.reporter.start(worker)  # it has connected
     renders.steps["b-1"] = 19
-    bars.tell(worker.reporter)
+    bars.send(worker.reporter)
     assert worker.arrived()[-1]["result"] == "███████████░ 95% step 19/20"
 
 

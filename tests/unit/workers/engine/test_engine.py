@@ -1,7 +1,6 @@
 """Requests come, share forwards, and go: the engine over a null pipeline whose every forward waits for the test."""
 
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 
 import pytest
@@ -15,18 +14,6 @@ from workers.engine.warming import warm
 from workers.models.pins import Pins
 from workers.pipelines.null import NullPipeline
 from workers.render.request import Progress, Rendered
-
-
-@pytest.fixture
-def gated() -> Gated:
-    return Gated()
-
-
-@pytest.fixture
-def engine(gated: Gated) -> Iterator[Engine]:
-    with running(gated) as engine:
-        yield engine
-
 
 # --- renders
 

@@ -17,11 +17,6 @@ from workers.pipelines.null import NullPipeline, colour
 
 
 @pytest.fixture
-def gated() -> Gated:
-    return Gated()
-
-
-@pytest.fixture
 def engine(gated: Gated) -> Iterator[Engine]:
     with running(gated, slots=8, line=8) as engine:
         yield engine

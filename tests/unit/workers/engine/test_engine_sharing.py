@@ -1,11 +1,10 @@
 """Who shares a forward in the engine: shapes by turns, urgent requests, measured sizes, fixed bytes."""
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import pytest
 import torch
 
 from tests.gated import SOON, Gated, pixel, request, running
@@ -13,18 +12,6 @@ from workers.engine.engine import Engine
 from workers.engine.forward_sizes import FIXED_ROWS, ForwardSizes
 from workers.pipelines.null import NullPipeline
 from workers.render.request import RenderRequest
-
-
-@pytest.fixture
-def gated() -> Gated:
-    return Gated()
-
-
-@pytest.fixture
-def engine(gated: Gated) -> Iterator[Engine]:
-    with running(gated) as engine:
-        yield engine
-
 
 # --- shapes
 
@@ -89,7 +76,7 @@ def test_somebody_of_another_shape_may_come_while_forwards_are_measured() -> Non
     measuring, measured = threading.Event(), threading.Event()
 
     class Slow(ForwardSizes):
-        def _found(self, *args: Any) -> int:
+        def _best_rows(self, *args: Any) -> int:
             measuring.set()
             assert measured.wait(SOON)
             return 4
@@ -119,7 +106,7 @@ class Recording(NullPipeline):
 
 
 def measuring_sizes(sizes: ForwardSizes, most: int) -> ForwardSizes:
-    sizes._found = lambda *_: most  # type: ignore[method-assign]
+    sizes._best_rows = lambda *_: most  # type: ignore[method-assign]
     return sizes
 
 

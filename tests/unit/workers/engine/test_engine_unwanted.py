@@ -1,24 +1,12 @@
 """Cancelled while it is decoded, or waits for that: a request ends when the device has stopped working for it."""
 
 import threading
-from collections.abc import Iterator
 
 import pytest
 
 from farm.errors import RenderCancelled
-from tests.gated import SOON, Gated, request, running
+from tests.gated import SOON, Gated, request
 from workers.engine.engine import Engine
-
-
-@pytest.fixture
-def gated() -> Gated:
-    return Gated()
-
-
-@pytest.fixture
-def engine(gated: Gated) -> Iterator[Engine]:
-    with running(gated) as engine:
-        yield engine
 
 
 class Gate:

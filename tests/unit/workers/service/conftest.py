@@ -110,8 +110,8 @@ class Jobs:
         """Submit one job, and queue it; its id."""
         self.batches += 1
         given = {"prompt": "x", "seed": 1, "num_inference_steps": 4, "model": "tiny", **spec}
-        batch_id = self.store.submit(f"b{self.batches}", "me", 50, [RenderSpec(**given)])  # type: ignore[arg-type]
-        self.store.enqueue(10)
+        batch_id = self.store.submissions.submit(f"b{self.batches}", "me", 50, [RenderSpec(**given)])  # type: ignore[arg-type]
+        self.store.backlog.enqueue(10)
         return f"{batch_id}-1"
 
     def age_lease(self, job_id: str, seconds: float) -> None:
@@ -127,16 +127,16 @@ class Jobs:
     def lease_runs_out(self, job_id: str) -> None:
         """Let a job's lease expire, as the dispatcher does."""
         self.age_lease(job_id, 3600)
-        assert self.store.expire_leases() == 1
+        assert self.store.leases.expire() == 1
 
     def taken_by_another_worker(self, job_id: str) -> None:
         """Let a job's lease expire, and another worker claim the job."""
         self.lease_runs_out(job_id)
-        assert [bell.job_id for bell in self.store.enqueue(10)] == [job_id]
-        assert self.store.claim(job_id, ELSEWHERE) is not None
+        assert [bell.job_id for bell in self.store.backlog.enqueue(10).queued] == [job_id]
+        assert self.store.leases.claim(job_id, ELSEWHERE) is not None
 
     def state(self, job_id: str) -> JobState:
-        return self.store.job(job_id).state
+        return self.store.queries.job(job_id).state
 
 
 @pytest.fixture
@@ -168,7 +168,7 @@ def database(settings: Settings) -> Iterator[UnsteadyDatabase]:
 @pytest.fixture
 def jobs(settings: Settings) -> Iterator[Jobs]:
     with closing(Database(settings.database_url)) as database:
-        yield Jobs(JobStore(database, settings), database)
+        yield Jobs(JobStore.over(database, settings), database)
 
 
 @pytest.fixture
@@ -181,13 +181,13 @@ def worker(settings: Settings, database: UnsteadyDatabase, gated: Gated) -> Iter
     """A worker whose threads do not run: a test calls `leases.renew` itself."""
     with running(gated) as engine:
         pins, device, draining = engine._pins, torch.device("cpu"), threading.Event()
-        storage, store = MemoryStorage(settings), JobStore(database, settings)
+        storage, store = MemoryStorage(settings), JobStore.over(database, settings)
         opener = Opener(settings, storage, load, device, torch.float32, draining)
         info = WorkerInfo(HERE, "cpu", "float32", engine.slots, "1")
-        models = PublishedModels(store, info, Served(pins, opener, device))
+        models = PublishedModels(store.workers, info, Served(pins, opener, device))
         metrics = WorkerMetrics(settings)
         metrics.start(models.info, device, engine, pins, {})
-        store.introduce(models.info)
+        store.workers.register(models.info)
         yield Worker(
             HERE,
             settings,

@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import pytest
 
 from farm.errors import DatabaseUnavailable
-from workers.service.group_commit import Gathered
+from workers.service.group_commit import GroupCommit
 
 
 class Doubling:
@@ -34,11 +34,11 @@ def doubling() -> Doubling:
 
 
 @pytest.fixture
-def gathered(doubling: Doubling) -> Gathered[int, int]:
-    return Gathered(doubling, "doubling")
+def gathered(doubling: Doubling) -> GroupCommit[int, int]:
+    return GroupCommit(doubling, "doubling")
 
 
-def ask(gathered: Gathered[int, int], doubling: Doubling, *numbers: int) -> list[Future[int]]:
+def ask(gathered: GroupCommit[int, int], doubling: Doubling, *numbers: int) -> list[Future[int]]:
     """Ask for 1, and for these while that is under way; all of them have ended when it returns."""
     with ThreadPoolExecutor(1 + len(numbers)) as threads:
         first = threads.submit(gathered, 1)
@@ -51,21 +51,21 @@ def ask(gathered: Gathered[int, int], doubling: Doubling, *numbers: int) -> list
 
 
 def test_what_is_asked_while_a_call_is_under_way_goes_into_one_call(
-    gathered: Gathered[int, int], doubling: Doubling
+    gathered: GroupCommit[int, int], doubling: Doubling
 ) -> None:
     answers = ask(gathered, doubling, 2, 3, 4)
     assert [answer.result() for answer in answers] == [2, 4, 6, 8]
     assert doubling.calls == [[1], [2, 3, 4]]
 
 
-def test_what_breaks_breaks_alone(gathered: Gathered[int, int], doubling: Doubling) -> None:
+def test_what_breaks_breaks_alone(gathered: GroupCommit[int, int], doubling: Doubling) -> None:
     _, two, thirteen, four = ask(gathered, doubling, 2, 13, 4)
     assert (two.result(), four.result()) == (4, 8)
     with pytest.raises(ValueError, match="13"):
         thirteen.result()
 
 
-def test_an_outage_is_told_to_all_and_not_tried_for_each(gathered: Gathered[int, int], doubling: Doubling) -> None:
+def test_an_outage_is_told_to_all_and_not_tried_for_each(gathered: GroupCommit[int, int], doubling: Doubling) -> None:
     for answer in ask(gathered, doubling, 2, 99, 4)[1:]:
         with pytest.raises(DatabaseUnavailable):
             answer.result()

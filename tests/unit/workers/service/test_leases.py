@@ -25,7 +25,7 @@ class Engine:
 
     def leases(self, store: JobStore, settings: Settings, clock: Clock) -> Leases:
         return Leases(
-            store,
+            store.leases,
             HERE,
             settings,
             progress=lambda: dict(self.under_way),
@@ -43,7 +43,7 @@ def engine() -> Engine:
 
 @pytest.fixture
 def leases(database: UnsteadyDatabase, settings: Settings, engine: Engine, clock: Clock) -> Leases:
-    return engine.leases(JobStore(database, settings), settings, clock)
+    return engine.leases(JobStore.over(database, settings), settings, clock)
 
 
 def test_a_heartbeat_renews_the_lease_to_its_full_length(jobs: Jobs, leases: Leases) -> None:
@@ -52,9 +52,9 @@ def test_a_heartbeat_renews_the_lease_to_its_full_length(jobs: Jobs, leases: Lea
     jobs.age_lease(job_id, 8)
     leases.renew()
     jobs.age_lease(job_id, 8)
-    assert jobs.store.expire_leases() == 0
+    assert jobs.store.leases.expire() == 0
     jobs.age_lease(job_id, 8)
-    assert jobs.store.expire_leases() == 1
+    assert jobs.store.leases.expire() == 1
 
 
 def test_a_heartbeat_writes_the_progress_and_keeps_the_last_one_of_a_render_that_left_the_engine(
@@ -66,13 +66,13 @@ def test_a_heartbeat_writes_the_progress_and_keeps_the_last_one_of_a_render_that
     leases.renew()
     engine.under_way.clear()  # its picture is uploaded
     leases.renew()
-    info = jobs.store.job(job_id)
+    info = jobs.store.queries.job(job_id)
     assert (info.steps_done, info.seconds_per_step) == (3, 0.25)
 
 
 def test_a_job_that_is_not_queued_any_more_is_not_claimed(jobs: Jobs, leases: Leases) -> None:
     job_id = jobs.queued()
-    jobs.store.claim(job_id, ELSEWHERE)
+    jobs.store.leases.claim(job_id, ELSEWHERE)
     assert leases.claim(job_id) is None
 
 
@@ -171,7 +171,7 @@ def test_a_cancelled_job_is_stopped_with_every_heartbeat_until_its_attempt_ends(
 ) -> None:
     job_id = jobs.queued()
     lease = leases.claim(job_id)
-    jobs.store.cancel(job_id=job_id)
+    jobs.store.steering.cancel(job_id=job_id)
     leases.renew()
     leases.renew()
     assert (engine.cancelled, lease.cancelled, lease.lost) == ([job_id, job_id], True, False)
@@ -183,7 +183,7 @@ def test_a_cancelled_job_is_stopped_with_every_heartbeat_until_its_attempt_ends(
 def test_a_paused_job_is_handed_back(jobs: Jobs, leases: Leases, engine: Engine) -> None:
     job_id = jobs.queued()
     lease = leases.claim(job_id)
-    jobs.store.pause(job_id=job_id)
+    jobs.store.steering.pause(job_id=job_id)
     leases.renew()
     assert (engine.handed_back, engine.cancelled, lease.paused) == ([job_id], [], True)
 
@@ -199,12 +199,12 @@ def test_a_job_that_another_worker_took_is_stopped(jobs: Jobs, leases: Leases, e
 def test_a_released_lease_is_not_renewed(jobs: Jobs, leases: Leases) -> None:
     job_id = jobs.queued()
     leases.release(leases.claim(job_id))
-    before = jobs.store.job(job_id)
+    before = jobs.store.queries.job(job_id)
     jobs.age_lease(job_id, 8)
     leases.renew()
     jobs.age_lease(job_id, 8)
     assert before.state is JobState.RUNNING
-    assert jobs.store.expire_leases() == 1
+    assert jobs.store.leases.expire() == 1
 
 
 def test_an_older_attempt_neither_releases_nor_stops_the_newer_one_of_the_same_worker(
@@ -213,7 +213,7 @@ def test_an_older_attempt_neither_releases_nor_stops_the_newer_one_of_the_same_w
     job_id = jobs.queued()
     older = leases.claim(job_id)
     jobs.lease_runs_out(job_id)
-    jobs.store.enqueue(10)
+    jobs.store.backlog.enqueue(10)
     clock.now += 8.1
     newer = leases.claim(job_id)
     leases.stop_expiring()
@@ -246,7 +246,7 @@ def test_the_observer_hears_of_watched_jobs_with_every_heartbeat(jobs: Jobs, lea
     job_id = jobs.queued()
     leases.claim(job_id)
     leases.renew()
-    jobs.store.want_preview(job_id, vae=True)
+    jobs.store.steering.request_preview(job_id, vae=True)
     leases.renew()
     assert engine.previews == [{}, {job_id: True}]
 
@@ -255,12 +255,12 @@ def test_the_threads_renew_until_they_are_stopped(
     jobs: Jobs, database: UnsteadyDatabase, settings: Settings, engine: Engine, clock: Clock
 ) -> None:
     quick = settings.model_copy(update={"beat_seconds": 0.02})
-    leases = engine.leases(JobStore(database, settings), quick, clock)
+    leases = engine.leases(JobStore.over(database, settings), quick, clock)
     job_id = jobs.queued()
     leases.claim(job_id)
     engine.under_way[job_id] = Progress(3, 4, 1.0, 0.25)
     leases.start()
-    wait_until(lambda: jobs.store.job(job_id).steps_done == 3, "it is renewed")
+    wait_until(lambda: jobs.store.queries.job(job_id).steps_done == 3, "it is renewed")
     clock.now += 3600
     leases.stop()
     beats = len(engine.previews)

@@ -36,9 +36,9 @@ class Hung(Storage):
 
 
 def claimed(store: JobStore, steps: int) -> Claim:
-    store.submit("b", "me", 50, [request("", steps=steps).spec])
-    (bell,) = store.enqueue(10)
-    claim = store.claim(bell.job_id, "w1@host")
+    store.submissions.submit("b", "me", 50, [request("", steps=steps).spec])
+    (bell,) = store.backlog.enqueue(10).queued
+    claim = store.leases.claim(bell.job_id, "w1@host")
     assert claim is not None
     return claim
 
@@ -46,14 +46,14 @@ def claimed(store: JobStore, steps: int) -> Claim:
 @pytest.fixture
 def store(sqlite_url: str) -> Iterator[JobStore]:
     with closing(Database(sqlite_url)) as database:
-        yield JobStore(database, SETTINGS)
+        yield JobStore.over(database, SETTINGS)
 
 
 def test_what_was_asked_for_while_its_model_was_loaded_is_written_all_the_same(store: JobStore) -> None:
     gated, storage = Gated(), Hung()
     storage.go.set()
     with running(gated) as engine:
-        observer, claim = Observer(engine, storage, store, SETTINGS), claimed(store, 100)
+        observer, claim = Observer(engine, storage, store.attempts, SETTINGS), claimed(store, 100)
         observer.open(claim)
         job_id = claim.job_id
         observer.observe({job_id: False})  # it is not in the engine yet
@@ -73,11 +73,11 @@ def test_a_preview_that_breaks_is_tried_again_after_some_steps(
     gated, storage = Gated(), Hung()
     storage.go.set()
     with running(gated) as engine:
-        observer, claim = Observer(engine, storage, store, SETTINGS), claimed(store, 100)
+        observer, claim = Observer(engine, storage, store.attempts, SETTINGS), claimed(store, 100)
         observation = observer.open(claim)
         observation.checkpointed_at = float("inf")
         job_id, tries = claim.job_id, []
-        picture = engine.picture
+        picture = engine.preview
 
         def breaks_once(*args: Any, **kwargs: Any) -> Any:
             tries.append(args)
@@ -85,7 +85,7 @@ def test_a_preview_that_breaks_is_tried_again_after_some_steps(
                 raise RuntimeError("no room")
             return picture(*args, **kwargs)
 
-        monkeypatch.setattr(engine, "picture", breaks_once)
+        monkeypatch.setattr(engine, "preview", breaks_once)
         future = engine.submit(request(job_id, steps=100))
         gated.begun()
         observer.observe({job_id: False})
@@ -100,7 +100,7 @@ def test_a_preview_that_breaks_is_tried_again_after_some_steps(
 def test_states_do_not_pile_up_while_the_object_store_hangs(store: JobStore) -> None:
     gated, storage = Gated(), Hung()
     with running(gated) as engine:
-        observer, claim = Observer(engine, storage, store, SETTINGS), claimed(store, 100)
+        observer, claim = Observer(engine, storage, store.attempts, SETTINGS), claimed(store, 100)
         observer.open(claim)
         future = engine.submit(request(claim.job_id, steps=100))
         gated.begun()
@@ -120,7 +120,7 @@ def test_a_checkpoint_is_due_some_seconds_after_the_last_one(store: JobStore) ->
     storage.go.set()
     settings = SETTINGS.model_copy(update={"checkpoint_seconds": 30.0})
     with running(gated) as engine:
-        observer, claim = Observer(engine, storage, store, settings, clock=lambda: now[0]), claimed(store, 100)
+        observer, claim = Observer(engine, storage, store.attempts, settings, clock=lambda: now[0]), claimed(store, 100)
         observation = observer.open(claim)
         future = engine.submit(request(claim.job_id, steps=100))
         gated.begun()
@@ -141,11 +141,11 @@ def test_a_checkpoint_is_due_some_seconds_after_the_last_one(store: JobStore) ->
 def test_a_closed_observation_is_not_written_though_its_snapshot_was_taken(store: JobStore) -> None:
     gated, storage = Gated(), Hung()
     with running(gated) as engine:
-        observer, claim = Observer(engine, storage, store, SETTINGS), claimed(store, 100)
+        observer, claim = Observer(engine, storage, store.attempts, SETTINGS), claimed(store, 100)
         observation = observer.open(claim)
         future = engine.submit(request(claim.job_id, steps=100))
         gated.begun()
-        snapshot = engine.look(claim.job_id)
+        snapshot = engine.snapshot(claim.job_id)
         gated.allow()
         future.result(SOON)
     observer.close(observation)
@@ -155,7 +155,7 @@ def test_a_closed_observation_is_not_written_though_its_snapshot_was_taken(store
 
 def test_an_older_attempt_of_a_job_closes_no_newer_one(store: JobStore) -> None:
     with running(Gated()) as engine:
-        observer, claim = Observer(engine, Hung(), store, SETTINGS), claimed(store, 100)
+        observer, claim = Observer(engine, Hung(), store.attempts, SETTINGS), claimed(store, 100)
         older, newer = observer.open(claim), observer.open(claim)
         observer.close(older)
         assert observer._open == {claim.job_id: newer}

@@ -21,11 +21,11 @@ def test_an_update_that_failed_is_made_later_and_one_without_news_is_not_made() 
             raise error
         published.append(info)
 
-    store: Any = SimpleNamespace(describe=describe)
+    workers: Any = SimpleNamespace(describe=describe)
     opener: Any = SimpleNamespace(loaded={})
     info = WorkerInfo("w1@host", "cpu", "float32", 4, "1")
     served = Served(Pins.of({"tiny": NullPipeline()}), opener, torch.device("meta"))
-    models = PublishedModels(store, info, served)
+    models = PublishedModels(workers, info, served)
     models.publish()
     assert published == []
     models.publish()

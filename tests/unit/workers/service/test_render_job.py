@@ -46,7 +46,7 @@ def counted(worker: Worker, outcome: Outcome) -> float | None:
 
 
 def recorded(jobs: Jobs, job_id: str) -> list[tuple[Outcome, str | None]]:
-    return [(attempt.outcome, attempt.reason) for attempt in jobs.store.attempts(job_id)]
+    return [(attempt.outcome, attempt.reason) for attempt in jobs.store.queries.attempts(job_id)]
 
 
 def stored(worker: Worker) -> dict[str, bytes]:
@@ -58,7 +58,7 @@ def test_a_finished_picture_is_stored_recorded_and_counted(worker: Worker, gated
     gated.allow()
     job_id = jobs.queued()
     outcome = render_job(worker, job_id)
-    info = jobs.store.job(job_id)
+    info = jobs.store.queries.job(job_id)
     assert info.state is JobState.SUCCEEDED
     assert outcome == Succeeded(f"s3://farm/{info.picture.key}")
     assert list(stored(worker)) == [info.picture.key]
@@ -76,7 +76,7 @@ def test_a_trajectory_is_stored_beside_its_picture(worker: Worker, gated: Gated,
 
 def test_a_job_that_another_worker_has_claimed_is_left_alone(worker: Worker, jobs: Jobs) -> None:
     job_id = jobs.queued()
-    jobs.store.claim(job_id, ELSEWHERE)
+    jobs.store.leases.claim(job_id, ELSEWHERE)
     assert render_job(worker, job_id) == NothingToClaim()
 
 
@@ -112,22 +112,22 @@ def test_a_worker_that_drains_puts_a_job_back_unclaimed(worker: Worker, jobs: Jo
     job_id = jobs.queued()
     worker.draining.set()
     assert render_job(worker, job_id) == NothingToClaim()
-    assert (jobs.state(job_id), jobs.store.job(job_id).attempt) == (JobState.PENDING, 0)
+    assert (jobs.state(job_id), jobs.store.queries.job(job_id).attempt) == (JobState.PENDING, 0)
 
 
 def test_a_worker_whose_engine_is_broken_puts_a_job_back_unclaimed(worker: Worker, jobs: Jobs) -> None:
     job_id = jobs.queued()
     worker.engine.failed = RuntimeError("the device is lost")
     assert render_job(worker, job_id) == NothingToClaim()
-    assert (jobs.state(job_id), jobs.store.job(job_id).attempt) == (JobState.PENDING, 0)
+    assert (jobs.state(job_id), jobs.store.queries.job(job_id).attempt) == (JobState.PENDING, 0)
 
 
 def test_a_job_that_is_too_large_is_handed_back_for_another_worker(worker: Worker, gated: Gated, jobs: Jobs) -> None:
     job_id, large = jobs.queued(), jobs.queued(width=512, height=512)
-    worker.models.no_room(jobs.store.job(large).spec)
+    worker.models.forbid(jobs.store.queries.job(large).spec)
     outcome = render_job(worker, large)
     assert outcome == HandedBack("no memory for it here", Outcome.HANDED_BACK)
-    assert jobs.store.job(large).avoid_worker == worker.name
+    assert jobs.store.queries.job(large).avoid_worker == worker.name
     gated.allow()
     assert isinstance(render_job(worker, job_id), Succeeded)
 
@@ -135,7 +135,7 @@ def test_a_job_that_is_too_large_is_handed_back_for_another_worker(worker: Worke
 def test_a_cancelled_render_is_stopped_and_recorded(worker: Worker, gated: Gated, jobs: Jobs) -> None:
     job_id = jobs.queued()
     outcome = begun(worker, gated, job_id)
-    jobs.store.cancel(job_id=job_id)
+    jobs.store.steering.cancel(job_id=job_id)
     worker.leases.renew()
     gated.allow()
     assert outcome.result(SOON) == Cancelled(Outcome.CANCELLED)
@@ -148,7 +148,7 @@ def test_a_cancel_that_sql_has_recorded_for_a_lost_lease_is_not_recorded_twice(
 ) -> None:
     job_id = jobs.queued()
     outcome = begun(worker, gated, job_id)
-    jobs.store.cancel(job_id=job_id)
+    jobs.store.steering.cancel(job_id=job_id)
     worker.leases.renew()
     jobs.lease_runs_out(job_id)
     gated.allow()
@@ -159,7 +159,7 @@ def test_a_cancel_that_sql_has_recorded_for_a_lost_lease_is_not_recorded_twice(
 def test_a_paused_render_is_handed_back(worker: Worker, gated: Gated, jobs: Jobs) -> None:
     job_id = jobs.queued()
     outcome = begun(worker, gated, job_id)
-    jobs.store.pause(job_id=job_id)
+    jobs.store.steering.pause(job_id=job_id)
     worker.leases.renew()
     gated.allow()
     assert outcome.result(SOON) == HandedBack("paused", Outcome.HANDED_BACK)
@@ -173,7 +173,7 @@ def test_a_render_whose_lease_is_lost_is_given_up_and_records_nothing(worker: Wo
     worker.leases.renew()
     gated.allow()
     assert outcome.result(SOON) == LostLease()
-    assert (jobs.store.job(job_id).worker, stored(worker)) == (ELSEWHERE, {})
+    assert (jobs.store.queries.job(job_id).worker, stored(worker)) == (ELSEWHERE, {})
     assert counted(worker, Outcome.LOST) == 1
 
 
@@ -201,11 +201,11 @@ def test_a_render_that_is_handed_back_is_resumed_from_its_checkpoint(
     resumed: list[RenderRequest] = []
     submit = worker.engine.submit
     monkeypatch.setattr(worker.engine, "submit", lambda request: resumed.append(request) or submit(request))
-    jobs.store.enqueue(10)
+    jobs.store.backlog.enqueue(10)
     assert isinstance(render_job(worker, job_id), Succeeded)
     assert resumed[0].resume is not None
     assert resumed[0].resume.steps_done >= 1
-    assert list(stored(worker)) == [jobs.store.job(job_id).picture.key]  # the checkpoint is deleted
+    assert list(stored(worker)) == [jobs.store.queries.job(job_id).picture.key]  # the checkpoint is deleted
 
 
 def test_a_drain_hands_back_what_does_not_finish_in_time_and_claims_no_more(
@@ -234,7 +234,7 @@ def test_a_job_whose_model_was_on_its_way_when_the_worker_drained_is_handed_back
     monkeypatch.setattr(worker.engine, "submit", submit)
     job_id = jobs.queued()
     assert render_job(worker, job_id) == HandedBack("its worker stops", Outcome.HANDED_BACK)
-    assert jobs.store.job(job_id).tries == 0
+    assert jobs.store.queries.job(job_id).tries == 0
 
 
 @pytest.mark.parametrize(
@@ -269,9 +269,9 @@ def test_where_there_was_no_memory_the_size_is_published(worker: Worker, gated: 
     outcome = render_job(worker, job_id)
     assert isinstance(outcome, Failed)
     assert (outcome.recorded, outcome.error_class) == (Outcome.RETRIED, ErrorClass.OUT_OF_MEMORY)
-    spec = jobs.store.job(job_id).spec
-    assert not worker.models.has_room(spec)
-    (published,) = jobs.store.workers()
+    spec = jobs.store.queries.job(job_id).spec
+    assert not worker.models.allows(spec)
+    (published,) = jobs.store.workers.all()
     assert published.models == worker.models.info.models
 
 
@@ -315,16 +315,16 @@ def test_a_checkpoint_that_can_not_be_read_starts_the_render_from_its_first_step
     worker: Worker, gated: Gated, jobs: Jobs
 ) -> None:
     job_id = jobs.queued()
-    claim = jobs.store.claim(job_id, ELSEWHERE)
+    claim = jobs.store.leases.claim(job_id, ELSEWHERE)
     key = checkpoint_key(claim.batch_id, claim.index, claim.attempt)
     stored(worker)[key] = b"no checkpoint"
-    jobs.store.checkpointed(claim, key)
-    jobs.store.hand_back(claim)
-    jobs.store.enqueue(10)
+    jobs.store.attempts.record_checkpoint(claim, key)
+    jobs.store.attempts.hand_back(claim)
+    jobs.store.backlog.enqueue(10)
     gated.allow()
     assert isinstance(render_job(worker, job_id), Succeeded)
     assert len(gated.forwards) == 4
-    assert list(stored(worker)) == [jobs.store.job(job_id).picture.key]
+    assert list(stored(worker)) == [jobs.store.queries.job(job_id).picture.key]
 
 
 def test_leftovers_that_can_not_be_deleted_are_left_to_the_sweep(
@@ -339,8 +339,9 @@ def test_leftovers_that_can_not_be_deleted_are_left_to_the_sweep(
     while key not in stored(worker):
         pass
     done: list[str] = []
-    left_behind = worker.store.left_behind
-    monkeypatch.setattr(worker.store, "left_behind", lambda claim: done.append(claim.job_id) or left_behind(claim))
+    left_behind = worker.store.attempts.report_leftovers
+    attempts = worker.store.attempts
+    monkeypatch.setattr(attempts, "report_leftovers", lambda claim: done.append(claim.job_id) or left_behind(claim))
     monkeypatch.setattr(worker.storage, "delete_many", fail(module.ServiceUnavailable("away")))
     gated.allow()
     assert isinstance(outcome.result(SOON), Succeeded)

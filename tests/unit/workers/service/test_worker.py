@@ -26,7 +26,7 @@ def test_a_worker_registers_renews_its_leases_and_says_goodbye(settings: Setting
     settings = settings.model_copy(update={"beat_seconds": 0.05, "models": "tiny=null:?seconds_per_step=0.01"})
     worker = build_worker(settings, HERE)
     worker.start()
-    assert [(found.name, found.alive, found.held) for found in jobs.store.workers()] == [(HERE, True, ("tiny",))]
+    assert [(found.name, found.alive, found.held) for found in jobs.store.workers.all()] == [(HERE, True, ("tiny",))]
     job_id = jobs.queued()
     lease = worker.leases.claim(job_id)
     assert lease is not None
@@ -36,7 +36,7 @@ def test_a_worker_registers_renews_its_leases_and_says_goodbye(settings: Setting
     worker.drain()
     render_job(worker, jobs.queued())
     worker.stop()
-    assert jobs.store.workers() == []
+    assert jobs.store.workers.all() == []
     assert jobs.state(job_id) is JobState.RUNNING
 
 
@@ -44,7 +44,7 @@ def test_a_worker_takes_back_the_jobs_that_its_predecessor_of_the_same_name_left
     settings: Settings, jobs: Jobs
 ) -> None:
     job_id = jobs.queued()
-    jobs.store.claim(job_id, HERE)
+    jobs.store.leases.claim(job_id, HERE)
     worker = build_worker(settings, HERE)
     worker.start()
     worker.stop()

@@ -1,4 +1,4 @@
-"""Executes a command that is killed when its parent dies: `tether.py PARENT_PID PROGRAM ARGUMENTS…`.
+"""Executes a command that is killed when its parent dies: `die_with_parent.py PARENT_PID PROGRAM ARGUMENTS…`.
 
 A farm that is killed with SIGKILL cannot stop its parts; on Linux the kernel does. This runs between fork and exec, and
 replaces Python code in the forked supervisor (`preexec_fn`), which deadlocks in a program with threads.

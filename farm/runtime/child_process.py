@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-_TETHER = Path(__file__).with_name("tether.py")
+_LAUNCHER = Path(__file__).with_name("die_with_parent.py")
 
 
-class Tethered:
+class ChildProcess:
     """A running command in its own session: Ctrl-C reaches only the parent, which stops it in order.
 
     Create it in a thread that lives as long as the process should: on Linux it is killed when that thread ends.
@@ -22,7 +22,7 @@ class Tethered:
         self, command: Sequence[str], *, env: Mapping[str, str], output: IO[bytes] | int, cwd: Path | None = None
     ) -> None:
         self._popen = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(_TETHER), str(os.getpid()), *command],
+            [sys.executable, "-I", "-S", str(_LAUNCHER), str(os.getpid()), *command],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

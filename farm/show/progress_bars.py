@@ -21,22 +21,7 @@ from farm.runtime.terminal_text import printable
 from farm.show.progress_text import tempo_line
 
 
-def columns(console: Console, *, told: bool = False) -> Progress:
-    """A display of bars with count, elapsed and remaining time; with `told`, updates contain the latter."""
-    remaining = TextColumn("{task.fields[tempo]}", style="cyan") if told else TimeRemainingColumn(compact=True)
-    return Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}", style="dim", markup=False),
-        TimeElapsedColumn(),
-        remaining,
-        console=console,
-    )
-
-
-class Bar:
+class ProgressBar:
     """One bar of a display."""
 
     def __init__(self, display: Progress, task: TaskID) -> None:
@@ -49,14 +34,28 @@ class Bar:
 
 
 @contextmanager
-def bar(description: str, total: int, *, shown: bool = True, told: bool = False) -> Iterator[Bar]:
-    """A bar while the block runs, invisible unless `shown`. With `told` every update has the pace."""
-    console = Console(stderr=True, quiet=not shown)
-    with columns(console, told=told) as display:
-        yield Bar(display, display.add_task(printable(description), total=total, note="", tempo=""))
+def progress_bar(
+    description: str, total: int, *, shown: bool = True, with_tempo: bool = False
+) -> Iterator[ProgressBar]:
+    """A bar with count, elapsed and remaining time while the block runs; invisible unless `shown`.
+
+    With `with_tempo` the remaining time comes from the updates, otherwise from the progress so far.
+    """
+    remaining = TextColumn("{task.fields[tempo]}", style="cyan") if with_tempo else TimeRemainingColumn(compact=True)
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}", style="dim", markup=False),
+        TimeElapsedColumn(),
+        remaining,
+    )
+    with Progress(*columns, console=Console(stderr=True, quiet=not shown)) as display:
+        yield ProgressBar(display, display.add_task(printable(description), total=total, note="", tempo=""))
 
 
-def note(counts: Mapping[JobState, int]) -> str:
+def counts_text(counts: Mapping[JobState, int]) -> str:
     """The counts in words: `8 running, 52 queued, 1 failed`."""
     order = (JobState.RUNNING, JobState.QUEUED, JobState.PENDING, JobState.FAILED, JobState.CANCELLED)
     return ", ".join(f"{counts[state]} {state}" for state in order if counts.get(state))
