@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session, aliased
 
 from farm.jobs.conditions import JOB_PAUSED, in_state
 from farm.jobs.database import Database, now
+from farm.jobs.leadership import DISPATCHER
 from farm.jobs.schema import AttemptRow, BatchRow, JobRow, LeaderRow
 from farm.jobs.states import JobState, Outcome
 from farm.jobs.transitions import UNQUEUE, Ending, Move, finalize
@@ -23,8 +24,6 @@ from farm.specs.object_keys import image_key, trajectory_keys
 
 log = logging.getLogger(__name__)
 
-_LEADER = "dispatcher"
-"""Under which name the standing dispatchers elect the one that acts."""
 _FURTHER = 1000
 
 
@@ -117,7 +116,7 @@ class Works:
 
     @cached_property
     def _led(self) -> bool:
-        leader = sa.select(LeaderRow.holder).where(LeaderRow.name == _LEADER, LeaderRow.until > now())
+        leader = sa.select(LeaderRow.holder).where(LeaderRow.name == DISPATCHER, LeaderRow.until > now())
         return self._session.scalar(leader) is not None
 
     @cached_property

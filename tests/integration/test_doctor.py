@@ -40,6 +40,12 @@ def only(settings: Settings, part: str) -> Finding:
 
 
 @pytest.fixture
+def settings(settings: Settings) -> Settings:
+    """A farm whose workers stay alive for as long as a test takes."""
+    return settings.model_copy(update={"lease_seconds": 600.0})
+
+
+@pytest.fixture
 def on_sqlite(on_sqlite: Settings) -> Settings:
     """Settings of a farm with a dispatcher, for the tests to which the database does not matter."""
     database = Database(on_sqlite.database_url)
@@ -102,8 +108,8 @@ def lead(database: Database) -> None:
 
 def fill_the_window(farm: Farm, database: Database) -> None:
     farm.submit(["a red circle"] * 200)
-    assert JobStore.over(database, farm.settings).slots() == {"tiny": 8}
-    assert len(JobStore.over(database, farm.settings).queued("tiny")) == 16
+    assert JobStore.over(database, farm.settings).workers.slots() == {"tiny": 8}
+    assert len(JobStore.over(database, farm.settings).backlog.queued("tiny")) == 16
 
 
 def pause_a_batch_an_owner_and_a_job(farm: Farm, database: Database) -> None:
@@ -128,12 +134,12 @@ def let_a_job_wait_for_its_next_try(farm: Farm, database: Database) -> None:
 
 def submit_twins(farm: Farm, database: Database) -> None:
     farm.submit(["a red circle"] * 5, seed=3)
-    assert len(JobStore.over(database, farm.settings).queued("tiny")) == 1
+    assert len(JobStore.over(database, farm.settings).backlog.queued("tiny")) == 1
 
 
 def submit_what_is_too_large(farm: Farm, database: Database) -> None:
     model = ServedModel("tiny", limit=MemoryLimit(128 * 128, 1, UNGUIDED))
-    JobStore.over(database, farm.settings).describe(
+    JobStore.over(database, farm.settings).workers.describe(
         WorkerInfo(name="worker-1@here", device="cpu", dtype="float32", slots=8, version=__version__, models=(model,))
     )
     farm.submit(["a red circle"], width=1024, height=1024)
