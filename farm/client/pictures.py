@@ -1,4 +1,4 @@
-"""What a finished job left in the object store, fetched: its picture, and the pictures of its steps."""
+"""Downloads the objects of a finished job: its picture and its trajectory."""
 
 import hashlib
 import io
@@ -13,7 +13,7 @@ from farm.runtime.atomic_files import write_atomic
 
 
 def succeeded(job: JobInfo) -> Picture:
-    """The picture of a job; raises `JobNotSucceeded` with the reason if it has none."""
+    """The picture of a job; raises `JobNotSucceeded` with the reason."""
     if job.picture is None:
         why = f": {job.error}" if job.error else ""
         raise JobNotSucceeded(f"job {job.id} has no picture, it is {job.state}{why}")
@@ -45,28 +45,28 @@ def artifact(job: JobInfo, role: Role) -> Artifact:
 
 
 def png(storage: Storage, job: JobInfo) -> bytes:
-    """A job's picture as it is stored, checked against the SHA-256 in SQL.
+    """The PNG of a job's picture, checked against the SHA-256 in SQL.
 
-    Raises `JobNotSucceeded`, or `StorageUnavailable` if what is stored is not what was rendered.
+    Raises `JobNotSucceeded`, or `StorageUnavailable` if the hash differs.
     """
     picture = succeeded(job)
     return _checked(storage, job, picture.key, picture.sha256)
 
 
 def decoded(data: bytes) -> Image.Image:
-    """An image from its file's bytes, read to its end."""
+    """An image from the bytes of its file, fully loaded."""
     image = Image.open(io.BytesIO(data))
     image.load()
     return image
 
 
 def frames(data: bytes, steps: int) -> list[Image.Image]:
-    """The RGB frames of an animation that has one of equal length for each step, in their order."""
+    """The RGB frames of an animation with `steps` frames of equal length, in order."""
     with Image.open(io.BytesIO(data)) as film:
-        # Converted first: a WebP frame does not know how long it lasts before it is read.
+        # Convert first: a WebP frame knows its duration only after it was read.
         found = [(frame.convert("RGB"), frame.info.get("duration", 0)) for frame in ImageSequence.Iterator(film)]
     if len(found) < steps:
-        # WebP writes equal neighbours as one frame that lasts longer, and a lone one without a length.
+        # WebP merges equal frames into one longer frame, and writes a single frame without a duration.
         length = sum(lasts for _, lasts in found) / steps or 1 / steps
         found = [each for each in found for _ in range(max(1, round((each[1] or 1) / length)))]
     return [frame for frame, _ in found]

@@ -1,4 +1,4 @@
-"""How a render that is under way looks: what its worker shows in the object store while somebody watches."""
+"""Previews of running renders, which workers upload while a client asks."""
 
 import time
 from collections.abc import Iterator
@@ -15,27 +15,27 @@ from farm.runtime.polling import polls
 from farm.specs.object_keys import preview_key
 
 _WANTED_SECONDS, _RENEW_SECONDS = 30.0, 10.0
-"""For how long a watcher asks for previews, and how often again."""
+"""How long one request for previews lasts, and how often it is renewed."""
 
 
 @dataclass(frozen=True)
 class Preview:
-    """How a job looks after some of its steps."""
+    """A picture of a job after some of its steps."""
 
     image: Image.Image
-    """Small and rough from the latents, or as the VAE decodes it."""
+    """The VAE's decoding of the latents, shrunk or at full size."""
     step: int
-    """How many steps are done."""
+    """The number of steps done."""
     steps: int
-    """How many there are."""
+    """The number of steps in all."""
 
 
 def watch(
     store: JobStore, storage: Storage, job_id: str, *, vae: bool, timeout: float | None, recent_steps: int
 ) -> Iterator[Preview]:
-    """Each new preview of a job until it ends, waiting for it to begin if need be.
+    """Each new preview of a job until it ends; waits for the job to start.
 
-    The first may be one that lies there from whoever watched before, if it is less than `recent_steps` behind.
+    The first may be one from an earlier request, if it is less than `recent_steps` behind.
     Raises `TimeoutError` after `timeout` seconds, and `NotFound` if there is no such job.
     """
     asked: float | None = None
