@@ -84,11 +84,11 @@ class Job:
 
         Raises `JobNotSucceeded`, or `StorageUnavailable` if what is stored is not what was rendered.
         """
-        return pictures.png(self._storage, self._looked_at())
+        return pictures.fetch_png(self._storage, self._looked_at())
 
     def image(self) -> Image.Image:
         """Its picture, waiting for it if need be; raises `JobNotSucceeded`."""
-        return pictures.decoded(self.wait().png())
+        return pictures.decode(self.wait().png())
 
     def trajectory(self) -> list[Image.Image]:
         """How it looked after each of its steps, first to last, as RGB images, waiting for it if need be.
@@ -99,7 +99,7 @@ class Job:
 
     def film_strip(self) -> Image.Image:
         """Its steps on one page, waiting for it if need be; raises as `trajectory` does."""
-        return pictures.decoded(self._film(0))
+        return pictures.decode(self._film(0))
 
     def _film(self, which: int) -> bytes:
         if self.spec.trajectory:
@@ -131,7 +131,7 @@ class Job:
 
     def url(self, seconds: int = 3600) -> str:
         """A presigned address of its picture that anybody can open for that long; raises `JobNotSucceeded`."""
-        return self._storage.url(pictures.succeeded(self._looked_at()).key, seconds)
+        return self._storage.url(pictures.picture_of(self._looked_at()).key, seconds)
 
     def download(self, folder: str | os.PathLike[str]) -> Path:
         """Fetch its picture, and its film if it has one, into a folder; returns the picture's path."""

@@ -13,7 +13,7 @@ from farm.runtime.atomic_files import write_atomic
 from farm.specs.object_keys import trajectory_keys
 
 
-def succeeded(job: JobInfo) -> Picture:
+def picture_of(job: JobInfo) -> Picture:
     """The picture of a job; raises `JobNotSucceeded` with the reason if it has none."""
     if job.picture is None:
         why = f": {job.error}" if job.error else ""
@@ -21,19 +21,19 @@ def succeeded(job: JobInfo) -> Picture:
     return job.picture
 
 
-def png(storage: Storage, job: JobInfo) -> bytes:
+def fetch_png(storage: Storage, job: JobInfo) -> bytes:
     """A job's picture as it is stored, checked against the SHA-256 in SQL.
 
     Raises `JobNotSucceeded`, or `StorageUnavailable` if what is stored is not what was rendered.
     """
-    picture = succeeded(job)
+    picture = picture_of(job)
     data = storage.get(picture.key)
     if hashlib.sha256(data).hexdigest() != picture.sha256:
         raise StorageUnavailable(f"job {job.id}: {picture.key} is not what was rendered (its SHA-256 differs)")
     return data
 
 
-def decoded(data: bytes) -> Image.Image:
+def decode(data: bytes) -> Image.Image:
     """An image from its file's bytes, read to its end."""
     image = Image.open(io.BytesIO(data))
     image.load()
@@ -44,7 +44,7 @@ def film_keys(job: JobInfo) -> tuple[str, str]:
     """The keys of a job's film strip and animation; raises `NotFound` if its spec did not ask for them."""
     if not job.spec.trajectory:
         raise NotFound(f"job {job.id} kept no trajectory: its spec did not ask for one (trajectory=True)")
-    return trajectory_keys(succeeded(job).key)
+    return trajectory_keys(picture_of(job).key)
 
 
 def frames(data: bytes, steps: int) -> list[Image.Image]:
@@ -65,10 +65,10 @@ def download(storage: Storage, job: JobInfo, folder: Path) -> Path:
     What is there already is not fetched again: the picture by its SHA-256, the film by its name, which no other
     attempt has. Each file is put in place whole. Raises `JobNotSucceeded`.
     """
-    picture = succeeded(job)
+    picture = picture_of(job)
     path = folder / Path(picture.key).name
     if not (path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == picture.sha256):
-        write_atomic(path, png(storage, job))
+        write_atomic(path, fetch_png(storage, job))
     for key in film_keys(job) if job.spec.trajectory else ():
         beside = folder / Path(key).name
         if not beside.is_file():
@@ -76,7 +76,10 @@ def download(storage: Storage, job: JobInfo, folder: Path) -> Path:
     return path
 
 
-def files(storage: Storage, job: JobInfo) -> list[tuple[str, bytes]]:
+def fetch_files(storage: Storage, job: JobInfo) -> list[tuple[str, bytes]]:
     """The names and bytes of a job's picture, checked, and of its film if it has one; raises `JobNotSucceeded`."""
     films = film_keys(job) if job.spec.trajectory else ()
-    return [(Path(succeeded(job).key).name, png(storage, job)), *((Path(key).name, storage.get(key)) for key in films)]
+    return [
+        (Path(picture_of(job).key).name, fetch_png(storage, job)),
+        *((Path(key).name, storage.get(key)) for key in films),
+    ]
