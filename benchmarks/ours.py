@@ -196,9 +196,9 @@ class Farm:
         """
         over, took, sizes = threading.Event(), list[float](), list[int]()
 
-        def write(name: str, look: Future[Snapshot]) -> None:
+        def write(name: str, future: Future[Snapshot]) -> None:
             began, key = time.thread_time(), checkpoint_key(name, 1, 1)
-            data = checkpoint.pack(look.result())
+            data = checkpoint.pack(future.result())
             storage.put(key, data)
             storage.delete_many([key])
             took.append(time.thread_time() - began)

@@ -37,7 +37,7 @@ class Hung(Storage):
 
 def claimed(store: JobStore, steps: int) -> Claim:
     store.submissions.submit("b", "me", 50, [request("", steps=steps).spec])
-    (bell,) = store.backlog.enqueue(10)
+    (bell,) = store.backlog.enqueue(10).queued
     claim = store.leases.claim(bell.job_id, "w1@host")
     assert claim is not None
     return claim
