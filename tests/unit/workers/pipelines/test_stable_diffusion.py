@@ -150,6 +150,7 @@ def test_a_forward_that_is_filled_up_returns_its_requests_only(folder: Path, pip
     assert parity.holds, parity
 
 
+@pytest.mark.long
 def test_a_compiled_denoiser_draws_the_same_in_forwards_of_any_size(
     folder: Path, pipeline: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

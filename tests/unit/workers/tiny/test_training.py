@@ -29,6 +29,7 @@ def run(folder, stop_at=None):
     return {file.relative_to(folder): file.read_bytes() for file in (folder / "weights").rglob("*.safetensors")}
 
 
+@pytest.mark.long
 def test_a_stopped_run_ends_with_the_same_weights_as_one_that_was_not(tmp_path):
     assert not run(tmp_path / "stopped", stop_at=3)
     taken_up, at_once = run(tmp_path / "stopped"), run(tmp_path / "at_once")
