@@ -201,6 +201,10 @@ class MixedFarm:
         assert found, f"{job} was rendered by {worker!r}, which is of neither side"
         return found[0]
 
+    def ended_by(self, side: Side) -> int:
+        """The number of jobs whose success a side's workers have logged."""
+        return sum(worker.log.read_text().count("now=succeeded") for worker in side.workers.values())
+
     def logged(self, text: str) -> str:
         """The log lines of all programs that contain a text, each after the program's name."""
         lines = [

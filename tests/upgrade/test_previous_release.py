@@ -5,6 +5,7 @@ Everything is observed through the public client and the command line of either 
 
 import io
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -17,7 +18,7 @@ from PIL import Image, ImageChops
 
 from farm.objects.storage import Storage
 from farm.settings import Settings
-from tests.integration.conftest import wait_until
+from tests.integration.conftest import Process, wait_until
 from tests.releases import previous_release, this_release
 from tests.servers import fresh_bucket, fresh_database
 from tests.upgrade.mixed import MixedFarm, Side
@@ -73,26 +74,28 @@ def farm(old_farm: MixedFarm) -> MixedFarm:
     The programs of the previous release that ran before the migration still run.
     """
     farm = old_farm
-    under_way = farm.old.ask(
-        "submit", specs=[{"prompt": f"under way {n}", "model": "tiny"} for n in range(80)], num_inference_steps=20
-    )
+    specs = [{"prompt": f"under way {n}", "model": "tiny"} for n in range(1000)]
+    batch = farm.old.ask("submit", specs=specs, num_inference_steps=20)["batch"]
 
     def succeeded() -> int:
-        counts: dict[str, int] = farm.old.ask("status", batch=under_way["batch"])["counts"]
+        counts: dict[str, int] = farm.old.ask("status", batch=batch)["counts"]
         assert not {"failed", "cancelled"} & counts.keys(), f"{counts} {farm.logged('ended job_id')}"
         return counts.get("succeeded", 0)
 
     wait_until(lambda: succeeded() >= 4, "the old farm renders", 120)
     farm.run(farm.new, "migrate")
     before = succeeded()
-    assert before < 76, "the migration came while jobs were under way"
+    assert before < len(specs), "the batch has ended before the migration"
     wait_until(lambda: succeeded() >= before + 4, "the old farm goes on against the new schema", 120)
     farm.open_client(farm.new)
     farm.start_dispatcher(farm.new)
     for number in (1, 2):
         farm.start_worker(farm.new, f"new-{number}", models("new"))
+    wait_until(lambda: farm.ended_by(farm.new) > 0, "a new worker renders jobs of the old client", 120)
+    assert succeeded() < len(specs), "the batch has ended before the new workers came"
+    farm.new.ask("steer", what="batch", name=batch, verb="cancel")
     for side in farm.sides:
-        farm.wait_for_batch(side, under_way["batch"])
+        wait_until(lambda side=side: side.ask("status", batch=batch)["done"], f"it ends for {side.name}")
     return farm
 
 
@@ -165,9 +168,8 @@ def test_both_clients_find_the_same_pictures_and_trajectories(farm: MixedFarm, c
     assert farm.new.ask("batch", batch=made["batch"]) == farm.old.ask("batch", batch=made["batch"])
 
 
-@pytest.mark.parametrize("client", BOTH)
-def test_both_command_lines_say_and_fetch_the_same(farm: MixedFarm, client: str, tmp_path: Path) -> None:
-    made = batch_by_both(farm, farm.side(client))
+def test_both_command_lines_say_and_fetch_the_same(farm: MixedFarm, tmp_path: Path) -> None:
+    made = batch_by_both(farm, farm.new)
     batch, job = made["batch"], made["jobs"][0]
     for command in (["status", batch], ["jobs", batch], ["show", job], ["status", job], ["models"]):
         old, new = (json.loads(farm.run(side, *command, "--json")) for side in farm.sides)
@@ -183,47 +185,42 @@ def test_both_command_lines_say_and_fetch_the_same(farm: MixedFarm, client: str,
 
 
 @CROSSED
-def test_a_killed_workers_checkpoint_is_resumed_by_the_other_release(
+def test_a_render_goes_from_one_release_to_the_other_and_back(
     farm: MixedFarm, first: str, second: str, tmp_path: Path
 ) -> None:
-    resumed_by_the_other(farm, farm.side(first), farm.side(second), tmp_path, kill=True)
-
-
-@CROSSED
-def test_a_stopped_workers_checkpoint_is_resumed_by_the_other_release(
-    farm: MixedFarm, first: str, second: str, tmp_path: Path
-) -> None:
-    resumed_by_the_other(farm, farm.side(first), farm.side(second), tmp_path, kill=False)
-
-
-def resumed_by_the_other(farm: MixedFarm, first: Side, second: Side, folder: Path, *, kill: bool) -> None:
-    """A render of the shipped model begins with one release and ends with the other, and its picture is the same."""
-    model = f"{'killed' if kill else 'stopped'}-{first.name}"
-    begins = farm.start_worker(
-        first, f"{model}-begins", f"{model}=tiny", FARM_CHECKPOINT_STEPS=10, FARM_DRAIN_SECONDS=0
-    )
-    spec = {"prompt": "a red circle", "model": model, "seed": 3, "scheduler": "dpmpp_2m", "num_inference_steps": 200}
-    (job,) = second.ask("submit", specs=[spec], reuse=False)["jobs"]
+    """With the shipped model: its first worker is killed, its second one stopped, and the picture is the same."""
+    model = f"begun-by-{first}"
+    steps = {"FARM_CHECKPOINT_STEPS": 10, "FARM_DRAIN_SECONDS": 0}
+    here, there = farm.side(first), farm.side(second)
+    begins = farm.start_worker(here, f"{model}-begins", f"{model}=tiny", **steps)
+    spec = {"prompt": "a red circle", "model": model, "seed": 3, "scheduler": "dpmpp_2m", "num_inference_steps": 400}
+    (job,) = there.ask("submit", specs=[spec], reuse=False)["jobs"]
     wait_until(lambda: f"checkpointed job_id={job} " in begins.log.read_text(), f"{job} has a checkpoint", 120)
-    if kill:
-        begins.kill()
-    else:
-        assert begins.stop() == 0, begins.log.read_text()
-    ends = farm.start_worker(second, f"{model}-ends", f"{model}=tiny")
-    found = farm.wait_for_job(first, job, lambda it: it["state"] == "succeeded", f"{job} has succeeded")
-    resumed = [line for line in ends.log.read_text().splitlines() if f"resuming job_id={job}" in line]
-    assert resumed, f"the {second.name} worker began anew: {farm.logged(job)}"
-    assert int(resumed[0].rpartition("step=")[2].split()[0]) >= 10, resumed
-    assert (found["attempt"], found["tries"]) == (2, 0), found
-    (whole,) = first.ask("submit", specs=[spec], reuse=False)["jobs"]
+    begins.kill()
+    goes_on = farm.start_worker(there, f"{model}-goes-on", f"{model}=tiny", **steps)
+    wait_until(lambda: f"checkpointed job_id={job} " in goes_on.log.read_text(), f"{job} has a checkpoint", 120)
+    assert goes_on.stop() == 0, goes_on.log.read_text()
+    ends = farm.start_worker(here, f"{model}-ends", f"{model}=tiny", **steps)
+    found = farm.wait_for_job(there, job, lambda it: it["state"] == "succeeded", f"{job} has succeeded")
+    assert 0 < resumed_at(goes_on, job) < resumed_at(ends, job), farm.logged(job)
+    assert (found["attempt"], found["tries"]) == (3, 0), found
+    outcomes = [one["outcome"] for one in here.ask("attempts", job=job)]
+    assert outcomes == ["lost", "handed_back", "succeeded"], farm.logged(job)
+    (whole,) = here.ask("submit", specs=[spec], reuse=False)["jobs"]
     pictures = []
-    for name, one in (("resumed", job), ("whole", whole)):
-        farm.wait_for_job(second, one, lambda it: it["state"] == "succeeded", f"{one} has succeeded")
-        second.ask("save", job=one, path=str(folder / f"{name}.png"))
-        pictures.append(Image.open(io.BytesIO((folder / f"{name}.png").read_bytes())))
+    for side, one in ((here, job), (there, whole)):
+        farm.wait_for_job(side, one, lambda it: it["state"] == "succeeded", f"{one} has succeeded")
+        side.ask("save", job=one, path=str(tmp_path / f"{one}.png"))
+        pictures.append(Image.open(io.BytesIO((tmp_path / f"{one}.png").read_bytes())))
     difference = ImageChops.difference(*pictures)
-    assert max(most for _, most in difference.getextrema()) <= 1, f"{job}, resumed by the {second.name} worker"
+    assert max(most for _, most in difference.getextrema()) <= 1, f"{job} differs from {whole}"
     assert ends.stop() == 0, ends.log.read_text()
+
+
+def resumed_at(worker: Process, job: str) -> int:
+    """The step at which a worker went on with a job, by its log; 0 if it began anew."""
+    found = re.findall(rf"resuming job_id={job} .*step=(\d+)", worker.log.read_text())
+    return int(found[-1]) if found else 0
 
 
 @CROSSED
@@ -246,16 +243,10 @@ def test_a_client_pauses_resumes_and_cancels_what_the_other_releases_workers_ren
         assert (attempt["outcome"], attempt["reason"]) == ("handed_back", "paused"), attempt
         assert client.ask("steer", what=what, name=name, verb="resume") == 1, (what, name)
     under_way(job)
-    log = next(worker.log for worker in farm.side(second).workers.values() if resumed_in(worker.log, job))
-    assert f"resuming job_id={job} " in log.read_text(), farm.logged(job)
+    assert max(resumed_at(worker, job) for worker in farm.side(second).workers.values()) > 0, farm.logged(job)
     assert client.ask("steer", what="job", name=job, verb="cancel")
     farm.wait_for_job(client, job, lambda it: it["state"] == "cancelled", f"{job} is cancelled")
     assert farm.side(second).ask("job", job=job)["state"] == "cancelled"
-
-
-def resumed_in(log: Path, job: str) -> bool:
-    """Whether a worker's log says that it went on with a job."""
-    return f"resuming job_id={job} " in log.read_text()
 
 
 @CROSSED
@@ -264,14 +255,14 @@ def test_a_client_sees_previews_of_the_other_releases_workers(farm: MixedFarm, f
     made = client.ask("submit", specs=[spec])
     shown = client.ask("preview", job=made["jobs"][0])
     assert 0 < shown["step"] < 1000
-    assert shown["size"] == [64, 64]
+    assert shown["size"] == [8, 8], "its latents"
     assert client.ask("steer", what="batch", name=made["batch"], verb="cancel") == 1
 
 
 @CROSSED
 def test_a_failed_job_is_retried_by_the_other_releases_client(farm: MixedFarm, first: str, second: str) -> None:
     model = f"broken-{first}"
-    worker = farm.start_worker(farm.side(first), model, f"{model}=/no/such/folder")
+    worker = farm.start_worker(farm.side(first), model, f"{model}=/no/such/folder,whole-{first}={PACE}")
     made = farm.side(first).ask("submit", specs=[{"prompt": "x", "model": model}])
     (job,) = made["jobs"]
     client = farm.side(second)
@@ -279,7 +270,7 @@ def test_a_failed_job_is_retried_by_the_other_releases_client(farm: MixedFarm, f
         found = farm.wait_for_job(
             client,
             job,
-            lambda it, attempt=attempt: it["state"] == "failed" and it["attempt"] == attempt,  # type: ignore[misc]
+            lambda it, attempt=attempt: it["state"] == "failed" and it["attempt"] == attempt,
             f"{job} fails for the {attempt}. time",
         )
         assert "/no/such/folder" in found["error"], found
@@ -318,7 +309,6 @@ def test_a_picture_of_either_release_is_copied_by_either_dispatcher(
                 found = reader.ask("files", job=copy)
                 assert found["png"] == source["png"], f"{reader.name} reads {by}"
                 assert found.get("frames") == source.get("frames"), f"{reader.name} reads {by}"
-                assert found["downloaded"].keys() != source["downloaded"].keys() or copy == original, by
                 assert [*found["downloaded"].values()] == [*source["downloaded"].values()], f"{reader.name} reads {by}"
 
 

@@ -149,14 +149,14 @@ class Parts:
     def submit(self, count: int = 1, name: str = "batch", *, reuse: bool = True, **fields: Any) -> list[str]:
         """Submit jobs; returns their ids."""
         specs = [RenderSpec(**{"prompt": f"{name} {n}", "seed": n, **fields}) for n in range(count)]
-        batch_id = self.store.submit(name, "me", 50, specs, reuse=reuse)
+        batch_id = self.store.submissions.submit(name, "me", 50, specs, reuse=reuse)
         return [f"{batch_id}-{n}" for n in range(1, count + 1)]
 
     def claim(self, job_id: str) -> Claim:
         """Have a worker claim a job, which the dispatcher need not have queued."""
         with self.db.write() as session:
             session.execute(sa.update(JobRow).where(JobRow.id == job_id).values(state=JobState.QUEUED.value))
-        claim = self.store.claim(job_id, WORKER.name)
+        claim = self.store.leases.claim(job_id, WORKER.name)
         assert claim is not None
         return claim
 
@@ -168,12 +168,12 @@ class Parts:
             if stored:
                 self.storage.put(one, data)
         picture = Picture(key, "a" * 64, len(data), 64, 64, WEIGHTS, 1.0)
-        assert self.store.succeed(claim, picture)
+        assert self.store.attempts.succeed(claim, picture)
         return picture
 
     def states(self, job_ids: Sequence[str]) -> list[JobState]:
         """Their states."""
-        return [self.store.job(job_id).state for job_id in job_ids]
+        return [self.store.queries.job(job_id).state for job_id in job_ids]
 
     def messages(self) -> set[str]:
         """The jobs whose messages lie in Redis."""
@@ -262,7 +262,7 @@ def parts(
         closing(FlakyBroker(settings)) as broker,
         closing(FlakyStorage(settings)) as storage,
     ):
-        yield Parts(db, JobStore(db, settings), broker, storage, settings)
+        yield Parts(db, JobStore.over(db, settings), broker, storage, settings)
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ PENDING, SUCCEEDED, CANCELLED = JobState.PENDING, JobState.SUCCEEDED, JobState.C
 
 @pytest.fixture
 def copier(parts: Parts) -> Copier:
-    return Copier(parts.store, parts.storage, parts.clock)
+    return Copier(parts.store.reuse, parts.storage, parts.clock)
 
 
 def twins(parts: Parts, count: int = 1, **fields: Any) -> tuple[str, list[str]]:
@@ -33,7 +33,7 @@ def twins(parts: Parts, count: int = 1, **fields: Any) -> tuple[str, list[str]]:
 def copies_are_wanted(parts: Parts) -> None:
     """Have a dispatcher lead, and a worker with the weights of the pictures live: passes offer copies only then."""
     parts.give_leadership_to("a dispatcher")
-    parts.store.introduce(WORKER)
+    parts.store.workers.register(WORKER)
 
 
 def serves(parts: Parts, source: str) -> bool:
@@ -41,7 +41,7 @@ def serves(parts: Parts, source: str) -> bool:
     copies_are_wanted(parts)
     copies: dict[str, str] = {}
     parts.submit(1, "asks", prompt="the same", seed=7)
-    parts.store.enqueue(100, copies=copies)
+    parts.store.backlog.enqueue(100, copies=copies)
     return source in copies.values()
 
 
@@ -51,19 +51,19 @@ def serves(parts: Parts, source: str) -> bool:
 def test_a_job_succeeds_with_a_copy_of_its_twins_picture(parts: Parts, copier: Copier) -> None:
     source, (job,) = twins(parts)
     assert copier.copy({job: source}) == 1
-    found, original = parts.store.job(job), parts.store.job(source)
+    found, original = parts.store.queries.job(job), parts.store.queries.job(source)
     assert (found.state, found.reused_from) == (SUCCEEDED, source)
     assert found.picture is not None
     assert original.picture is not None
     assert found.picture.key != original.picture.key
     assert parts.storage.get(found.picture.key) == parts.storage.get(original.picture.key)
-    assert [attempt.outcome for attempt in parts.store.attempts(job)] == [Outcome.SUCCEEDED]
+    assert [attempt.outcome for attempt in parts.store.queries.attempts(job)] == [Outcome.SUCCEEDED]
 
 
 def test_a_trajectory_is_copied_with_its_picture(parts: Parts, copier: Copier) -> None:
     source, (job,) = twins(parts, trajectory=True)
     assert copier.copy({job: source}) == 1
-    picture = parts.store.job(job).picture
+    picture = parts.store.queries.job(job).picture
     assert picture is not None
     stem = picture.key.removesuffix(".png")
     copied = set(parts.storage.keys(stem))
@@ -84,7 +84,7 @@ def test_a_picture_that_is_gone_serves_no_job_any_more(
 
 def test_a_picture_of_another_size_than_recorded_serves_no_job_any_more(parts: Parts, copier: Copier) -> None:
     source, (job,) = twins(parts)
-    picture = parts.store.job(source).picture
+    picture = parts.store.queries.job(source).picture
     assert picture is not None
     parts.storage.put(picture.key, b"something else")
     assert copier.copy({job: source}) == 0
@@ -94,7 +94,7 @@ def test_a_picture_of_another_size_than_recorded_serves_no_job_any_more(parts: P
 
 def test_a_picture_of_which_a_trajectory_is_gone_serves_no_job_any_more(parts: Parts, copier: Copier) -> None:
     source, (job,) = twins(parts, trajectory=True)
-    picture = parts.store.job(source).picture
+    picture = parts.store.queries.job(source).picture
     assert picture is not None
     parts.storage.delete(picture.key.replace(".png", ".trajectory.webp"))
     assert copier.copy({job: source}) == 0
@@ -127,7 +127,7 @@ def test_copies_made_before_the_object_store_went_away_are_recorded(parts: Parts
 
 def test_a_source_that_can_not_serve_is_not_copied(parts: Parts, copier: Copier) -> None:
     source, (job,) = twins(parts)
-    parts.store.give_up(source.rpartition("-")[0])
+    parts.store.deletions.mark(source.rpartition("-")[0])
     assert copier.copy({job: source, "no-such-job-1": source}) == 0
     assert parts.states([job]) == [PENDING]
     assert parts.storage.copied == ()
@@ -139,7 +139,7 @@ def test_a_copy_for_a_job_that_was_cancelled_meanwhile_is_deleted(parts: Parts, 
     copy = parts.storage.copy
 
     def cancelled_meanwhile(*arguments: Any) -> bool:
-        assert parts.store.cancel(job_id=job) == 1
+        assert parts.store.steering.cancel(job_id=job) == 1
         return copy(*arguments)
 
     parts.storage.copy = cancelled_meanwhile  # type: ignore[method-assign]
@@ -186,7 +186,7 @@ def test_a_404_that_is_not_of_the_object_store_leaves_the_picture_in_service(par
     with proxy_without_a_store() as address:
         nowhere = parts.settings.model_copy(update={"s3_endpoint_url": address})
         with closing(Storage(nowhere)) as storage, pytest.raises(StorageUnavailable):
-            Copier(parts.store, storage, parts.clock).copy({job: source})
+            Copier(parts.store.reuse, storage, parts.clock).copy({job: source})
     assert parts.states([job]) == [PENDING]
     assert serves(parts, source)
 
@@ -236,32 +236,40 @@ def test_an_object_store_that_hangs_holds_up_no_pass_and_nothing_is_copied_twice
         assert parts.states(jobs) == [PENDING] * 2
         may_go_on.set()
         wait_until(lambda: parts.states(jobs) == [SUCCEEDED] * 2, "the copies are made")
-    assert [one.outcome for job in jobs for one in parts.store.attempts(job)] == [Outcome.SUCCEEDED] * 2
+    assert [one.outcome for job in jobs for one in parts.store.queries.attempts(job)] == [Outcome.SUCCEEDED] * 2
     assert len(parts.storage.copied) == 2
 
 
-def test_while_copying_fails_jobs_are_rendered_instead_and_longer_each_time(
+def test_a_copier_waits_after_an_error_and_longer_after_each_further_one(
     parts: Parts, copier: Copier, caplog: pytest.LogCaptureFixture
 ) -> None:
     source, (job,) = twins(parts)
     parts.storage.fails = StorageUnavailable("the test says so")
+
+    def pause() -> float:
+        """Let a copy fail, and time pass until the copier is ready again; returns how long that took."""
+        began = parts.clock.now
+        wait_until(lambda: not copier.ready, "the copier notices")
+        while not copier.ready:
+            parts.clock.pass_by(0.25)
+        return parts.clock.now - began
+
     with copying(copier):
-        for seconds in (5, 10, 20, 40, 60, 60):
+        pauses = []
+        for _ in range(8):
             copier.offer({job: source})
-            wait_until(lambda: not copier.ready, "the copier notices")
-            assert caplog.messages[-1] == f"can't copy pictures, renders them for {seconds} s: the test says so"
-            parts.clock.pass_by(seconds - 0.1)
-            assert not copier.ready
-            parts.clock.pass_by(0.1)
-            assert copier.ready
+            pauses.append(pause())
+        assert "can't copy pictures" in caplog.text
+        assert pauses[0] <= 5.25
+        assert max(pauses[-2:]) > 10
+        assert max(pauses) <= 60.25
         parts.storage.fails = None
         copier.offer({job: source})
         wait_until(lambda: parts.states([job]) == [SUCCEEDED], "it is copied when the store is back")
         parts.storage.fails = StorageUnavailable("again")
         (late,) = parts.submit(1, "late", prompt="the same", seed=7)
         copier.offer({late: source})
-        wait_until(lambda: not copier.ready, "the copier notices")
-        assert caplog.messages[-1] == "can't copy pictures, renders them for 5 s: again"
+        assert pause() <= 5.25, "a copy that succeeded begins the pauses from the first"
 
 
 def test_nothing_is_copied_while_the_copier_is_not_ready(parts: Parts, copier: Copier) -> None:
@@ -269,7 +277,7 @@ def test_nothing_is_copied_while_the_copier_is_not_ready(parts: Parts, copier: C
     copier._pause("the test says so")
     copier.offer({job: source})
     assert copier._take() == {}
-    parts.clock.pass_by(5)
+    parts.clock.pass_by(60)
     assert copier._take() == {job: source}
 
 
@@ -293,7 +301,7 @@ def test_copying_goes_on_after_an_error_that_nobody_expected(
         wait_until(lambda: not copier.ready, "the copier notices")
         assert "ZeroDivisionError" in caplog.text
         parts.storage.fails = None
-        parts.clock.pass_by(5)
+        parts.clock.pass_by(60)
         copier.offer({job: source})
         wait_until(lambda: parts.states([job]) == [SUCCEEDED], "it is copied")
 

@@ -255,7 +255,7 @@ def test_a_lost_lease_is_recovered_twice_a_beat(parts: Parts, leadership: Leader
 
     dispatcher, _ = run(parts, leadership, lose, *passes(RECOVER_SECONDS))
     assert dispatcher.tally.lost_leases == 1
-    assert parts.store.job(job).lost_leases == 1
+    assert parts.store.queries.job(job).lost_leases == 1
 
 
 def test_a_lost_message_is_missed_for_half_a_lease_time_before_its_job_comes_back(
@@ -284,7 +284,7 @@ def test_a_message_that_turns_up_again_is_missed_anew(parts: Parts) -> None:
     flush(parts)
     dispatcher.recover()
     parts.clock.pass_by(LEASE_SECONDS / 2 - 0.1)
-    parts.store.unqueue([job])
+    parts.store.backlog.unqueue([job])
     dispatcher.fill()  # on its way in until now
     assert dispatcher.recover() == 0
     flush(parts)
@@ -300,7 +300,7 @@ def test_a_job_that_was_claimed_meanwhile_misses_no_message(parts: Parts) -> Non
     dispatcher.fill()
     flush(parts)
     dispatcher.recover()
-    assert parts.store.claim(job, WORKER.name) is not None
+    assert parts.store.leases.claim(job, WORKER.name) is not None
     parts.clock.pass_by(LEASE_SECONDS)
     assert dispatcher.recover() == 0
     assert parts.states([job]) == [RUNNING]
@@ -308,7 +308,7 @@ def test_a_job_that_was_claimed_meanwhile_misses_no_message(parts: Parts) -> Non
 
 def test_jobs_of_a_dispatcher_that_died_between_commit_and_publication_come_back(parts: Parts) -> None:
     jobs = parts.submit(2)
-    parts.store.enqueue(4)  # and then it died
+    parts.store.backlog.enqueue(4)  # and then it died
     dispatcher = parts.dispatcher()
     dispatcher.recover()
     parts.clock.pass_by(LEASE_SECONDS / 2)
@@ -346,9 +346,9 @@ def left_behind(parts: Parts) -> tuple[str, list[str]]:
     keys = [key, preview_key(claim.batch_id, claim.index, claim.attempt)]
     for one in keys:
         parts.storage.put(one, b"x")
-    assert parts.store.checkpointed(claim, key)
+    assert parts.store.attempts.record_checkpoint(claim, key)
     parts.shift_lease(job, -1)
-    assert parts.store.expire_leases() == 1
+    assert parts.store.leases.expire() == 1
     parts.succeed(job)
     return job, keys
 
@@ -360,7 +360,7 @@ def test_leftovers_are_swept_when_their_job_has_ended_long_enough_ago(parts: Par
     assert set(keys) < set(parts.storage.keys())
     parts.shift_end(job, -2 * LEASE_SECONDS - 1)
     assert dispatcher.sweep(2 * LEASE_SECONDS) == 1
-    picture = parts.store.job(job).picture
+    picture = parts.store.queries.job(job).picture
     assert picture is not None
     assert list(parts.storage.keys()) == [picture.key]
     assert dispatcher.sweep() == 0
@@ -421,7 +421,7 @@ def test_batches_end_while_sweeping_fails_and_both_pause(
     monkeypatch.setattr(Dispatcher, "sweep", broken)
     assert leadership.seek()
     turns = sweep(parts, leadership, nothing)
-    assert parts.store.end_is_noted(batch_id)
+    assert parts.store.endings.noted(batch_id)
     assert turns.pauses[-1] == 60.0
     assert "can't sweep, trying again in 60 s" in caplog.text
 
@@ -441,7 +441,7 @@ def test_an_error_that_nobody_expected_does_not_end_the_sweeping(
 def test_batches_that_are_deleted_piece_by_piece_are_gone_on_with_at_once(parts: Parts, leadership: Leadership) -> None:
     (job,) = parts.submit(1)
     parts.succeed(job)
-    parts.store.give_up(job.rpartition("-")[0])
+    parts.store.deletions.mark(job.rpartition("-")[0])
     assert leadership.seek()
     assert sweep(parts, leadership, nothing, nothing).pauses == [0.0, 0.0, 5.0]
     assert list(parts.storage.keys()) == []
