@@ -17,7 +17,7 @@ from farm.errors import StorageUnavailable
 from farm.jobs import leadership as election
 from farm.jobs.database import Database, now_plus
 from farm.jobs.leadership import Leadership
-from farm.jobs.records import Claim, Picture, WorkerInfo
+from farm.jobs.records import Artifact, Claim, Picture, Role, WorkerInfo
 from farm.jobs.schema import BatchRow, JobRow, LeaderRow
 from farm.jobs.served_models import ServedModel
 from farm.jobs.states import JobState
@@ -164,11 +164,13 @@ class Parts:
         """Have a worker store a picture, and the animations of a job with a trajectory, and end the job with it."""
         claim = self.claim(job_id)
         key = image_key(claim.batch_id, claim.index, claim.attempt, claim.spec.prompt)
-        for one in (key, *(trajectory_keys(key) if claim.spec.trajectory else ())):
+        others = dict(zip((Role.FILM_STRIP, Role.ANIMATION), trajectory_keys(key), strict=True))
+        artifacts = [Artifact(role, one, "image/png") for role, one in others.items() if claim.spec.trajectory]
+        for one in (key, *(artifact.key for artifact in artifacts)):
             if stored:
                 self.storage.put(one, data)
         picture = Picture(key, "a" * 64, len(data), 64, 64, WEIGHTS, 1.0)
-        assert self.store.attempts.succeed(claim, picture)
+        assert self.store.attempts.succeed(claim, picture, artifacts)
         return picture
 
     def states(self, job_ids: Sequence[str]) -> list[JobState]:
