@@ -23,7 +23,7 @@ up: $(VENV)/.farm  ## start the embedded farm and keep it running until Ctrl-C
 test: $(VENV)/.dev  ## run all tests, against real servers (some ten minutes on two cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-test-long: $(VENV)/.dev  ## what takes longer: the commands of docs/, the client by itself, whole farms on SQLite
+test-long: $(VENV)/.dev  ## what takes longer: the commands of docs/, the client by itself, whole farms on SQLite, an upgrade
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 chaos: $(VENV)/.dev  ## strike at a farm of real processes for long: CHAOS_JOBS, CHAOS_MINUTES, CHAOS_SEED
