@@ -7,7 +7,7 @@ OUT    ?= out/demo
 TORCH_INDEX_URL ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test test-long chaos hosts-test compose-test bench-engine bench-queue bench-watching lint format clean
+.PHONY: help setup demo up test test-long test-newest chaos hosts-test compose-test bench-engine bench-queue bench-watching lint format clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,11 +20,19 @@ demo: $(VENV)/.farm  ## start the embedded farm, render examples/prompts.txt, sh
 up: $(VENV)/.farm  ## start the embedded farm and keep it running until Ctrl-C
 	@$(BIN)/farm up
 
-test: $(VENV)/.dev  ## run all tests, against real servers (some ten minutes on two cores)
+test: $(VENV)/.dev  ## run all tests but the long ones, against real servers (five minutes on two cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
+<<<<<<< HEAD
 test-long: $(VENV)/.dev  ## what takes longer: the commands of docs/, the client by itself, whole farms on SQLite, an upgrade
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+=======
+test-long: $(VENV)/.dev  ## run the long tests: the commands of docs/, every sampler of diffusers, whole farms on SQLite
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+test-newest:  ## run the tests that need no torch on the newest Python of this machine
+	infra/test-newest-python $(ARGS)
+>>>>>>> main
 
 chaos: $(VENV)/.dev  ## strike at a farm of real processes for long: CHAOS_JOBS, CHAOS_MINUTES, CHAOS_SEED
 	$(BIN)/python -m pytest tests/chaos -m chaos $(ARGS)

@@ -5,16 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
+import transformers
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from workers import tiny
 
@@ -51,15 +45,15 @@ def native_side(folder: Path) -> int:
     return int(unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1))
 
 
-def _sd15(narrow: int) -> StableDiffusionPipeline:
+def _sd15(narrow: int) -> "diffusers.StableDiffusionPipeline":
     """The sizes of stable-diffusion-v1-5."""
     tokenizer = _tokenizer()
     text_width = _width(768, narrow)
-    return StableDiffusionPipeline(
+    return diffusers.StableDiffusionPipeline(
         vae=_vae(narrow, 0.18215, 512),
-        text_encoder=CLIPTextModel(_text(tokenizer, text_width, 12, "quick_gelu")),
+        text_encoder=transformers.CLIPTextModel(_text(tokenizer, text_width, 12, "quick_gelu")),
         tokenizer=tokenizer,
-        unet=UNet2DConditionModel(
+        unet=diffusers.UNet2DConditionModel(
             sample_size=64,
             block_out_channels=tuple(_width(width, narrow) for width in (320, 640, 1280, 1280)),
             down_block_types=(_CROSS, _CROSS, _CROSS, "DownBlock2D"),
@@ -74,18 +68,20 @@ def _sd15(narrow: int) -> StableDiffusionPipeline:
     )
 
 
-def _sdxl(narrow: int) -> StableDiffusionXLPipeline:
+def _sdxl(narrow: int) -> "diffusers.StableDiffusionXLPipeline":
     """The sizes of stable-diffusion-xl-base-1.0."""
     tokenizer, tokenizer_2 = _tokenizer(), _tokenizer(pad_token="!")
     widths = tuple(_width(width, narrow) for width in (320, 640, 1280))
     first, second = _width(768, narrow), _width(1280, narrow)
-    return StableDiffusionXLPipeline(
+    return diffusers.StableDiffusionXLPipeline(
         vae=_vae(narrow, 0.13025, 1024),
-        text_encoder=CLIPTextModel(_text(tokenizer, first, 12, "quick_gelu")),
-        text_encoder_2=CLIPTextModelWithProjection(_text(tokenizer_2, second, 32, "gelu", projection_dim=second)),
+        text_encoder=transformers.CLIPTextModel(_text(tokenizer, first, 12, "quick_gelu")),
+        text_encoder_2=transformers.CLIPTextModelWithProjection(
+            _text(tokenizer_2, second, 32, "gelu", projection_dim=second)
+        ),
         tokenizer=tokenizer,
         tokenizer_2=tokenizer_2,
-        unet=UNet2DConditionModel(
+        unet=diffusers.UNet2DConditionModel(
             sample_size=128,
             block_out_channels=widths,
             down_block_types=("DownBlock2D", _CROSS, _CROSS),
@@ -107,8 +103,8 @@ def _width(width: int, narrow: int) -> int:
     return max(1, round(width / narrow / 32)) * 32
 
 
-def _vae(narrow: int, scaling_factor: float, side: int) -> AutoencoderKL:
-    return AutoencoderKL(
+def _vae(narrow: int, scaling_factor: float, side: int) -> "diffusers.AutoencoderKL":
+    return diffusers.AutoencoderKL(
         sample_size=side,
         scaling_factor=scaling_factor,
         layers_per_block=2,
@@ -120,19 +116,21 @@ def _vae(narrow: int, scaling_factor: float, side: int) -> AutoencoderKL:
     )
 
 
-def _scheduler() -> DDIMScheduler:
-    return DDIMScheduler(**_NOISE, clip_sample=False, set_alpha_to_one=False)
+def _scheduler() -> "diffusers.DDIMScheduler":
+    return diffusers.DDIMScheduler(**_NOISE, clip_sample=False, set_alpha_to_one=False)
 
 
-def _tokenizer(**tokens: str) -> CLIPTokenizer:
+def _tokenizer(**tokens: str) -> "transformers.CLIPTokenizer":
     """CLIP's byte-level tokenizer without merges: one token per character, 77 per text."""
     alphabet = sorted(ByteLevel.alphabet())
     words = [*alphabet, *(letter + "</w>" for letter in alphabet), "<|startoftext|>", "<|endoftext|>"]
     vocab = {word: index for index, word in enumerate(words)}
-    return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=77, **tokens)
+    return transformers.CLIPTokenizer(vocab=vocab, merges=[], model_max_length=77, **tokens)
 
 
-def _text(tokenizer: CLIPTokenizer, width: int, layers: int, hidden_act: str, **more: Any) -> CLIPTextConfig:
+def _text(
+    tokenizer: "transformers.CLIPTokenizer", width: int, layers: int, hidden_act: str, **more: Any
+) -> "transformers.CLIPTextConfig":
     settings: Mapping[str, Any] = {
         "vocab_size": 49408,
         "hidden_size": width,
@@ -146,4 +144,4 @@ def _text(tokenizer: CLIPTokenizer, width: int, layers: int, hidden_act: str, **
         "pad_token_id": tokenizer.pad_token_id,
         "projection_dim": width,
     }
-    return CLIPTextConfig(**{**settings, **more})
+    return transformers.CLIPTextConfig(**{**settings, **more})

@@ -196,9 +196,9 @@ class Farm:
         """
         over, took, sizes = threading.Event(), list[float](), list[int]()
 
-        def write(name: str, look: Future[Snapshot]) -> None:
+        def write(name: str, future: Future[Snapshot]) -> None:
             began, key = time.thread_time(), checkpoint_key(name, 1, 1)
-            data = checkpoint.pack(look.result())
+            data = checkpoint.pack(future.result())
             storage.put(key, data)
             storage.delete_many([key])
             took.append(time.thread_time() - began)
@@ -208,9 +208,9 @@ class Farm:
             rounds = 0
             while not over.wait(every):
                 running = [name for name, progress in self._engine.progress().items() if progress.seconds is not None]
-                looks = {name: self._engine.look(name) for name in running}
-                wait(looks.values())
-                writing = [pool.submit(write, name, look) for name, look in looks.items() if not look.cancelled()]
+                snapshots = {name: self._engine.snapshot(name) for name in running}
+                wait(snapshots.values())
+                writing = [pool.submit(write, name, look) for name, look in snapshots.items() if not look.cancelled()]
                 for future in writing:
                     future.result()
                 rounds += bool(writing)

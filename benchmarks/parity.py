@@ -130,22 +130,12 @@ class _Pipe:
         """One picture, (height, width, 3) in [0, 1]."""
         generator = torch.Generator("cpu").manual_seed(spec.seed)
         self._schedule(spec.scheduler, generator)
-        wanted: dict[str, Any] = {
-            "prompt": spec.prompt,
-            "negative_prompt": spec.negative_prompt or None,
-            "clip_skip": spec.clip_skip,
-            "guidance_rescale": spec.guidance_rescale,
-            "true_cfg_scale": spec.true_cfg_scale,
-            "eta": spec.eta,
-        }
+        # The fields of a spec are diffusers' parameters.
+        wanted: dict[str, Any] = {**spec.model_dump(), "negative_prompt": spec.negative_prompt or None}
         if isinstance(self.pipe, diffusers.StableDiffusionPipeline) and spec.clip_skip:
             wanted |= {"prompt": None, "prompt_embeds": self._embed(spec.prompt, spec.clip_skip), "clip_skip": None}
         kwargs = {name: value for name, value in wanted.items() if self.takes(name) and value is not None}
         picture: np.ndarray = self.pipe(
-            width=spec.width,
-            height=spec.height,
-            num_inference_steps=spec.num_inference_steps,
-            guidance_scale=spec.guidance_scale,
             generator=generator,
             output_type="np",
             **kwargs,

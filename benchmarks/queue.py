@@ -247,7 +247,7 @@ def _dispatch_cost(store: JobStore, passes: int = 30, each: int = 2 * SLOTS) -> 
     took = []
     for _ in range(passes):
         began = time.perf_counter()
-        bells = store.backlog.enqueue(each)
+        bells = store.backlog.enqueue(each).queued
         took.append((time.perf_counter() - began) / len(bells))
         store.backlog.unqueue([bell.job_id for bell in bells])
     return median(took)

@@ -10,31 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DiffusionPipeline,
-    EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
-    FluxTransformer2DModel,
-    PNDMScheduler,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
+import transformers
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    T5Config,
-    T5EncoderModel,
-    T5Tokenizer,
-)
 
 _WIDTH = 32
 """Of a text encoder's vectors, and of CLIP's projected one."""
@@ -49,7 +28,7 @@ def build_checkpoint(folder: Path, **scheduler: Any) -> Path:
     """
     with _random_weights():
         tokenizer = _tokenizer()
-        unet = UNet2DConditionModel(
+        unet = diffusers.UNet2DConditionModel(
             sample_size=8,
             block_out_channels=(16, 32),
             layers_per_block=1,
@@ -59,12 +38,12 @@ def build_checkpoint(folder: Path, **scheduler: Any) -> Path:
             attention_head_dim=2,
             norm_num_groups=8,
         )
-        pipe = StableDiffusionPipeline(
+        pipe = diffusers.StableDiffusionPipeline(
             vae=_vae(latent_channels=4),
-            text_encoder=CLIPTextModel(_clip(tokenizer, num_hidden_layers=2)),
+            text_encoder=transformers.CLIPTextModel(_clip(tokenizer, num_hidden_layers=2)),
             tokenizer=tokenizer,
             unet=unet,
-            scheduler=PNDMScheduler(**_LATENT_DIFFUSION, skip_prk_steps=True, set_alpha_to_one=False),
+            scheduler=diffusers.PNDMScheduler(**_LATENT_DIFFUSION, skip_prk_steps=True, set_alpha_to_one=False),
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
@@ -80,7 +59,7 @@ def build_sdxl(folder: Path, **scheduler: Any) -> Path:
     """
     with _random_weights():
         tokenizer, tokenizer_2 = _tokenizer(), _tokenizer(pad_token="!")
-        unet = UNet2DConditionModel(
+        unet = diffusers.UNet2DConditionModel(
             sample_size=8,
             block_out_channels=(16, 32),
             layers_per_block=1,
@@ -95,14 +74,14 @@ def build_sdxl(folder: Path, **scheduler: Any) -> Path:
             addition_time_embed_dim=8,
             projection_class_embeddings_input_dim=_WIDTH + 6 * 8,  # the pooled text; two sizes and a corner
         )
-        pipe = StableDiffusionXLPipeline(
+        pipe = diffusers.StableDiffusionXLPipeline(
             vae=_vae(latent_channels=4, scaling_factor=0.13025, force_upcast=True),
-            text_encoder=CLIPTextModel(_clip(tokenizer)),
-            text_encoder_2=CLIPTextModelWithProjection(_clip(tokenizer_2, hidden_act="gelu")),
+            text_encoder=transformers.CLIPTextModel(_clip(tokenizer)),
+            text_encoder_2=transformers.CLIPTextModelWithProjection(_clip(tokenizer_2, hidden_act="gelu")),
             tokenizer=tokenizer,
             tokenizer_2=tokenizer_2,
             unet=unet,
-            scheduler=EulerDiscreteScheduler(**_LATENT_DIFFUSION, timestep_spacing="leading"),
+            scheduler=diffusers.EulerDiscreteScheduler(**_LATENT_DIFFUSION, timestep_spacing="leading"),
             add_watermarker=False,
         )
     # SDXL's own config carries other samplers' keys too.
@@ -119,7 +98,7 @@ def build_sd3(folder: Path, t5: bool = True, **scheduler: Any) -> Path:
     """
     with _random_weights():
         tokenizer, tokenizer_2 = _tokenizer(), _tokenizer(pad_token="!")
-        transformer = SD3Transformer2DModel(
+        transformer = diffusers.SD3Transformer2DModel(
             sample_size=8,
             patch_size=2,
             in_channels=16,
@@ -131,16 +110,16 @@ def build_sd3(folder: Path, t5: bool = True, **scheduler: Any) -> Path:
             pooled_projection_dim=2 * _WIDTH,
             pos_embed_max_size=24,
         )
-        pipe = StableDiffusion3Pipeline(
+        pipe = diffusers.StableDiffusion3Pipeline(
             transformer=transformer,
             vae=_vae(latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609, **_NO_QUANT_CONVS),
-            text_encoder=CLIPTextModelWithProjection(_clip(tokenizer)),
-            text_encoder_2=CLIPTextModelWithProjection(_clip(tokenizer_2, hidden_act="gelu")),
+            text_encoder=transformers.CLIPTextModelWithProjection(_clip(tokenizer)),
+            text_encoder_2=transformers.CLIPTextModelWithProjection(_clip(tokenizer_2, hidden_act="gelu")),
             text_encoder_3=t5_encoder(3 * _WIDTH) if t5 else None,
             tokenizer=tokenizer,
             tokenizer_2=tokenizer_2,
             tokenizer_3=t5_tokenizer() if t5 else None,
-            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
         )
     return _save(pipe, folder, scheduler)
 
@@ -153,7 +132,7 @@ def build_flux(folder: Path, guidance_embeds: bool = True, **scheduler: Any) -> 
     """
     with _random_weights():
         tokenizer = _tokenizer()
-        transformer = FluxTransformer2DModel(
+        transformer = diffusers.FluxTransformer2DModel(
             patch_size=1,
             in_channels=64,
             num_layers=1,
@@ -165,14 +144,14 @@ def build_flux(folder: Path, guidance_embeds: bool = True, **scheduler: Any) -> 
             guidance_embeds=guidance_embeds,
             axes_dims_rope=(4, 6, 6),
         )
-        pipe = FluxPipeline(
+        pipe = diffusers.FluxPipeline(
             transformer=transformer,
             vae=_vae(latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159, **_NO_QUANT_CONVS),
-            text_encoder=CLIPTextModel(_clip(tokenizer)),
+            text_encoder=transformers.CLIPTextModel(_clip(tokenizer)),
             text_encoder_2=t5_encoder(_WIDTH),
             tokenizer=tokenizer,
             tokenizer_2=t5_tokenizer(),
-            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
         )
     return _save(pipe, folder, scheduler)
 
@@ -185,9 +164,9 @@ def _random_weights() -> Iterator[None]:
         yield
 
 
-def _vae(**config: Any) -> AutoencoderKL:
+def _vae(**config: Any) -> "diffusers.AutoencoderKL":
     """A VAE with the published ones' factor of 8."""
-    return AutoencoderKL(
+    return diffusers.AutoencoderKL(
         sample_size=64,
         block_out_channels=(8, 8, 16, 16),
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -198,8 +177,10 @@ def _vae(**config: Any) -> AutoencoderKL:
     )
 
 
-def _clip(tokenizer: CLIPTokenizer, num_hidden_layers: int = 3, **config: Any) -> CLIPTextConfig:
-    return CLIPTextConfig(
+def _clip(
+    tokenizer: "transformers.CLIPTokenizer", num_hidden_layers: int = 3, **config: Any
+) -> "transformers.CLIPTextConfig":
+    return transformers.CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=_WIDTH,
         intermediate_size=64,
@@ -214,18 +195,18 @@ def _clip(tokenizer: CLIPTokenizer, num_hidden_layers: int = 3, **config: Any) -
     )
 
 
-def _tokenizer(**tokens: str) -> CLIPTokenizer:
+def _tokenizer(**tokens: str) -> "transformers.CLIPTokenizer":
     """CLIP's byte-level tokenizer without its merges: one token a character."""
     alphabet = sorted(ByteLevel.alphabet())
     words = [*alphabet, *(character + "</w>" for character in alphabet), "<|startoftext|>", "<|endoftext|>"]
     vocab = {word: index for index, word in enumerate(words)}
-    return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=77, **tokens)
+    return transformers.CLIPTokenizer(vocab=vocab, merges=[], model_max_length=77, **tokens)
 
 
-def t5_encoder(width: int) -> T5EncoderModel:
+def t5_encoder(width: int) -> "transformers.T5EncoderModel":
     """T5 v1.1's encoder."""
-    return T5EncoderModel(
-        T5Config(
+    return transformers.T5EncoderModel(
+        transformers.T5Config(
             vocab_size=len(t5_tokenizer()),
             d_model=width,
             d_kv=8,
@@ -239,14 +220,14 @@ def t5_encoder(width: int) -> T5EncoderModel:
     )
 
 
-def t5_tokenizer() -> T5Tokenizer:
+def t5_tokenizer() -> "transformers.T5Tokenizer":
     """T5's unigram tokenizer with the printable ASCII characters for pieces; what is not among them is unknown."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
     pieces += [(chr(code), -3.0) for code in range(ord("!"), ord("~") + 1)]
-    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512)
+    return transformers.T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512)
 
 
-def _save(pipe: DiffusionPipeline, folder: Path, scheduler: dict[str, Any]) -> Path:
+def _save(pipe: "diffusers.DiffusionPipeline", folder: Path, scheduler: dict[str, Any]) -> Path:
     pipe.save_pretrained(folder)
     # Written here because a pipeline mends outdated values, and a scheduler leaves out those it does not know.
     config = folder / "scheduler" / "scheduler_config.json"

@@ -1,5 +1,9 @@
 """What every test may use."""
 
+import importlib
+import sys
+from pathlib import Path
+
 import pytest
 from hypothesis import settings
 
@@ -12,6 +16,33 @@ settings.load_profile("short")
 
 ASKED_FOR = ("chaos", "compose", "hosts", "long")
 """Marks of what runs only when it is asked for: `pytest -m chaos`, as `make chaos` does."""
+
+
+RENDERING = ("torch", "diffusers", "transformers", "huggingface_hub", "safetensors", "tokenizers", "numpy", "scipy")
+"""Packages that a worker needs and a client does not."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--without-torch`: run the tests that need no worker, as on a machine where torch is not installed."""
+    parser.addoption("--without-torch", action="store_true", help="leave out all tests that need torch")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Where torch is installed, `--without-torch` makes its import fail."""
+    if config.getoption("--without-torch"):
+        sys.modules["torch"] = None  # type: ignore[assignment]
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With `--without-torch`, ignore the test files that import what only a worker needs."""
+    if not config.getoption("--without-torch") or not collection_path.match("test_*.py"):
+        return None
+    try:
+        importlib.import_module(".".join(collection_path.relative_to(config.rootpath).with_suffix("").parts))
+    except ModuleNotFoundError as error:
+        if error.name and error.name.partition(".")[0] in RENDERING:
+            return True
+    return None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -3,6 +3,7 @@
 A package that is missing skips the tests that need it; where `CI` is set it fails them.
 """
 
+import importlib.util
 import os
 import shutil
 import tempfile
@@ -194,6 +195,12 @@ def missing(why: str) -> NoReturn:
     if os.environ.get("CI"):
         pytest.fail(why)
     pytest.skip(why)
+
+
+def needs_torch() -> None:
+    """Skip a test that starts a worker, where `pytest --without-torch` leaves such tests out."""
+    if importlib.util.find_spec("torch") is None:
+        pytest.skip("a worker needs torch")
 
 
 def _migrate(url: str) -> None:

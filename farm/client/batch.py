@@ -230,7 +230,7 @@ class Batch:
         """
         self._store.deletions.mark(self.id, cancel=cancel)
         try:
-            return Deletion(self._store.deletions, self._storage).carry_out(self.id)
+            return Deletion(self._store.deletions, self._storage).delete(self.id)
         except StorageUnavailable as error:
             log.warning("%s is deleted when its objects can be: %s", self.id, error)
             return False

@@ -11,7 +11,7 @@ from typing import Any, Self, TypeGuard
 from farm.client.batch import Batch
 from farm.client.job import Job
 from farm.client.owner import Owner
-from farm.dispatch.dispatcher import Dispatcher
+from farm.dispatch.fill import fill
 from farm.errors import DatabaseUnavailable, InvalidInput, NotFound, Problem, ServiceUnavailable
 from farm.jobs.database import Database
 from farm.jobs.estimates import DryRun, dry_run, speeds
@@ -127,7 +127,7 @@ class Farm:
         )
         batch_id = self._store.submissions.submit(name, whose, priority, made, key=key, reuse=reuse)
         try:
-            Dispatcher(self._store, self._broker, self._storage, self.settings).fill()
+            fill(self._store.backlog, self._store.workers, self._broker, self.settings.window)
         except ServiceUnavailable as error:
             log.warning("batch %s is safe in SQL and starts when what is away is back: %s", batch_id, error)
         try:

@@ -9,7 +9,8 @@ from PIL import Image
 
 from farm.client import pictures
 from farm.client.previews import Preview, watch
-from farm.jobs.records import AttemptInfo, JobInfo, Picture
+from farm.errors import NotFound
+from farm.jobs.records import AttemptInfo, JobInfo, Picture, Role
 from farm.jobs.states import JobState
 from farm.jobs.store import JobStore
 from farm.objects.storage import Storage
@@ -95,16 +96,17 @@ class Job:
 
         Raises `NotFound` if its spec did not ask for that, and `JobNotSucceeded`.
         """
-        return pictures.frames(self._film(1), self.spec.num_inference_steps)
+        return pictures.frames(self._film(Role.ANIMATION), self.spec.num_inference_steps)
 
     def film_strip(self) -> Image.Image:
         """Its steps on one page, waiting for it if need be; raises as `trajectory` does."""
-        return pictures.decoded(self._film(0))
+        return pictures.decoded(self._film(Role.FILM_STRIP))
 
-    def _film(self, which: int) -> bytes:
-        if self.spec.trajectory:
-            self.wait()
-        return self._storage.get(pictures.film_keys(self._info)[which])
+    def _film(self, role: Role) -> bytes:
+        if not self.spec.trajectory:
+            raise NotFound(f"job {self.id} kept no trajectory: its spec did not ask for one (trajectory=True)")
+        info = self.wait().info
+        return pictures.stored(self._storage, info, pictures.artifact(info, role))
 
     def previews(self, *, vae: bool = False, timeout: float | None = None) -> Iterator[Preview]:
         """How it looks on its way: each new preview until it ends, rough from the latents or decoded by the VAE.

@@ -7,10 +7,9 @@ from pathlib import Path
 from PIL import Image, ImageSequence
 
 from farm.errors import JobNotSucceeded, NotFound, StorageUnavailable
-from farm.jobs.records import JobInfo, Picture
+from farm.jobs.records import Artifact, JobInfo, Picture, Role
 from farm.objects.storage import Storage
 from farm.runtime.atomic_files import write_atomic
-from farm.specs.object_keys import trajectory_keys
 
 
 def succeeded(job: JobInfo) -> Picture:
@@ -21,16 +20,37 @@ def succeeded(job: JobInfo) -> Picture:
     return job.picture
 
 
+def stored(storage: Storage, job: JobInfo, artifact: Artifact) -> bytes:
+    """An artifact of a job, checked against its SHA-256 in SQL.
+
+    Raises `StorageUnavailable` if what is stored is not what was rendered.
+    """
+    return _checked(storage, job, artifact.key, artifact.sha256)
+
+
+def _checked(storage: Storage, job: JobInfo, key: str, sha256: str | None) -> bytes:
+    data = storage.get(key)
+    if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+        raise StorageUnavailable(f"job {job.id}: {key} is not what was rendered (its SHA-256 differs)")
+    return data
+
+
+def artifact(job: JobInfo, role: Role) -> Artifact:
+    """The artifact of a job in a role; raises `JobNotSucceeded`, or `NotFound` if it has none."""
+    succeeded(job)
+    found = next((each for each in job.artifacts if each.role == role), None)
+    if found is None:
+        raise NotFound(f"job {job.id} kept no {role}")
+    return found
+
+
 def png(storage: Storage, job: JobInfo) -> bytes:
     """A job's picture as it is stored, checked against the SHA-256 in SQL.
 
     Raises `JobNotSucceeded`, or `StorageUnavailable` if what is stored is not what was rendered.
     """
     picture = succeeded(job)
-    data = storage.get(picture.key)
-    if hashlib.sha256(data).hexdigest() != picture.sha256:
-        raise StorageUnavailable(f"job {job.id}: {picture.key} is not what was rendered (its SHA-256 differs)")
-    return data
+    return _checked(storage, job, picture.key, picture.sha256)
 
 
 def decoded(data: bytes) -> Image.Image:
@@ -38,13 +58,6 @@ def decoded(data: bytes) -> Image.Image:
     image = Image.open(io.BytesIO(data))
     image.load()
     return image
-
-
-def film_keys(job: JobInfo) -> tuple[str, str]:
-    """The keys of a job's film strip and animation; raises `NotFound` if its spec did not ask for them."""
-    if not job.spec.trajectory:
-        raise NotFound(f"job {job.id} kept no trajectory: its spec did not ask for one (trajectory=True)")
-    return trajectory_keys(succeeded(job).key)
 
 
 def frames(data: bytes, steps: int) -> list[Image.Image]:
@@ -60,23 +73,26 @@ def frames(data: bytes, steps: int) -> list[Image.Image]:
 
 
 def download(storage: Storage, job: JobInfo, folder: Path) -> Path:
-    """Fetch a job's picture into a folder, and its film beside it; returns the picture's path.
+    """Fetch a job's artifacts into a folder; returns the path of its picture.
 
-    What is there already is not fetched again: the picture by its SHA-256, the film by its name, which no other
-    attempt has. Each file is put in place whole. Raises `JobNotSucceeded`.
+    A file that is there already is not fetched again: it is known by its SHA-256, or by its name, which contains the
+    attempt. Each file is put in place whole. Raises `JobNotSucceeded`.
     """
     picture = succeeded(job)
-    path = folder / Path(picture.key).name
-    if not (path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == picture.sha256):
-        write_atomic(path, png(storage, job))
-    for key in film_keys(job) if job.spec.trajectory else ():
-        beside = folder / Path(key).name
-        if not beside.is_file():
-            write_atomic(beside, storage.get(key))
-    return path
+    for each in job.artifacts:
+        path = folder / Path(each.key).name
+        if not _is_there(path, each):
+            write_atomic(path, stored(storage, job, each))
+    return folder / Path(picture.key).name
+
+
+def _is_there(path: Path, artifact: Artifact) -> bool:
+    if not path.is_file():
+        return False
+    return artifact.sha256 is None or hashlib.sha256(path.read_bytes()).hexdigest() == artifact.sha256
 
 
 def files(storage: Storage, job: JobInfo) -> list[tuple[str, bytes]]:
-    """The names and bytes of a job's picture, checked, and of its film if it has one; raises `JobNotSucceeded`."""
-    films = film_keys(job) if job.spec.trajectory else ()
-    return [(Path(succeeded(job).key).name, png(storage, job)), *((Path(key).name, storage.get(key)) for key in films)]
+    """The names and bytes of a job's artifacts, its picture first; raises `JobNotSucceeded`."""
+    succeeded(job)
+    return [(Path(each.key).name, stored(storage, job, each)) for each in job.artifacts]

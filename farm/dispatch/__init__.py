@@ -1,1 +1,1 @@
-"""The dispatcher: from SQL to Redis and back, and what is done for batches that have ended."""
+"""The dispatcher: it moves jobs from SQL to Redis and back, and writes, copies and deletes what batches leave."""

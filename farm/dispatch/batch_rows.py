@@ -24,11 +24,11 @@ log = logging.getLogger(__name__)
 NAME = "batch"
 """The task name that Flower shows."""
 MOST = 200
-"""The most active batches, and the most others in turn, that one look reads; and the most that it sends."""
+"""The most active batches, and the most others in turn, that one update reads; and the most that it sends."""
 AGAIN_SECONDS = 5.0
 """When an active batch is sent again without a change: its rate falls, or Flower missed the last event."""
 _ENDED_SECONDS, _ENDED_EVERY = 600.0, 60
-"""Every sixtieth look sends recently ended batches again: Flower may have been away when they ended."""
+"""Every sixtieth update sends recently ended batches again: Flower may have been away when they ended."""
 _ENDED_KEPT = 1000
 _HEARTBEAT_SECONDS = 10
 
@@ -40,7 +40,8 @@ class BatchRows:
     """Shows batches to Flower as if each were a task, from one thread of the leading dispatcher.
 
     Each event holds the whole row, so that neither a new dispatcher nor a restarted Flower needs earlier events. Events
-    that can't be sent follow with a later look. A look costs by active batches and a few hundred others, not by jobs.
+    that can't be sent follow with a later update. The cost of an update depends on the number of active batches, and on
+    a few hundred others, not on the number of jobs.
     """
 
     def __init__(self, overview: Overview, settings: Settings) -> None:
@@ -56,10 +57,10 @@ class BatchRows:
         self._ended: dict[str, object] = {}  # the last state sent of some ended ones
         self._models: dict[str, str] = {}
         self._place: tuple[datetime, str] | None = None
-        self._looks = 0
+        self._updates = 0
 
     def run(self, stop: threading.Event, leadership: Leadership) -> None:
-        """Look at the batches while this process leads, until `stop` is set; logs an outage once."""
+        """Update the rows while this process leads, until `stop` is set; logs an outage once."""
         if self._seconds is None:
             return
         pause, failures = self._seconds, 0
@@ -69,7 +70,7 @@ class BatchRows:
                 self._reset()  # another dispatcher sends events meanwhile
                 continue
             try:
-                self.look(time.monotonic())
+                self.update(time.monotonic())
                 failures = 0
             except ServiceUnavailable as error:
                 failures += 1
@@ -81,18 +82,18 @@ class BatchRows:
                 pause = max(pause, self._backoff.max_seconds)
         self._stream.close()
 
-    def look(self, at: float) -> int:
+    def update(self, at: float) -> int:
         """Send the batches that changed, at a time of `time.monotonic`; returns the number of events.
 
-        Raises `ServiceUnavailable`; the next look sends the same batches.
+        Raises `ServiceUnavailable`; the next update sends the same batches.
         """
-        again = frozenset(self._overview.just_ended(_ENDED_SECONDS, MOST) if self._looks % _ENDED_EVERY == 0 else ())
+        again = frozenset(self._overview.just_ended(_ENDED_SECONDS, MOST) if self._updates % _ENDED_EVERY == 0 else ())
         moving = frozenset(self._overview.moving(MOST))
-        looked_at = [*{**dict.fromkeys(moving), **dict.fromkeys(self._others()), **dict.fromkeys(again)}]
-        found = self._overview.statuses(looked_at)
+        batch_ids = [*{**dict.fromkeys(moving), **dict.fromkeys(self._others()), **dict.fromkeys(again)}]
+        found = self._overview.statuses(batch_ids)
         events: list[Event] = []
         marks: dict[str, object] = {}
-        for batch_id in self._longest_untold_first(looked_at):
+        for batch_id in self._least_recently_sent_first(batch_ids):
             status = found.get(batch_id)
             if status is None:
                 events += _gone(batch_id) if batch_id in self._open else ()
@@ -107,7 +108,7 @@ class BatchRows:
             if len(marks) == MOST:
                 break
         self._stream.send(events, at)
-        self._looks += 1
+        self._updates += 1
         for batch_id, mark in marks.items():
             self._remember(batch_id, mark, at, found.get(batch_id))
         return len(events)
@@ -118,10 +119,10 @@ class BatchRows:
         self._place = page[-1] if len(page) == MOST else None
         yield from (batch_id for _, batch_id in page)
         known = list(self._open)
-        start = self._looks * MOST % len(known) if len(known) > MOST else 0
+        start = self._updates * MOST % len(known) if len(known) > MOST else 0
         yield from known[start : start + MOST]
 
-    def _longest_untold_first(self, batch_ids: Sequence[str]) -> list[str]:
+    def _least_recently_sent_first(self, batch_ids: Sequence[str]) -> list[str]:
         return sorted(batch_ids, key=lambda batch_id: self._open.get(batch_id, (None, 0.0))[1])
 
     def _remember(self, batch_id: str, mark: object, at: float, status: BatchStatus | None) -> None:

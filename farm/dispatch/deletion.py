@@ -1,4 +1,4 @@
-"""How a batch that is given up goes: its objects first, its rows last, so that nothing in the bucket is nobody's."""
+"""The deletion of a batch: its objects first and its rows last, so that no object is left without a row."""
 
 import time
 from itertools import islice
@@ -9,22 +9,22 @@ from farm.objects.storage import Storage
 
 _OBJECTS, _PIECES = 10_000, 20
 _REST_SECONDS = 0.05
-"""How long others may write between two pieces of rows that go: SQLite has one writer."""
+"""The pause between two deletions of rows, for other writers: SQLite allows one at a time."""
 
 
 class Deletion:
-    """Deletes batches that are given up. Any number may at once, and whoever is interrupted is only repeated."""
+    """Deletes batches that are marked for it. Several may run at once, and an interrupted one is repeated."""
 
     def __init__(self, deletions: Deletions, storage: Storage) -> None:
         self._deletions = deletions
         self._storage = storage
 
-    def go_on(self, batch_id: str) -> bool:
-        """Delete some thousands of the objects, or else of the rows, of a batch at rest; whether nothing is left.
+    def delete_some(self, batch_id: str) -> bool:
+        """Delete some thousands of the objects, or then of the rows, of a batch without running jobs; True at its end.
 
         Raises `StorageUnavailable`.
         """
-        # With the slash: no batch's objects begin like those of another one.
+        # With the slash, since one batch's id may be the beginning of another's.
         abort(self._storage, f"{batch_id}/")
         keys = list(islice(self._storage.keys(f"{batch_id}/"), _OBJECTS))
         self._storage.delete_many(keys)
@@ -39,13 +39,13 @@ class Deletion:
             time.sleep(_REST_SECONDS)
         return False
 
-    def carry_out(self, batch_id: str) -> bool:
-        """Delete a batch to its end; False if jobs of it are still rendered.
+    def delete(self, batch_id: str) -> bool:
+        """Delete a batch; False if some of its jobs are still running.
 
-        Their workers stop within a beat, or lose their leases: the dispatcher deletes it then. Who records a picture
-        before that has put it where it is found, and nobody does after it. Raises `StorageUnavailable`.
+        Their workers stop within a beat, or lose their leases: the dispatcher deletes the batch then. A picture that is
+        recorded before that is deleted with it, and none can be recorded after it. Raises `StorageUnavailable`.
         """
         while self._deletions.at_rest(batch_id):
-            if self.go_on(batch_id):
+            if self.delete_some(batch_id):
                 return True
         return False

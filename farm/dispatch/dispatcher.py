@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 from farm.dispatch.batch_rows import BatchRows
 from farm.dispatch.copier import Copier
+from farm.dispatch.fill import fill
 from farm.dispatch.retention import Retention
-from farm.errors import BrokerUnavailable, DatabaseUnavailable, ServiceUnavailable
+from farm.errors import DatabaseUnavailable, ServiceUnavailable
 from farm.jobs.leadership import RENEW_SECONDS, Leadership
 from farm.jobs.store import JobStore
 from farm.objects.storage import Storage
@@ -74,20 +75,10 @@ class Dispatcher:
 
         Raises `BrokerUnavailable` after it has returned the unpublished jobs to the backlog.
         """
-        # Commit before publishing: a worker that receives a message before the commit has nothing to claim. If this
-        # process dies between the two, `recover` finds the jobs without a message.
-        copies: dict[str, str] = {}
-        bells = self._store.backlog.enqueue(
-            self._window, slots=self._store.workers.slots(), copies=copies if self._copier.ready else None
-        )
-        self._copier.offer(copies)
-        if bells:
-            try:
-                self._broker.publish(bells)
-            except BrokerUnavailable:
-                self._store.backlog.unqueue([bell.job_id for bell in bells])
-                raise
-        return len(bells)
+        backlog, workers = self._store.backlog, self._store.workers
+        found = fill(backlog, workers, self._broker, self._window, copy=self._copier.ready)
+        self._copier.offer(found.copies)
+        return len(found.queued)
 
     def recover(self) -> int:
         """Return to the backlog jobs with an expired lease and queued jobs with a lost message; returns the number.

@@ -1,4 +1,4 @@
-"""A batch's manifest: what became of each of its jobs, a JSON line a job, beside its pictures."""
+"""The manifest of a batch: a JSON line with the result of each job, in the bucket beside its pictures."""
 
 import json
 import logging
@@ -15,33 +15,33 @@ log = logging.getLogger(__name__)
 
 
 class Manifests:
-    """The manifests of batches that have ended, each written once for each time that its batch ended."""
+    """Writes and reads the manifests of ended batches; a batch that ends again after a retry gets a new one."""
 
     def __init__(self, endings: Endings, storage: Storage) -> None:
         self._endings = endings
         self._storage = storage
 
     def write(self, batch_id: str) -> bool:
-        """Write the manifest of a batch that has ended, and note that; False if it has not, or goes on meanwhile.
+        """Write the manifest of an ended batch, and record that; False if the batch has not ended, or is retried.
 
-        In constant memory. Written first, noted second: what fails between is only done again. Raises
-        `StorageUnavailable`.
+        In constant memory. It is written before that is recorded, so a failure in between is repaired by repeating.
+        Raises `StorageUnavailable`.
         """
         ended_at = self._endings.last_ended_at(batch_id)
         if ended_at is None:
             return False
         key = manifest_key(batch_id)
-        abort(self._storage, key)  # a dispatcher that died halfway through a long one left parts that no listing shows
+        abort(self._storage, key)  # a dispatcher that died while it wrote a long one left parts that no listing shows
         self._storage.put_stream(key, self.lines(batch_id), "application/jsonl")
         return self._endings.note(batch_id, ended_at)
 
     def lines(self, batch_id: str) -> Iterator[bytes]:
-        """A manifest's lines as SQL has them now."""
+        """The lines of a manifest, from SQL."""
         for entry in self._endings.entries(batch_id):
             yield json.dumps(entry).encode() + b"\n"
 
     def read(self, batch_id: str) -> Iterator[dict[str, Any]]:
-        """What became of each job of a batch, in order; from SQL while its manifest is not written.
+        """The result of each job of a batch, in order; from SQL until its manifest is written.
 
         Raises `StorageUnavailable`.
         """

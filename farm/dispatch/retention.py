@@ -1,4 +1,4 @@
-"""What the dispatcher does for batches that have ended: their manifests, and their deletion when they are too old."""
+"""The dispatcher's work for ended batches: their manifests, and the deletion of old ones."""
 
 import logging
 import threading
@@ -12,11 +12,11 @@ from farm.settings import Settings
 log = logging.getLogger(__name__)
 
 _BATCHES = 20
-"""How many manifests a turn writes, and how many batches it deletes, at most."""
+"""The most manifests that a turn writes, and the most batches that it deletes."""
 
 
 class Retention:
-    """Writes manifests, and deletes what is given up, by a person or by its age; in turns that have an end."""
+    """Writes manifests, and deletes batches that a person or their age has marked for deletion; in bounded turns."""
 
     def __init__(self, store: JobStore, storage: Storage, settings: Settings) -> None:
         self._store = store
@@ -25,9 +25,9 @@ class Retention:
         self._days = settings.retention_days
 
     def turn(self, stop: threading.Event | None = None) -> bool:
-        """Do what there is to be done, some of it; whether there is more. Between two batches it looks at `stop`.
+        """Do a bounded part of the work; True if there is more. `stop` ends it after the current batch.
 
-        Raises `StorageUnavailable`, after which the next turn goes on where this one was.
+        Raises `StorageUnavailable`; the next turn continues.
         """
         stop = stop or threading.Event()
         ended = self._store.endings.unnoted(_BATCHES)
@@ -35,12 +35,12 @@ class Retention:
         if self._days:
             self._store.deletions.mark_older_than(self._days)
         given_up = self._store.deletions.marked(_BATCHES)
-        moved = sum(self._went(batch_id) for batch_id in given_up if not stop.is_set())
+        moved = sum(self._delete_some(batch_id) for batch_id in given_up if not stop.is_set())
         return noted == _BATCHES or moved > 0
 
-    def _went(self, batch_id: str) -> bool:
-        """Whether a batch is gone, or some of it: not if it waits for its workers."""
+    def _delete_some(self, batch_id: str) -> bool:
+        """Delete a part of a batch; False while some of its jobs are still running."""
         if not self._store.deletions.at_rest(batch_id):
             return False
-        self._deletion.go_on(batch_id)
+        self._deletion.delete_some(batch_id)
         return True

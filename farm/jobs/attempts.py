@@ -5,15 +5,17 @@ Each move names the state that it leaves and the attempt that makes it: writes f
 
 import logging
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import sqlalchemy as sa
 
 from farm.errors import ErrorClass
+from farm.jobs.artifacts import artifact_rows
 from farm.jobs.conditions import in_state
 from farm.jobs.database import Database, now_plus
-from farm.jobs.records import Claim, Picture
-from farm.jobs.schema import JobRow
+from farm.jobs.records import Artifact, Claim, Picture, Success
+from farm.jobs.schema import ArtifactRow, JobRow
 from farm.jobs.states import JobState, Outcome
 from farm.jobs.transitions import Ending, Move, finalize, unless_cancelled, without_worker
 from farm.runtime.backoff import Backoff
@@ -32,7 +34,8 @@ class Attempts:
 
     def record_checkpoint(self, claim: Claim, key: str) -> bool:
         """Record the object from which a later attempt can resume; False if the claim no longer holds."""
-        return self._note(claim, in_state(JobState.RUNNING), JobRow.attempt == claim.attempt, checkpoint_key=key)
+        held = in_state(JobState.RUNNING), JobRow.attempt == claim.attempt
+        return self._note(claim, *held, checkpoint_key=key, leftovers=True)
 
     def expect_objects(self, claim: Claim) -> bool:
         """Note that a worker is about to write objects beside a job's picture; False if the claim no longer holds.
@@ -40,37 +43,37 @@ class Attempts:
         Called before the first object is written: if the worker dies, the dispatcher looks for them when the job has
         ended.
         """
-        return self._note(claim, in_state(JobState.RUNNING), JobRow.attempt == claim.attempt, checkpoint_key=_ANY)
+        return self._note(claim, in_state(JobState.RUNNING), JobRow.attempt == claim.attempt, leftovers=True)
 
     def report_leftovers(self, claim: Claim) -> None:
         """Note that an attempt, current or not, may have left objects that no sweep has seen."""
-        self._note(claim, checkpoint_key=_ANY)
+        self._note(claim, leftovers=True)
 
     def _note(self, claim: Claim, *which: sa.ColumnElement[bool], **values: Any) -> bool:
         noted = sa.update(JobRow).where(JobRow.id == claim.job_id, *which).values(**values).returning(JobRow.id)
         with self._db.write() as session:
             return session.execute(noted).one_or_none() is not None
 
-    def succeed(self, claim: Claim, picture: Picture) -> bool:
-        """Record the picture of a claimed job; False if the claim no longer holds.
+    def succeed(self, claim: Claim, picture: Picture, artifacts: Sequence[Artifact] = ()) -> bool:
+        """Record the picture of a claimed job, and the artifacts beside it; False if the claim no longer holds.
 
         Repeated after its answer was lost, it is True again. The worker deletes what its attempts left beside the
         picture, or else the dispatcher does.
         """
-        return bool(self._succeed([(claim, picture)]))
+        return bool(self._succeed([Success(claim, picture, artifacts)]))
 
-    def succeed_many(self, ended: Sequence[tuple[Claim, Picture]]) -> set[str]:
-        """Record pictures as `succeed` does each; returns the ids of the jobs whose claims still held.
+    def succeed_many(self, ended: Sequence[Success]) -> set[str]:
+        """Record successes as `succeed` does each; returns the ids of the jobs whose claims still held.
 
         One transaction records them all; locked rows are recorded afterwards, one by one.
         """
         recorded = self._succeed(ended, skip_locked=True)
-        left = [one for one in ended if one[0].job_id not in recorded]
-        return recorded.union(*(self._succeed([one]) for one in left))
+        left = [success for success in ended if success.claim.job_id not in recorded]
+        return recorded.union(*(self._succeed([success]) for success in left))
 
-    def _succeed(self, ended: Sequence[tuple[Claim, Picture]], *, skip_locked: bool = False) -> set[str]:
-        claims = {claim.job_id: claim for claim, _ in ended}
-        keys = {claim.job_id: picture.key for claim, picture in ended}
+    def _succeed(self, ended: Sequence[Success], *, skip_locked: bool = False) -> set[str]:
+        claims = {success.claim.job_id: success.claim for success in ended}
+        keys = {success.claim.job_id: success.picture.key for success in ended}
         with self._db.write() as session:
             query = _CLAIMED_UNLOCKED if skip_locked else _CLAIMED
             found = session.connection().execute(query, {"job_ids": list(claims)}).all()
@@ -80,9 +83,11 @@ class Attempts:
             if held:
                 # Each statement counts in its batch: all transactions take the batches in one order, so that none
                 # wait for each other.
-                in_order = sorted(ended, key=lambda one: one[0].batch_id)
-                pictures = [_succeeded(claim, picture) for claim, picture in in_order if claim.job_id in held]
-                finalize(session, _SUCCEED, each=pictures)
+                in_order = sorted(ended, key=lambda success: success.claim.batch_id)
+                recorded = [success for success in in_order if success.claim.job_id in held]
+                finalize(session, _SUCCEED, each=[_succeeded(each.claim, each.picture) for each in recorded])
+                artifacts = (artifact_rows(each.claim.job_id, each.picture, each.artifacts) for each in recorded)
+                session.connection().execute(_INSERT_ARTIFACTS, list(chain.from_iterable(artifacts)))
         if not skip_locked:
             for job_id in claims.keys() - held - done:
                 log.warning("too late job_id=%s attempt=%d", job_id, claims[job_id].attempt)
@@ -103,8 +108,7 @@ class Attempts:
         again = self.tries_again(claim, error_class)
         values = without_worker(sa.literal(error))
         if again:
-            kept = sa.case((JobRow.cancel_requested, values["checkpoint_key"]), else_="")
-            values |= {"checkpoint_key": kept, "not_before": now_plus(sa.literal(self._backoff.seconds(tries)))}
+            values |= {"checkpoint_key": None, "not_before": now_plus(sa.literal(self._backoff.seconds(tries)))}
         if error_class is ErrorClass.OUT_OF_MEMORY:
             values["avoid_worker"] = JobRow.worker
         outcome = Outcome.RETRIED if again else Outcome.FAILED
@@ -141,8 +145,6 @@ class Attempts:
         return ended
 
 
-_ANY = sa.func.coalesce(JobRow.checkpoint_key, "")
-
 # Built once: building a statement takes as long as executing it.
 _CLAIMED = (
     sa.select(JobRow.id, JobRow.attempt, JobRow.state, JobRow.image_key)
@@ -163,6 +165,7 @@ _PICTURE = (
     "device_seconds",
     "warnings",
 )
+_INSERT_ARTIFACTS = sa.insert(ArtifactRow)
 _SUCCEED = Move(
     {JobState.RUNNING: JobState.SUCCEEDED},
     lease_until=None,

@@ -13,18 +13,15 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from farm.jobs.backlog import batches_waiting
 from farm.jobs.conditions import BATCH_PAUSED, VISIBLE, in_state, models_in
+from farm.jobs.costs import batch_seconds, model_seconds
 from farm.jobs.database import Database, now
-from farm.jobs.fair_share import UNKNOWN_SECONDS
 from farm.jobs.schema import BatchRow, JobCountRow, JobRow, WorkerRow
 from farm.jobs.served_models import served_models
 from farm.jobs.states import JobState
+from farm.jobs.waiting import batches_waiting
 from farm.jobs.workers import alive
 
-_OF_BATCH, _OF_MODEL, _BATCHES = 16, 40, 50
-"""From how many of a batch's last jobs it is learnt what one costs; and for a batch that has none, from how many of
-each of how many newest batches."""
 _CHUNK = 500
 
 
@@ -89,8 +86,7 @@ def _add_waiting(session: Session, models: Mapping[str, Demand]) -> None:
     whole = _counted(session, list(of_models))
     for model, line in lines.items():
         demand = models[model]
-        new = any(row.seconds is None for row in line)
-        usual = (_usual_seconds(session, model) if new else None) or UNKNOWN_SECONDS
+        usual = model_seconds(session, model) if any(row.seconds is None for row in line) else 0.0
         for row in line:
             count = whole[row.id] if of_models[row.id] == 1 else _count(session, model, row.id)
             demand.jobs[JobState.PENDING] += count
@@ -111,7 +107,7 @@ def _add_in_flight(session: Session, models: Mapping[str, Demand]) -> None:
             .subquery()
         )
         rows = session.execute(
-            sa.select(found.c.model, found.c.jobs, BatchRow.accepted_at, _batch_seconds(found.c.model).label("seconds"))
+            sa.select(found.c.model, found.c.jobs, BatchRow.accepted_at, batch_seconds(found.c.model).label("seconds"))
             .join(found, found.c.batch_id == BatchRow.id)
             .where(VISIBLE)
         ).all()
@@ -120,7 +116,7 @@ def _add_in_flight(session: Session, models: Mapping[str, Demand]) -> None:
             demand.jobs[state] += row.jobs
             if seconds is None:
                 if row.model not in usual:
-                    usual[row.model] = _usual_seconds(session, row.model) or UNKNOWN_SECONDS
+                    usual[row.model] = model_seconds(session, row.model)
                 seconds = usual[row.model]
             if state is JobState.RUNNING:
                 demand.running_seconds += row.jobs * seconds
@@ -136,42 +132,11 @@ def _line(model: str) -> sa.Select[*tuple[Any, ...]]:
             BatchRow.id,
             BatchRow.accepted_at,
             BATCH_PAUSED.label("held_up"),
-            _batch_seconds(sa.literal(model)).label("seconds"),
+            batch_seconds(sa.literal(model)).label("seconds"),
         )
         .join(waiting, waiting.c.batch_id == BatchRow.id)
         .where(VISIBLE)
     )
-
-
-def _batch_seconds(model: sa.ColumnElement[str], last: int = _OF_BATCH) -> sa.ScalarSelect[float | None]:
-    """The mean device seconds of those of a batch's last jobs that are of a model, and were rendered."""
-    jobs = (
-        sa.select(
-            JobRow.model,
-            JobRow.reused_from,
-            sa.func.coalesce(JobRow.device_seconds, JobRow.render_seconds).label("seconds"),
-        )
-        .where(JobRow.batch_id == BatchRow.id, JobRow.finished_at.is_not(None))
-        .order_by(JobRow.finished_at.desc())
-        .limit(last)
-        .correlate(BatchRow)
-        .subquery()
-    )
-    # Outside, where they cost nothing: a batch may have a million jobs of other models, or copies.
-    mean = sa.select(sa.func.avg(jobs.c.seconds)).where(jobs.c.model == model, jobs.c.reused_from.is_(None))
-    return mean.scalar_subquery()
-
-
-def _usual_seconds(session: Session, model: str) -> float | None:
-    """What a job of a model took lately, in any batch; None if nobody knows."""
-    newest = (
-        sa.select(_batch_seconds(sa.literal(model), _OF_MODEL).label("seconds"))
-        .where(VISIBLE)
-        .order_by(BatchRow.created_at.desc())
-        .limit(_BATCHES)
-        .subquery()
-    )
-    return session.scalar(sa.select(sa.func.avg(newest.c.seconds)))
 
 
 def _counted(session: Session, batch_ids: Sequence[str]) -> dict[str, int]:

@@ -10,7 +10,8 @@ from sqlalchemy.orm import Session
 
 from farm.jobs.conditions import ACTIVE_JOBS, VISIBLE, locked_batch
 from farm.jobs.database import Database
-from farm.jobs.schema import AttemptRow, BatchRow, JobRow
+from farm.jobs.records import Role
+from farm.jobs.schema import ArtifactRow, AttemptRow, BatchRow, JobRow
 
 log = logging.getLogger(__name__)
 
@@ -66,10 +67,13 @@ class Endings:
             JobRow.render_seconds.label("seconds"),
             JobRow.error,
             JobRow.reused_from,
+            ArtifactRow.facts,
         )
+        image = sa.and_(ArtifactRow.job_id == JobRow.id, ArtifactRow.n == 0, ArtifactRow.role == Role.IMAGE.value)
         query = (
             sa.select(*columns)
             .outerjoin(AttemptRow, sa.and_(AttemptRow.job_id == JobRow.id, AttemptRow.attempt == JobRow.attempt))
+            .outerjoin(ArtifactRow, image)
             .where(JobRow.batch_id == batch_id)
             .order_by(JobRow.position)
             .limit(_PAGE)
@@ -79,8 +83,10 @@ class Endings:
             with self._db.read() as session:
                 rows = session.execute(query.where(JobRow.position > after)).mappings().all()
             for row in rows:
-                said = {name: value for name, value in row.items() if value is not None}
-                yield {"id": said.pop("id"), "index": said.pop("position"), **said}
+                entry = {"id": row["id"], "index": row["position"], **dict(row), **(row["facts"] or {})}
+                for name in ("position", "facts", "render_seconds"):  # `index`, the facts themselves, and `seconds`
+                    entry.pop(name, None)
+                yield {name: value for name, value in entry.items() if value not in (None, [])}
             if len(rows) < _PAGE:
                 return
             after = rows[-1]["position"]

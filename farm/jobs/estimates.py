@@ -8,6 +8,7 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from farm.jobs.conditions import ACCEPTED, in_state
+from farm.jobs.costs import LAST_OF_MODEL, NEWEST_BATCHES, SECONDS
 from farm.jobs.database import Database
 from farm.jobs.schema import BatchRow, JobRow, WorkerRow
 from farm.jobs.served_models import served_models
@@ -17,7 +18,6 @@ from farm.specs.spec import RenderSpec
 
 FIRST = 10
 """How many specs a dry run shows."""
-_BATCHES, _JOBS = 50, 40
 
 
 @dataclass(frozen=True)
@@ -65,17 +65,16 @@ def speeds(db: Database) -> dict[str, Speed]:
     Takes constant time, however many jobs there are. A job without device seconds counts with its render seconds,
     which are longer if it shared its forwards.
     """
-    seconds = sa.func.coalesce(JobRow.device_seconds, JobRow.render_seconds).label("seconds")
     found: list[sa.Row[tuple[dict[str, object], int | None, int | None, float | None]]] = []
     with db.read() as session:
         guidances = _guidances(session)
-        newest = sa.select(BatchRow.id).where(ACCEPTED).order_by(BatchRow.created_at.desc()).limit(_BATCHES)
+        newest = sa.select(BatchRow.id).where(ACCEPTED).order_by(BatchRow.created_at.desc()).limit(NEWEST_BATCHES)
         for batch_id in session.scalars(newest).all():
             found += session.execute(
-                sa.select(JobRow.spec, JobRow.width, JobRow.height, seconds)
+                sa.select(JobRow.spec, JobRow.width, JobRow.height, SECONDS.label("seconds"))
                 .where(JobRow.batch_id == batch_id, in_state(JobState.SUCCEEDED), JobRow.width > 0, JobRow.height > 0)
                 .order_by(JobRow.finished_at.desc())
-                .limit(_JOBS)
+                .limit(LAST_OF_MODEL)
             )
     took: dict[str, float] = {}
     done: dict[str, int] = {}

@@ -1,34 +1,32 @@
 """Which batches the next jobs of a model come from: strict priority, then a fair share of device seconds.
 
 Start-time fair queueing (Goyal, Vin, Cheng 1996), in two levels: between the owners of one priority, and between the
-batches of an owner. Everybody has a virtual time, the device seconds charged so far divided by the weight; whoever is
-least far goes next. Nothing here knows a clock or a database.
+batches of an owner. Each has a virtual time, the device seconds charged so far divided by the weight; the one with the
+least virtual time goes next. Nothing here knows a clock or a database.
 """
 
 import heapq
 import math
-from collections import OrderedDict, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 LEAST_WINDOW = 4
-"""How many jobs of a model lie in Redis however few slots there are, so that a worker that starts finds some."""
+"""The least number of jobs of a model in Redis, however few slots there are: a worker that starts finds some."""
 UNKNOWN_SECONDS = 1.0
-"""What a job is taken to cost while nothing of its model has been measured."""
+"""The expected cost of a job while no job of its model has been measured."""
 _TINY_SECONDS = 1e-6
-_FRESHNESS = 0.2
-_REMEMBERED = 10_000
 
 
 @dataclass
 class Owner:
-    """Whose batches they are."""
+    """The owner of batches."""
 
     name: str
     weight: float = 1.0
     virtual_time: float = 0.0
     room: int | None = None
-    """How many more jobs of theirs may be queued; None means any number."""
+    """How many more of its jobs may be queued; None means any number."""
 
 
 @dataclass
@@ -41,11 +39,11 @@ class Share:
     weight: float = 1.0
     virtual_time: float = 0.0
     seconds: float = UNKNOWN_SECONDS
-    """What one of its jobs is expected to cost a device."""
+    """The expected cost of one of its jobs, in device seconds."""
     in_flight: int = 0
     """How many of its jobs are queued or running."""
     unserved_seconds: float = 0.0
-    """Since when none of its jobs has been in flight."""
+    """For how long none of its jobs has been in flight."""
 
     @property
     def start(self) -> float:
@@ -55,11 +53,11 @@ class Share:
 
 @dataclass(frozen=True)
 class Served:
-    """One job of a batch is next."""
+    """A turn: one job of a batch is next."""
 
     batch_id: str
     seconds: float
-    """What it was charged with."""
+    """The charge for it."""
     priority: int
     """Its batch's, or the highest in line if its batch would have starved."""
 
@@ -153,9 +151,9 @@ class FairLine:
 
 
 def _catch_up(level: list[Share], owners: Mapping[str, Owner]) -> None:
-    """Let who comes newly, or comes back, start where those of one priority are that are being served.
+    """Advance the virtual time of new and returning batches and owners to that of the active ones of a priority.
 
-    Who has nothing in flight gets no credit for the time when it had nothing to do.
+    Idle time earns no credit.
     """
     siblings: dict[str, list[Share]] = defaultdict(list)
     for share in level:
@@ -180,85 +178,15 @@ def _lift(all_of_them: Mapping[str, Owner] | Mapping[str, Share], starts: Mappin
         return
     floor = min(starts[name] for name in served)
     for name, one in all_of_them.items():
-        # With nothing in flight anywhere, only who has never been served is new.
+        # With nothing in flight anywhere, only those that were never served are new.
         if name not in busy and (busy or not one.virtual_time):
             one.virtual_time = max(one.virtual_time, floor)
 
 
-@dataclass(frozen=True)
-class Charge:
-    """What a dispatched job was charged with, to whom."""
-
-    batch_id: str
-    owner: str
-    model: str
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Corrections:
-    """By how many device seconds batches and owners were charged too little (or too much, where negative)."""
-
-    batches: Mapping[str, float]
-    owners: Mapping[str, float]
-
-
-class Ledger:
-    """What jobs were charged with when they were dispatched, until it is known what they took.
-
-    It also learns from that what a job of a batch or a model costs: the mean of its finished ones, recent ones
-    weighing more.
-    """
-
-    def __init__(self) -> None:
-        self._open: dict[str, Charge] = {}
-        self._of_batch: OrderedDict[str, float] = OrderedDict()
-        self._of_model: dict[str, float] = {}
-
-    def open(self) -> list[str]:
-        """The jobs of which it is not known yet what they took."""
-        return list(self._open)
-
-    def knows(self, batch_id: str) -> bool:
-        """Whether a job of the batch has been measured."""
-        return batch_id in self._of_batch
-
-    def seconds(self, batch_id: str, model: str) -> float:
-        """What a job of that batch is expected to cost."""
-        return self._of_batch.get(batch_id) or self._of_model.get(model) or UNKNOWN_SECONDS
-
-    def measured(self, batch_id: str, model: str, seconds: float) -> None:
-        """Learn what a job took."""
-        for means, name in ((self._of_batch, batch_id), (self._of_model, model)):
-            mean = means.get(name)
-            means[name] = seconds if mean is None else mean + _FRESHNESS * (seconds - mean)
-        self._of_batch.move_to_end(batch_id)
-        if len(self._of_batch) > _REMEMBERED:
-            self._of_batch.popitem(last=False)
-
-    def charge(self, job_id: str, charge: Charge) -> None:
-        """Note what a job was charged with."""
-        self._open[job_id] = charge
-
-    def settle(self, took: Mapping[str, float | None]) -> Corrections:
-        """Close the charges of jobs: what each took, 0 if it was not rendered, None if nobody measured it."""
-        batches: defaultdict[str, float] = defaultdict(float)
-        owners: defaultdict[str, float] = defaultdict(float)
-        for job_id, seconds in took.items():
-            charge = self._open.pop(job_id, None)
-            if charge is None or seconds is None:
-                continue
-            if seconds > 0:
-                self.measured(charge.batch_id, charge.model, seconds)
-            batches[charge.batch_id] += seconds - charge.seconds
-            owners[charge.owner] += seconds - charge.seconds
-        return Corrections(batches, owners)
-
-
 def window(slots: int, most: int) -> int:
-    """How many jobs of a model may lie in Redis, with so many slots of live workers.
+    """How many jobs of a model may be in Redis, for so many slots of live workers.
 
-    Twice the slots: few enough for a small batch that comes in behind a large one to start within seconds, enough for
-    no worker to wait for the next pass.
+    Twice the slots: few enough that a small batch behind a large one starts within seconds, enough that no worker waits
+    for the next pass.
     """
     return min(most, max(LEAST_WINDOW, 2 * slots))

@@ -9,8 +9,11 @@ from farm.jobs.database import Database, now_plus
 from farm.jobs.schema import JobRow
 from farm.specs.object_keys import checkpoint_key, image_key, preview_key, trajectory_keys
 
-STALE = (JobRow.checkpoint_key.is_not(None), JobRow.finished_at.is_not(None))
-"""A job has ended and may have left objects beside its picture."""
+# In the form of the partial indexes.
+STALE: tuple[sa.ColumnElement[Any], ...] = (sa.literal_column("jobs.leftovers"), JobRow.finished_at.is_not(None))
+"""A job has ended, and its attempts may have left objects beside its picture."""
+STALE_OF_OLD_WORKERS = (JobRow.checkpoint_key.is_not(None), JobRow.finished_at.is_not(None))
+"""The same, as workers before release 0.2 note it."""
 
 
 class Leftovers:
@@ -27,15 +30,21 @@ class Leftovers:
         """
         columns = JobRow.id, JobRow.batch_id, JobRow.position, JobRow.attempt, JobRow.spec, JobRow.image_key
         settled = JobRow.finished_at <= now_plus(sa.literal(-settled_seconds))
-        query = sa.select(*columns).where(*STALE, settled).order_by(JobRow.finished_at).limit(limit)
+        query = sa.select(*columns).where(settled).order_by(JobRow.finished_at).limit(limit)
         with self._db.read() as session:
-            rows = session.execute(query).all()
-        return [(row.id, list(_keys(row))) for row in rows]
+            rows = {
+                row.id: row for stale in (STALE, STALE_OF_OLD_WORKERS) for row in session.execute(query.where(*stale))
+            }
+        return [(job_id, list(_keys(row))) for job_id, row in rows.items()]
 
     def swept(self, job_ids: Sequence[str]) -> None:
         """Record that the leftovers of these jobs, which have ended, are deleted."""
         with self._db.write() as session:
-            session.execute(sa.update(JobRow).where(*STALE, JobRow.id.in_(job_ids)).values(checkpoint_key=None))
+            session.execute(
+                sa.update(JobRow)
+                .where(JobRow.id.in_(job_ids), JobRow.finished_at.is_not(None))
+                .values(leftovers=False, checkpoint_key=None)
+            )
 
 
 def _keys(job: sa.Row[Any]) -> Iterator[str]:

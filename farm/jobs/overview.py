@@ -8,11 +8,12 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
+from farm.jobs.artifacts import job_info
 from farm.jobs.conditions import BATCH_PAUSED, VISIBLE, in_state, models_in
 from farm.jobs.database import Database, now, now_plus
 from farm.jobs.memory_limits import allowed, memory_limits
-from farm.jobs.queries import batch_status
-from farm.jobs.records import BatchStatus, JobInfo, job_info
+from farm.jobs.queries import JOBS, batch_status
+from farm.jobs.records import BatchStatus, JobInfo
 from farm.jobs.schema import BatchRow, JobCountRow, JobRow
 from farm.jobs.served_models import MemoryLimit
 from farm.jobs.states import JobState
@@ -155,8 +156,7 @@ class Overview:
             .limit(_LAST_ENDED)
         )
         query = (
-            sa.select(JobRow)
-            .where(JobRow.id.in_(last), JobRow.state == JobState.FAILED.value)
+            JOBS.where(JobRow.id.in_(last), JobRow.state == JobState.FAILED.value)
             .order_by(JobRow.finished_at.desc())
             .limit(limit)
         )

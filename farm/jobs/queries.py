@@ -3,12 +3,13 @@
 from collections.abc import Mapping, Sequence
 
 import sqlalchemy as sa
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, selectinload
 
 from farm.errors import ErrorClass, NotFound
+from farm.jobs.artifacts import job_info
 from farm.jobs.conditions import BATCH_PAUSED, VISIBLE, in_state
 from farm.jobs.database import Database
-from farm.jobs.records import AttemptInfo, BatchStatus, JobInfo, job_info
+from farm.jobs.records import AttemptInfo, BatchStatus, JobInfo
 from farm.jobs.schema import AttemptRow, BatchRow, JobCountRow, JobRow
 from farm.jobs.states import ACTIVE, JobState, Outcome
 
@@ -43,7 +44,7 @@ class Queries:
     def job(self, job_id: str) -> JobInfo:
         """Return a job by its id; raises `NotFound`."""
         with self._db.read() as session:
-            row = session.get(JobRow, job_id)
+            row = session.get(JobRow, job_id, options=[WITH_ARTIFACTS])
             if row is None or session.get_one(BatchRow, row.batch_id).deleted_at is not None:
                 raise NotFound(f"there is no job {job_id!r}")
             return job_info(row)
@@ -52,7 +53,7 @@ class Queries:
         self, batch_id: str, *, after: int = 0, limit: int = 1000, states: Sequence[JobState] = ()
     ) -> list[JobInfo]:
         """Return a batch's jobs in order, from the one after that index."""
-        query = sa.select(JobRow).where(JobRow.batch_id == batch_id, JobRow.position > after)
+        query = JOBS.where(JobRow.batch_id == batch_id, JobRow.position > after)
         if states:
             query = query.where(JobRow.state.in_(states))
         with self._db.read() as session:
@@ -60,13 +61,13 @@ class Queries:
 
     def wrong(self, batch_id: str, limit: int = 20) -> list[JobInfo]:
         """Return a batch's first jobs with an error: those that failed, and those whose last try failed."""
-        query = sa.select(JobRow).where(JobRow.batch_id == batch_id, JobRow.error.is_not(None))
+        query = JOBS.where(JobRow.batch_id == batch_id, JobRow.error.is_not(None))
         with self._db.read() as session:
             return [job_info(row) for row in session.scalars(query.order_by(JobRow.position).limit(limit))]
 
     def finished(self, batch_id: str, after: JobInfo | None = None, limit: int = 1000) -> list[JobInfo]:
         """Return a batch's jobs that have ended, in the order in which they ended, from the one after that job."""
-        query = sa.select(JobRow).where(JobRow.batch_id == batch_id, JobRow.finished_at.is_not(None))
+        query = JOBS.where(JobRow.batch_id == batch_id, JobRow.finished_at.is_not(None))
         if after is not None and after.finished_at is not None:
             query = query.where(
                 JobRow.finished_at >= after.finished_at,
@@ -79,7 +80,7 @@ class Queries:
     def running(self, batch_id: str, limit: int = 1000) -> list[JobInfo]:
         """Return the jobs of a batch that are running."""
         # Unordered: to order them, SQLite would read the whole batch.
-        query = sa.select(JobRow).where(JobRow.batch_id == batch_id, in_state(JobState.RUNNING)).limit(limit)
+        query = JOBS.where(JobRow.batch_id == batch_id, in_state(JobState.RUNNING)).limit(limit)
         with self._db.read() as session:
             return [job_info(row) for row in session.scalars(query)]
 
@@ -103,6 +104,9 @@ class Queries:
             ]
 
 
+WITH_ARTIFACTS = selectinload(JobRow.artifacts)
+JOBS = sa.select(JobRow).options(WITH_ARTIFACTS)
+"""Jobs as `job_info` reads them."""
 _BATCHES = sa.select(BatchRow, BATCH_PAUSED.label("paused")).where(VISIBLE)
 
 

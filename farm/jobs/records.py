@@ -3,9 +3,10 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from enum import StrEnum
 
 from farm.errors import ErrorClass
-from farm.jobs.schema import JobRow, WorkerRow
+from farm.jobs.schema import WorkerRow
 from farm.jobs.served_models import DeviceMemory, ServedModel, device_memory, served_models
 from farm.jobs.states import JobState, Outcome
 from farm.specs.spec import RenderSpec
@@ -51,9 +52,42 @@ class Pace:
     seconds_per_step: float | None
 
 
+class Role(StrEnum):
+    """What an artifact of a job is."""
+
+    IMAGE = "image"
+    """The picture."""
+    FILM_STRIP = "film-strip"
+    """The picture after every step, on one page."""
+    ANIMATION = "animation"
+    """The picture after every step, one after the other."""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One object that a finished job has stored."""
+
+    role: Role
+    key: str
+    media_type: str
+    """An IANA media type, such as `image/png`."""
+    n: int = 0
+    """Which of the job's artifacts of this role, from 0."""
+    sha256: str | None = None
+    """Hexadecimal. This and the sizes are None for what a worker before release 0.2 stored."""
+    bytes: int | None = None
+    width: int | None = None
+    """In pixels, like the height."""
+    height: int | None = None
+
+
 @dataclass(frozen=True)
 class Picture:
-    """What a finished render left in the object store."""
+    """The picture of a finished job, in the object store.
+
+    To record another fact about pictures, add a field with a default: it is stored, and printed by `--json` and the
+    manifest, as it is. It must be JSON.
+    """
 
     key: str
     sha256: str
@@ -62,9 +96,20 @@ class Picture:
     height: int
     model_sha256: str
     render_seconds: float
+    """From its slot in the engine to its last pixel."""
     warnings: Sequence[str] = ()
     device_seconds: float | None = None
-    """Its own part of the device's time."""
+    """Its own share of the device's time."""
+
+
+@dataclass(frozen=True)
+class Success:
+    """What an attempt has stored."""
+
+    claim: Claim
+    picture: Picture
+    artifacts: Sequence[Artifact] = ()
+    """The artifacts beside the picture."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +183,8 @@ class JobInfo:
     """Whether it is paused by itself; its batch or its owner may be as well."""
     reused_from: str | None = None
     """The job whose picture its own is a copy of."""
+    artifacts: tuple[Artifact, ...] = ()
+    """Everything that it has stored, its picture first; empty unless it succeeded."""
 
     @property
     def eta_seconds(self) -> float | None:
@@ -204,43 +251,4 @@ def worker_info(row: WorkerRow, *, alive: bool) -> WorkerInfo:
         alive=alive,
         metrics_url=row.metrics_url,
         memory=device_memory(row.memory_used, row.memory_total, row.models),
-    )
-
-
-def job_info(row: JobRow) -> JobInfo:
-    """A job's row as plain data."""
-    picture = None
-    if row.state == JobState.SUCCEEDED and row.image_key:
-        picture = Picture(
-            key=row.image_key,
-            sha256=row.image_sha256 or "",
-            bytes=row.image_bytes or 0,
-            width=row.width or 0,
-            height=row.height or 0,
-            model_sha256=row.model_sha256 or "",
-            render_seconds=row.render_seconds or 0.0,
-            warnings=tuple(row.warnings or ()),
-            device_seconds=row.device_seconds,
-        )
-    return JobInfo(
-        id=row.id,
-        batch_id=row.batch_id,
-        index=row.position,
-        spec=RenderSpec.model_validate(row.spec),
-        state=JobState(row.state),
-        attempt=row.attempt,
-        tries=row.tries,
-        worker=row.worker,
-        steps_done=row.steps_done,
-        seconds_per_step=row.seconds_per_step,
-        error=row.error,
-        queued_at=row.queued_at,
-        started_at=row.started_at,
-        finished_at=row.finished_at,
-        picture=picture,
-        lost_leases=row.lost_leases,
-        not_before=row.not_before,
-        avoid_worker=row.avoid_worker,
-        paused=row.paused,
-        reused_from=row.reused_from,
     )

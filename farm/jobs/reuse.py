@@ -8,24 +8,24 @@ import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import sqlalchemy as sa
-from sqlalchemy.orm import Session, aliased
+from sqlalchemy.orm import Session, aliased, selectinload
 
+from farm.jobs.artifacts import artifacts_of, copy_artifacts
 from farm.jobs.conditions import JOB_PAUSED, in_state
 from farm.jobs.database import Database, now
 from farm.jobs.schema import AttemptRow, BatchRow, JobRow, LeaderRow
 from farm.jobs.states import JobState, Outcome
 from farm.jobs.transitions import UNQUEUE, Ending, Move, finalize
 from farm.jobs.workers import live_models
-from farm.specs.object_keys import image_key, trajectory_keys
+from farm.specs.object_keys import beside, image_key
 
 log = logging.getLogger(__name__)
 
 _LEADER = "dispatcher"
 """Under which name the standing dispatchers elect the one that acts."""
-_FURTHER = 1000
 
 
 @dataclass(frozen=True)
@@ -50,41 +50,48 @@ class _Twin:
     priority: int
 
 
-class Works:
-    """What one pass of the dispatcher knows of work that is done or under way; asked in its transaction, when needed.
+class Chosen(NamedTuple):
+    """Which of some jobs are to be rendered now."""
 
-    `copies` takes, by job, the jobs whose pictures are to be copied: these are not to be rendered. Without it nothing
-    is copied, and what is under way is still waited for. While no standing dispatcher leads, nobody would make the
-    copies, nor go on with who waited, and every job is rendered.
+    job_ids: list[str]
+    last: int | None
+    """The position up to which every job was decided on; the jobs after it have to be read again."""
+
+
+class Works:
+    """What one pass of the dispatcher knows of work that is done or under way; read in its transaction, when needed.
+
+    With `copy`, a job whose picture exists is not rendered: it is added to `copies`. Without, it is rendered. Jobs wait
+    for a duplicate that is under way in both cases. While no dispatcher leads, nothing would make the copies, nor
+    continue with the jobs that wait, and every job is rendered.
     """
 
-    def __init__(self, session: Session, lease_seconds: float, copies: dict[str, str] | None) -> None:
+    def __init__(self, session: Session, lease_seconds: float, *, copy: bool) -> None:
         self._session = session
         self._lease_seconds = lease_seconds
-        self._copies = copies
+        self._copy = copy
         self._passed_by: list[str] = []
-        self.further = _FURTHER
-        """How many jobs the pass may still read beyond those whose turn it is."""
+        self.copies: dict[str, str] = {}
+        """The jobs that are to get a copy of a picture, and the job that has it."""
 
-    def to_render(
-        self, rows: Sequence[sa.Row[Any]], model: str, priority: int, most: int
-    ) -> tuple[list[str], int | None]:
-        """Which of these jobs of a model are to be rendered now, and the place of the last one that was decided on."""
-        chosen: list[str] = []
-        last, decided = None, True
+    def choose(self, rows: Sequence[sa.Row[Any]], model: str, priority: int, most: int) -> Chosen:
+        """Choose which of a model's jobs are to be rendered now, at most so many."""
+        job_ids: list[str] = []
+        last: int | None = None
+        decided = True
         works = {row.work_sha256 for row in rows} - {None}
-        done = self._done(model, works) if works and self._led and self._copies is not None else {}
+        done = self._done(model, works) if works and self._copy and self._led else {}
         for row in rows:
             work = row.work_sha256
             if work in done:
-                if (source := done[work]) is not None and self._copies is not None:
-                    self._copies[row.id] = source
-            elif len(chosen) == most:
-                decided = False
+                if (source := done[work]) is not None:
+                    self.copies[row.id] = source
+            elif len(job_ids) == most:
+                decided = False  # jobs after this one may still get copies
             elif work is None or not self._led or self._goes_first(row.id, work, priority):
-                chosen.append(row.id)
+                job_ids.append(row.id)
             last = row.position if decided else last
-        return chosen, last
+        return Chosen(job_ids, last)
 
     def put_back(self) -> None:
         """Return to the backlog what was queued, and is to wait for a twin of a higher priority now."""
@@ -175,19 +182,19 @@ class Reuse:
 
     def begin_copies(self, wanted: Mapping[str, str]) -> list[Copying]:
         """Take an attempt of each of these pending jobs for a copy of the picture of the job that it is mapped to."""
-        source = aliased(JobRow)
         with self._db.write() as session:
             sources = {
                 row.id: row
-                for row in session.execute(
-                    sa.select(source.id, source.image_key, source.image_bytes)
-                    .join(BatchRow, BatchRow.id == source.batch_id)
+                for row in session.scalars(
+                    sa.select(JobRow)
+                    .join(BatchRow)
                     .where(
-                        source.id.in_(set(wanted.values())),
-                        source.state == JobState.SUCCEEDED.value,
-                        source.image_key.is_not(None),
+                        JobRow.id.in_(set(wanted.values())),
+                        in_state(JobState.SUCCEEDED),
+                        JobRow.image_key.is_not(None),
                         BatchRow.deleted_at.is_(None),
                     )
+                    .options(selectinload(JobRow.artifacts))
                 )
             }
             taken = session.execute(
@@ -201,13 +208,13 @@ class Reuse:
                     attempt=JobRow.attempt + 1,
                     started_at=now(),
                     # So that what it leaves is swept when the job has ended, unless this is how it ends.
-                    checkpoint_key=sa.func.coalesce(JobRow.checkpoint_key, ""),
+                    leftovers=True,
                 )
                 .returning(JobRow.id, JobRow.attempt, JobRow.batch_id, JobRow.position, JobRow.spec)
             ).all()
             if taken:
                 session.execute(sa.insert(AttemptRow).values([_begun(row, wanted[row.id]) for row in taken]))
-        return [_copying(row, sources[wanted[row.id]]) for row in taken]
+            return [_copying(row, sources[wanted[row.id]]) for row in taken]
 
     def record_copies(self, made: Sequence[Copying]) -> list[Copying]:
         """Record copies whose objects are there; returns those that came too late, and whose objects are nobody's.
@@ -231,7 +238,9 @@ class Reuse:
                     ending=Ending(Outcome.SUCCEEDED.value, reason=f"a copy of {one.source_id}"),
                     note=f" copy_of={one.source_id}",
                 )
-                if not recorded:
+                if recorded:
+                    session.execute(copy_artifacts(one.source_id, one.job_id, one.keys))
+                else:
                     late.append(one)
         for one in late:
             log.warning("too late job_id=%s attempt=%d", one.job_id, one.attempt)
@@ -257,11 +266,10 @@ def _begun(row: sa.Row[Any], source_id: str) -> dict[str, Any]:
     }
 
 
-def _copying(row: sa.Row[*tuple[Any, ...]], source: sa.Row[*tuple[Any, ...]]) -> Copying:
+def _copying(row: sa.Row[*tuple[Any, ...]], source: JobRow) -> Copying:
+    picture, *others = [artifact.key for artifact in artifacts_of(source)]
     key = image_key(row.batch_id, row.position, row.attempt, row.spec["prompt"])
-    keys = {source.image_key: key}
-    if row.spec.get("trajectory"):
-        keys.update(zip(trajectory_keys(source.image_key), trajectory_keys(key), strict=True))
+    keys = {picture: key, **{other: beside(key, picture, other) for other in others}}
     return Copying(row.id, row.attempt, source.id, source.image_bytes or 0, keys)
 
 
@@ -291,6 +299,6 @@ def _facts_of(source: type[JobRow], one: Copying) -> dict[str, Any]:
         "reused_from": one.source_id,
         "work_sha256": None,
         # Nothing lies beside the picture of a job that was never attempted before.
-        "checkpoint_key": None if one.attempt == 1 else JobRow.checkpoint_key,
+        "leftovers": False if one.attempt == 1 else JobRow.leftovers,
         **copied,
     }

@@ -4,7 +4,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
 from farm.jobs.states import JobState
 
@@ -148,8 +148,10 @@ class JobRow(Base):
     seconds_per_step: Mapped[float | None]
     """Measured by its worker, the latest."""
     checkpoint_key: Mapped[str | None] = mapped_column(sa.String(400))
-    """The object from which an attempt after a lost lease or a hand-back goes on; empty if there is none, but an
-    attempt has ended without a picture. While a job that has ended has one, what its attempts left is to be deleted."""
+    """The object from which the next attempt resumes. Workers before release 0.2 note leftovers here too, by an empty
+    text."""
+    leftovers: Mapped[bool] = mapped_column(default=False, server_default=sa.false())
+    """Whether attempts may have left objects beside the picture, to be deleted once the job has ended."""
     preview_until: Mapped[datetime | None]
     """Until then somebody watches it, and its worker shows how it gets on."""
     preview_vae: Mapped[bool] = mapped_column(default=False, server_default=sa.false())
@@ -161,6 +163,7 @@ class JobRow(Base):
     error: Mapped[str | None] = mapped_column(sa.Text)
     """Why it failed, or why its last try did."""
 
+    # The picture, for programs before release 0.2: they know no artifacts.
     image_key: Mapped[str | None] = mapped_column(sa.String(400))
     image_sha256: Mapped[str | None] = mapped_column(sa.String(64))
     image_bytes: Mapped[int | None]
@@ -170,11 +173,15 @@ class JobRow(Base):
     render_seconds: Mapped[float | None]
     device_seconds: Mapped[float | None]
     """Its own part of the device's time."""
+    charged_seconds: Mapped[float | None]
+    """The device seconds charged to its batch and owner for its dispatch, until the charge is corrected."""
     work_sha256: Mapped[str | None] = mapped_column(sa.String(64))
     """Of spec and model name: who has the same one is the same work. None where that may not serve."""
     reused_from: Mapped[str | None] = mapped_column(sa.String(100))
     """The job whose picture this is a copy of."""
     warnings: Mapped[list[str] | None]
+
+    artifacts: Mapped[list["ArtifactRow"]] = relationship(lazy="raise", viewonly=True)
 
     __table_args__ = (
         sa.UniqueConstraint("batch_id", "index"),
@@ -186,6 +193,12 @@ class JobRow(Base):
         sa.Index("ix_jobs_backlog", "model", "batch_id", "index", **_where("state = 'pending'")),
         sa.Index("ix_jobs_queued", "model", "queued_at", **_where("state = 'queued'")),
         sa.Index("ix_jobs_running", "lease_until", **_where("state = 'running'")),
+        # The charges that can be corrected.
+        sa.Index(
+            "ix_jobs_charged",
+            "batch_id",
+            **_where("charged_seconds IS NOT NULL AND state NOT IN ('queued', 'running')"),
+        ),
         # Who has done this work, and who is about to.
         sa.Index("ix_jobs_work_done", "work_sha256", **_where("state = 'succeeded' AND work_sha256 IS NOT NULL")),
         sa.Index(
@@ -193,7 +206,8 @@ class JobRow(Base):
             "work_sha256",
             **_where("state IN ('pending', 'queued', 'running') AND work_sha256 IS NOT NULL"),
         ),
-        # What is to be swept out of the object store.
+        # Which jobs have leftovers to be deleted from the object store; the second, of workers before release 0.2.
+        sa.Index("ix_jobs_leftovers", "finished_at", **_where("leftovers AND finished_at IS NOT NULL")),
         sa.Index(
             "ix_jobs_stale_checkpoints",
             "finished_at",
@@ -218,6 +232,25 @@ class AttemptRow(Base):
     reason: Mapped[str | None] = mapped_column(sa.Text)
     steps_done: Mapped[int]
     device_seconds: Mapped[float | None]
+
+
+class ArtifactRow(Base):
+    """One object that a finished job has stored: its picture, or one beside it. Written with the job's success."""
+
+    __tablename__ = "artifacts"
+
+    job_id: Mapped[str] = mapped_column(sa.ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    n: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    """Which of the job's artifacts of this role, from 0."""
+    role: Mapped[str] = mapped_column(sa.String(40), primary_key=True)
+    key: Mapped[str] = mapped_column(sa.String(400))
+    sha256: Mapped[str | None] = mapped_column(sa.String(64))
+    media_type: Mapped[str] = mapped_column(sa.String(100))
+    bytes: Mapped[int | None] = mapped_column(sa.BigInteger)
+    width: Mapped[int | None]
+    height: Mapped[int | None]
+    facts: Mapped[dict[str, Any]]
+    """The other fields of a `Picture`: no query filters by them."""
 
 
 class JobCountRow(Base):

@@ -213,5 +213,6 @@ _RETRY = Move(
     not_before=None,
     avoid_worker=None,
     # Its object may be about to be deleted; the rest is swept when the job has ended again.
-    checkpoint_key="",
+    checkpoint_key=None,
+    leftovers=True,
 )

@@ -88,7 +88,7 @@ def without_worker(error: Any) -> dict[str, Any]:
         "lease_until": None,
         "queued_at": None,
         "steps_done": 0,
-        "checkpoint_key": sa.func.coalesce(JobRow.checkpoint_key, ""),
+        "leftovers": True,
     }
 
 

@@ -42,6 +42,7 @@ def job_json(job: JobInfo) -> dict[str, Any]:
         "reused_from": job.reused_from,
         "spec": job.spec.model_dump(mode="json"),
         "picture": vars(job.picture) if job.picture else None,
+        "artifacts": [vars(artifact) for artifact in job.artifacts],
         "started_at": job.started_at,
         "finished_at": job.finished_at,
     }

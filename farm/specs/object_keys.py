@@ -40,6 +40,11 @@ def trajectory_keys(image_key: str) -> tuple[str, str]:
     return f"{stem}.trajectory.png", f"{stem}.trajectory.webp"
 
 
+def beside(picture_key: str, other_picture_key: str, key: str) -> str:
+    """The key beside one picture that corresponds to a `key` beside another one."""
+    return picture_key.removesuffix(".png") + key.removeprefix(other_picture_key.removesuffix(".png"))
+
+
 def manifest_key(batch_id: str) -> str:
     """`{batch}/manifest.jsonl`: one JSON line per job of a batch."""
     return f"{batch_id}/manifest.jsonl"

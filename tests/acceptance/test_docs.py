@@ -168,7 +168,7 @@ def reader(postgres_url: str, valkey: str, s3: dict[str, str], tmp_path: Path) -
 
 
 @pytest.mark.long
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_the_commands_of_operate_run(reader: Shell) -> None:
     reader.follow(OPERATE, "services")
     (job,) = _ids(reader, "status sea --json")
@@ -178,6 +178,7 @@ def test_the_commands_of_operate_run(reader: Shell) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1800)
 def test_the_commands_of_secure_run(reader: Shell) -> None:
     reader.start_farm()
     reader.follow(SECURE, "services")
@@ -186,7 +187,7 @@ def test_the_commands_of_secure_run(reader: Shell) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_the_commands_of_the_other_pages_run(reader: Shell) -> None:
     reader.start_farm()
     for page in PAGES:

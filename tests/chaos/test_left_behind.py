@@ -49,7 +49,7 @@ def test_the_checkpoint_of_a_job_whose_worker_died_after_its_success_is_swept(
 ) -> None:
     store = JobStore.over(database, settings)
     store.submissions.submit("batch", "me", 50, [RenderSpec(prompt="x")])
-    (bell,) = store.backlog.enqueue(10)
+    (bell,) = store.backlog.enqueue(10).queued
     claim = store.leases.claim(bell.job_id, "w1@host")
     assert claim is not None
     state = checkpoint_key(claim.batch_id, claim.index, claim.attempt)
@@ -73,7 +73,7 @@ def test_a_checkpoint_that_was_not_recorded_because_sql_was_away_is_swept(
 
     store = JobStore.over(database, settings)
     store.submissions.submit("batch", "me", 50, [RenderSpec(prompt="x")])
-    (bell,) = store.backlog.enqueue(10)
+    (bell,) = store.backlog.enqueue(10).queued
     claim = store.leases.claim(bell.job_id, "w1@host")
     assert claim is not None
     away = Away(database, settings)
@@ -117,7 +117,7 @@ def test_a_worker_that_lost_its_lease_leaves_the_checkpoint_that_the_next_attemp
 ) -> None:
     store = JobStore.over(database, settings.model_copy(update={"lease_seconds": 0.001}))
     store.submissions.submit("batch", "me", 50, [RenderSpec(prompt="x")])
-    (bell,) = store.backlog.enqueue(10)
+    (bell,) = store.backlog.enqueue(10).queued
     claim = store.leases.claim(bell.job_id, "w1@host")
     assert claim is not None
     zombie = Observer(Engine(Pins.of({"tiny": NullPipeline()})), storage, store.attempts, settings)

@@ -50,12 +50,12 @@ class Quiet:
             self.journal.write("cancels", name)
             self.store.steering.cancel(batch_id=batch_id)
             return
-        for bell in self.store.backlog.enqueue(100):
+        for bell in self.store.backlog.enqueue(100).queued:
             if bell.job_id.endswith("-1"):
                 self.store.attempts.hand_back(self._claim(bell.job_id))
             else:
                 self.render(self._claim(bell.job_id))
-        for bell in self.store.backlog.enqueue(100):
+        for bell in self.store.backlog.enqueue(100).queued:
             self.render(self._claim(bell.job_id))
 
     def _claim(self, job_id: str) -> Claim:
@@ -191,7 +191,7 @@ def broken_off_and_there(quiet: Quiet) -> None:
 
 def moved_unaccepted(quiet: Quiet) -> None:
     batch_id = quiet.store.submissions.submit("half", "me", 50, [RenderSpec(prompt="half")])
-    (bell,) = quiet.store.backlog.enqueue(10)
+    (bell,) = quiet.store.backlog.enqueue(10).queued
     with quiet.db.write() as session:
         session.execute(sa.update(BatchRow).where(BatchRow.id == batch_id).values(accepted_at=None))
     assert bell.job_id.startswith(batch_id)
@@ -207,7 +207,7 @@ def failed(quiet: Quiet) -> None:
     wanted = order(1, "third", SCALE)
     quiet.journal.write("asks", "third", priority=wanted.priority)
     quiet.store.submissions.submit("third", wanted.owner, wanted.priority, wanted.specs)
-    first, *rest = [quiet._claim(bell.job_id) for bell in quiet.store.backlog.enqueue(10)]
+    first, *rest = [quiet._claim(bell.job_id) for bell in quiet.store.backlog.enqueue(10).queued]
     quiet.store.attempts.fail(first, "broke", ErrorClass.BAD_INPUT)
     for claim in rest:
         quiet.render(claim)

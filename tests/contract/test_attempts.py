@@ -53,7 +53,7 @@ def submitted(store: JobStore, count: int = 1) -> str:
 
 def taken(store: JobStore, worker: str = "w1@host") -> Claim:
     """The next attempt of the job whose turn it is."""
-    (bell,) = store.backlog.enqueue(1)
+    (bell,) = store.backlog.enqueue(1).queued
     claim = store.leases.claim(bell.job_id, worker)
     assert claim is not None
     return claim
@@ -93,7 +93,7 @@ def test_each_attempt_that_ended_is_told_with_its_worker_and_its_reason(
 
 def test_a_cancelled_attempt_is_told_as_that_however_its_worker_ended_it(store: JobStore) -> None:
     batch_id = submitted(store, 3)
-    claims = [store.leases.claim(bell.job_id, "w1@host") for bell in store.backlog.enqueue(3)]
+    claims = [store.leases.claim(bell.job_id, "w1@host") for bell in store.backlog.enqueue(3).queued]
     store.steering.cancel(batch_id=batch_id)
     stopped, failed, handed_back = (claim for claim in claims if claim)
     store.attempts.stopped(stopped)
@@ -110,7 +110,7 @@ def test_an_error_waits_longer_each_time_before_the_job_is_tried_again(database:
     waits = []
     for _ in range(4):
         assert store.attempts.fail(taken(store), "S3 is away")
-        assert store.backlog.enqueue(1) == []
+        assert store.backlog.enqueue(1).queued == []
         (told,) = store.queries.attempts(job_id)[-1:]
         not_before = store.queries.job(job_id).not_before
         assert not_before is not None
@@ -127,7 +127,7 @@ def test_an_error_waits_longer_each_time_before_the_job_is_tried_again(database:
 def test_what_fails_together_does_not_come_back_together(database: Database) -> None:
     store = made(database, retry_seconds=100)
     submitted(store, 8)
-    for bell in store.backlog.enqueue(8):
+    for bell in store.backlog.enqueue(8).queued:
         claim = store.leases.claim(bell.job_id, "w1@host")
         assert claim is not None
         store.attempts.fail(claim, "S3 is away")
@@ -152,7 +152,7 @@ def test_a_job_without_memory_here_is_left_to_another_worker(store: JobStore) ->
     job_id = f"{submitted(store)}-1"
     assert store.attempts.fail(taken(store, "small@host"), "no memory", ErrorClass.OUT_OF_MEMORY)
     assert store.queries.job(job_id).avoid_worker == "small@host"
-    assert [bell.job_id for bell in store.backlog.enqueue(1)] == [job_id]
+    assert [bell.job_id for bell in store.backlog.enqueue(1).queued] == [job_id]
     assert store.leases.claim(job_id, "small@host") is None
     assert store.queries.job(job_id).state is JobState.PENDING
     assert taken(store, "large@host").attempt == 2
@@ -200,13 +200,13 @@ def test_neighbours_that_keep_losing_their_worker_come_back_one_after_another(
     store = made(database, retry_seconds=30, max_lost_leases=5)
     submitted(store, 8)
     for _ in range(2):
-        bells = store.backlog.enqueue(8)
+        bells = store.backlog.enqueue(8).queued
         assert len(bells) == 8
         for bell in bells:
             store.leases.claim(bell.job_id, "w1@host")
         lapse()
         assert store.leases.expire() == 8
-    assert store.backlog.enqueue(8) == []
+    assert store.backlog.enqueue(8).queued == []
     with database.read() as session:
         assert len(set(session.scalars(sa.select(JobRow.not_before)))) == 8
 
@@ -252,7 +252,7 @@ def test_a_job_that_was_set_aside_has_all_its_tries_and_leases_again(
 def test_only_a_failed_job_is_tried_anew(store: JobStore, state: str) -> None:
     batch_id = submitted(store)
     if state in ("queued", "running", "succeeded"):
-        (bell,) = store.backlog.enqueue(1)
+        (bell,) = store.backlog.enqueue(1).queued
         claim = store.leases.claim(bell.job_id, "w1@host") if state != "queued" else None
         if claim and state == "succeeded":
             store.attempts.succeed(claim, PICTURE)

@@ -88,23 +88,23 @@ def render(store: JobStore, batch_id: str, *indices: int, error: str | None = No
 
 def test_a_batch_is_told_of_from_its_submission_to_its_end(store: JobStore, rows: BatchRows, flower: Flower) -> None:
     batch_id = submitted(store)
-    rows.look(0.0)
+    rows.update(0.0)
     assert flower.shown(batch_id) == ("PROGRESS", "░░░░░░░░░░░░ 0/3 0%")
     row = flower.row(batch_id)
     assert (row.name, row.kwargs) == ("batch", "sea: 3 jobs of anna (model tiny)")
     assert row.received == pytest.approx(store.queries.batch(batch_id).created_at.timestamp())
     render(store, batch_id, 1)
-    rows.look(1.0)
+    rows.update(1.0)
     assert flower.shown(batch_id)[1].startswith("████░░░░░░░░ 1/3 33%")
     render(store, batch_id, 2, error="no such sampler")
-    rows.look(2.0)
+    rows.update(2.0)
     state, result = flower.shown(batch_id)
     assert state == "PROGRESS"
     assert result.startswith("████████░░░░ 2/3 66% ")
     assert "/s ETA " in result or "/min ETA" in result
     assert result.endswith("1 failed")
     render(store, batch_id, 3)
-    rows.look(3.0)
+    rows.update(3.0)
     state, result = flower.shown(batch_id)
     assert state == "FAILURE"
     assert result.startswith(f"2/3 pictures in s3://farm/{batch_id}/ after ")
@@ -115,17 +115,17 @@ def test_a_batch_is_told_of_when_it_has_changed(store: JobStore, rows: BatchRows
     moves, waits = submitted(store, 2), submitted(store, 2, "waits")
     store.steering.pause(batch_id=waits)
     render(store, moves, 1)
-    assert rows.look(0.0) == 4  # for each that it tells of for the first time, that it is no longer what it was
+    assert rows.update(0.0) == 4  # for each that it tells of for the first time, that it is no longer what it was
     assert flower.shown(waits)[1].endswith("paused")
-    assert rows.look(1.0) == 0
-    assert rows.look(AGAIN_SECONDS + 1) == 1  # the rate of what moves falls while nothing ends
+    assert rows.update(1.0) == 0
+    assert rows.update(AGAIN_SECONDS + 1) == 1  # the rate of what moves falls while nothing ends
     assert flower.told[-1][1]["uuid"] == moves
     render(store, moves, 2)
-    assert rows.look(AGAIN_SECONDS + 2) == 1
+    assert rows.update(AGAIN_SECONDS + 2) == 1
     assert flower.shown(moves)[0] == "SUCCESS"
-    assert rows.look(AGAIN_SECONDS + 3) == 0
+    assert rows.update(AGAIN_SECONDS + 3) == 0
     store.steering.resume(batch_id=waits)
-    assert rows.look(AGAIN_SECONDS + 4) == 1
+    assert rows.update(AGAIN_SECONDS + 4) == 1
 
 
 def test_the_measured_steps_tell_an_eta_before_the_first_picture(
@@ -135,52 +135,52 @@ def test_the_measured_steps_tell_an_eta_before_the_first_picture(
     store.backlog.enqueue(99)
     claims = [store.leases.claim(f"{batch_id}-{index}", "w1@host") for index in (1, 2)]
     store.leases.beat("w1@host", {(claim.job_id, claim.attempt): Pace(1, 0.5) for claim in claims if claim})
-    rows.look(0.0)
+    rows.update(0.0)
     assert flower.shown(batch_id)[1] == "░░░░░░░░░░░░ 0/4 0% 12.0/min ETA 20s"
 
 
 def test_who_tells_next_neither_loses_a_row_nor_makes_a_second_one(store: JobStore, flower: Flower) -> None:
     first = telling(store, flower)
     ends, goes_on = submitted(store, 1), submitted(store, 2, "goes on")
-    first.look(0.0)
+    first.update(0.0)
     render(store, ends, 1)  # while nobody tells
     at = store.endings.last_ended_at(ends)
     assert at is not None
     assert store.endings.note(ends, at)
     render(store, goes_on, 1)
-    telling(store, flower).look(100.0)
+    telling(store, flower).update(100.0)
     assert sorted(flower.state.tasks) == sorted([ends, goes_on])
     assert flower.shown(ends)[0] == "SUCCESS"
     assert flower.shown(goes_on)[1].startswith("██████░░░░░░ 1/2 50%")
     before = flower.shown(ends), flower.row(ends).runtime
-    telling(store, flower).look(200.0)  # told twice, it is the same
+    telling(store, flower).update(200.0)  # told twice, it is the same
     assert (flower.shown(ends), flower.row(ends).runtime) == before
 
 
 def test_a_batch_whose_failed_jobs_are_tried_anew_goes_on(store: JobStore, rows: BatchRows, flower: Flower) -> None:
     batch_id = submitted(store, 1)
     render(store, batch_id, 1, error="no such sampler")
-    rows.look(0.0)
+    rows.update(0.0)
     assert flower.shown(batch_id)[0] == "FAILURE"
     store.steering.retry(batch_id=batch_id)
-    rows.look(1.0)
+    rows.update(1.0)
     assert flower.shown(batch_id) == ("PROGRESS", "░░░░░░░░░░░░ 0/1 0%")
     render(store, batch_id, 1)
-    rows.look(2.0)
+    rows.update(2.0)
     assert flower.shown(batch_id)[0] == "SUCCESS"
 
 
 def test_what_is_cancelled_or_deleted_does_not_stay_under_way(store: JobStore, rows: BatchRows, flower: Flower) -> None:
     cancelled, deleted = submitted(store), submitted(store)
-    rows.look(0.0)
+    rows.update(0.0)
     store.steering.cancel(batch_id=cancelled)
     store.deletions.mark(deleted, cancel=True)
-    rows.look(1.0)
+    rows.update(1.0)
     state, result = flower.shown(cancelled)
     assert state == "REVOKED"
     assert re.fullmatch(r"0/3 pictures after \d+s 3 cancelled", result)
     assert flower.shown(deleted) == ("REVOKED", "deleted")
-    assert rows.look(2.0) == 0
+    assert rows.update(2.0) == 0
 
 
 def test_while_redis_is_away_nothing_is_lost_and_nothing_waits(store: JobStore, flower: Flower) -> None:
@@ -191,10 +191,10 @@ def test_while_redis_is_away_nothing_is_lost_and_nothing_waits(store: JobStore, 
         batch_id = submitted(store, 2)
         for _ in range(2):
             with pytest.raises(BrokerUnavailable):
-                rows.look(0.0)
+                rows.update(0.0)
     render(store, batch_id, 1)
     rows._stream = flower  # type: ignore[assignment]
-    rows.look(1.0)
+    rows.update(1.0)
     assert flower.shown(batch_id)[1].startswith("██████░░░░░░ 1/2 50%")
 
 
@@ -213,7 +213,7 @@ def test_a_look_at_very_many_batches_is_bounded_and_all_have_their_turn(
 
     for number in range(8):
         statements = []
-        assert rows.look(float(number)) <= 20
+        assert rows.update(float(number)) <= 20
         assert len(statements) <= 10 * 7 + 10
     assert set(flower.state.tasks) == ids
 
@@ -222,7 +222,7 @@ def test_a_batch_is_called_what_its_submitter_likes_and_breaks_nothing(
     store: JobStore, rows: BatchRows, flower: Flower
 ) -> None:
     batch_id = submitted(store, 1, "a\x1b[31m\nb" + "x" * 150)
-    rows.look(0.0)
+    rows.update(0.0)
     shown = flower.row(batch_id).kwargs
     assert shown.isprintable()
     assert len(shown) < 150
@@ -232,6 +232,6 @@ def test_one_failed_and_all_others_cancelled_is_a_failure(store: JobStore, rows:
     batch_id = submitted(store, 2)
     render(store, batch_id, 1, error="no such sampler")
     store.steering.cancel(batch_id=batch_id)
-    rows.look(0.0)
+    rows.update(0.0)
     assert flower.shown(batch_id)[0] == "FAILURE"
     assert store.queries.batch(batch_id).counts[JobState.CANCELLED] == 1

@@ -50,7 +50,7 @@ def by_sql(database: Database, model: str) -> float:
 def test_jobs_are_counted_by_state_and_model_where_a_batch_has_several_too(database: Database, store: JobStore) -> None:
     store.submissions.submit("one", "me", 50, specs(5, "tiny"))
     store.submissions.submit("both", "me", 50, specs(6, "tiny", "other"))
-    bells = store.backlog.enqueue(2)
+    bells = store.backlog.enqueue(2).queued
     claim = store.leases.claim(next(bell.job_id for bell in bells if bell.model == "other"), "w1")
     assert claim is not None
     found = demands(database, LEASE)

@@ -85,7 +85,7 @@ def test_an_end_is_not_noted_of_a_batch_that_was_tried_anew_meanwhile(store: Job
     assert at is not None
     store.steering.retry(batch_id=batch_id)
     assert not store.endings.note(batch_id, at)
-    (claim,) = [store.leases.claim(bell.job_id, "w1@host") for bell in store.backlog.enqueue(9)]
+    (claim,) = [store.leases.claim(bell.job_id, "w1@host") for bell in store.backlog.enqueue(9).queued]
     assert claim is not None
     store.attempts.succeed(claim, picture(claim))
     assert not store.endings.note(batch_id, at)  # it has ended again, later
@@ -155,7 +155,7 @@ def test_what_is_given_up_is_not_there_for_anybody_and_its_key_is_free(store: Jo
     assert (
         store.overview.waiting_by_model(),
         store.overview.unheld(),
-        store.backlog.enqueue(9),
+        store.backlog.enqueue(9).queued,
         store.endings.unnoted(),
     ) == ({}, [], [], [])
     assert submitted(store, key="monday") != batch_id

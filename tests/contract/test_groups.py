@@ -8,7 +8,7 @@ import pytest
 import sqlalchemy as sa
 
 from farm.jobs.database import Database
-from farm.jobs.records import Picture
+from farm.jobs.records import Picture, Success
 from farm.jobs.schema import JobRow
 from farm.jobs.states import JobState, Outcome
 from farm.jobs.store import JobStore
@@ -27,7 +27,7 @@ def store(database: Database) -> JobStore:
 def queued(store: JobStore, count: int) -> list[str]:
     specs = [RenderSpec(prompt=f"prompt {n}", num_inference_steps=n + 1) for n in range(count)]
     store.submissions.submit("batch", "me", 50, specs)
-    return [bell.job_id for bell in store.backlog.enqueue(count)]
+    return [bell.job_id for bell in store.backlog.enqueue(count).queued]
 
 
 def test_a_group_claims_what_is_queued_and_nothing_else(store: JobStore) -> None:
@@ -48,7 +48,7 @@ def test_a_group_puts_back_what_was_paused_on_its_way(store: JobStore, database:
 
 def test_a_group_ends_each_job_with_its_own_picture(store: JobStore) -> None:
     claims = store.leases.claim_many(queued(store, 3), "w1@host")
-    ended = [(claim, replace(PICTURE, key=f"b/{job_id}.png")) for job_id, claim in claims.items()]
+    ended = [Success(claim, replace(PICTURE, key=f"b/{job_id}.png")) for job_id, claim in claims.items()]
     assert store.attempts.succeed_many(ended) == set(claims)
     for job_id, claim in claims.items():
         job, (attempt,) = store.queries.job(job_id), store.queries.attempts(job_id)
@@ -62,13 +62,13 @@ def test_one_zombie_in_a_group_changes_nothing_and_holds_up_nobody(store: JobSto
     claims = store.leases.claim_many(queued(store, 3), "w1@host")
     zombie, *others = claims.values()
     store.attempts.hand_back(zombie)
-    store.leases.claim(store.backlog.enqueue(1)[0].job_id, "w2@host")
-    recorded = store.attempts.succeed_many([(claim, PICTURE) for claim in claims.values()])
+    store.leases.claim(store.backlog.enqueue(1).queued[0].job_id, "w2@host")
+    recorded = store.attempts.succeed_many([Success(claim, PICTURE) for claim in claims.values()])
     assert recorded == {claim.job_id for claim in others}
     job = store.queries.job(zombie.job_id)
     assert (job.state, job.worker, job.attempt, job.picture) == (JobState.RUNNING, "w2@host", 2, None)
     # Again, since the answer was lost: recorded they are, and once.
-    assert store.attempts.succeed_many([(claim, PICTURE) for claim in claims.values()]) == recorded
+    assert store.attempts.succeed_many([Success(claim, PICTURE) for claim in claims.values()]) == recorded
     assert [len(store.queries.attempts(claim.job_id)) for claim in others] == [1, 1]
 
 
@@ -77,7 +77,7 @@ def test_a_group_waits_for_a_job_that_somebody_else_changes_now(store: JobStore,
     with ThreadPoolExecutor(1) as thread:
         with database.write() as session:
             session.execute(sa.update(JobRow).where(JobRow.id == second.job_id).values(cancel_requested=True))
-            ending = thread.submit(store.attempts.succeed_many, [(first, PICTURE), (second, PICTURE)])
+            ending = thread.submit(store.attempts.succeed_many, [Success(first, PICTURE), Success(second, PICTURE)])
             if database.engine.dialect.name == "postgresql":  # SQLite has one writer at a time
                 while store.queries.job(first.job_id).state is not JobState.SUCCEEDED:  # not held up by the other
                     threading.Event().wait(0.01)
@@ -87,7 +87,7 @@ def test_a_group_waits_for_a_job_that_somebody_else_changes_now(store: JobStore,
 
 def test_of_two_messages_for_one_job_one_claims_it(database: Database, store: JobStore) -> None:
     ignored = {"progress": dict, "cancel": id, "hand_back": max, "previews": id}
-    leases = Leases(store, "w1@host", Settings(database_url="", broker_url="", s3_bucket=""), **ignored)
+    leases = Leases(store.leases, "w1@host", Settings(database_url="", broker_url="", s3_bucket=""), **ignored)
     (job_id,) = queued(store, 1)
     claims = leases._claim_all([job_id, job_id])
     assert [claim is not None for claim in claims] == [True, False]

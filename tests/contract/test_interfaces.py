@@ -136,7 +136,7 @@ def test_a_jobs_end_is_logged_in_the_words_that_programs_parse(
     with closing(Database(sqlite_url)) as db:
         store = JobStore.over(db, settings)
         batch_id = store.submissions.submit("batch", "me", 50, [RenderSpec(prompt=str(n), seed=n) for n in range(4)])
-        claims = [store.leases.claim(bell.job_id, "w1@host") for bell in store.backlog.enqueue(4)]
+        claims = [store.leases.claim(bell.job_id, "w1@host") for bell in store.backlog.enqueue(4).queued]
         done, failed, back, stopped = (claim for claim in claims if claim is not None)
         assert store.attempts.succeed(done, Picture("b/1.png", "aa", 1, 64, 64, "ee", 1.0))
         assert store.attempts.fail(failed, "broken")

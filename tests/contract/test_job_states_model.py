@@ -165,7 +165,7 @@ class Farm(RuleBasedStateMachine):
     @rule(window=st.integers(1, 6))
     def fill(self, window: int) -> None:
         lying = sum(job.state is JobState.QUEUED for job in self.jobs.values())
-        bells = self.store.backlog.enqueue(window)
+        bells = self.store.backlog.enqueue(window).queued
         assert len(bells) <= max(0, window - lying)
         for bell in bells:
             job = self.jobs[bell.job_id]
@@ -309,7 +309,7 @@ class Farm(RuleBasedStateMachine):
             self.lose_a_worker(worker)
         self.lose_messages()
         for turn in range(2 * len(self.jobs) + 1):
-            for bell in self.store.backlog.enqueue(6):
+            for bell in self.store.backlog.enqueue(6).queued:
                 for worker in WORKERS[:: -1 if turn % 2 else 1]:  # who avoids it puts it back, and it is not there then
                     if claim := self.store.leases.claim(bell.job_id, worker):
                         assert self.store.attempts.succeed(claim, PICTURE)

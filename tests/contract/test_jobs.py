@@ -8,7 +8,7 @@ import sqlalchemy as sa
 
 from farm.errors import ErrorClass, NotFound
 from farm.jobs.database import Database, now_plus
-from farm.jobs.records import Claim, Pace, Picture, WorkerInfo
+from farm.jobs.records import Claim, Pace, Picture, Success, WorkerInfo
 from farm.jobs.schema import JobRow
 from farm.jobs.served_models import ServedModel
 from farm.jobs.states import JobState
@@ -47,7 +47,7 @@ def some(count: int, **fields: object) -> Iterator[RenderSpec]:
 
 def claimed(store: JobStore, count: int = 1, worker: str = "w1@host") -> list[Claim]:
     store.submissions.submit("batch", "me", 50, some(count))
-    claims = [store.leases.claim(bell.job_id, worker) for bell in store.backlog.enqueue(100)]
+    claims = [store.leases.claim(bell.job_id, worker) for bell in store.backlog.enqueue(100).queued]
     return [claim for claim in claims if claim is not None]
 
 
@@ -75,30 +75,30 @@ def test_a_submission_that_breaks_midway_leaves_nothing(store: JobStore) -> None
     with pytest.raises(ValueError, match="the source broke"):
         store.submissions.submit("half", "me", 50, broken())
     assert store.queries.batches() == []
-    assert store.backlog.enqueue(10) == []
+    assert store.backlog.enqueue(10).queued == []
 
 
 def test_the_window_bounds_what_is_queued_of_each_model(store: JobStore) -> None:
     store.submissions.submit("a", "me", 50, some(30))
     store.submissions.submit("b", "me", 50, some(30, model="other"))
-    bells = store.backlog.enqueue(10)
+    bells = store.backlog.enqueue(10).queued
     assert [bell.model for bell in bells].count("tiny") == 10
     assert [bell.model for bell in bells].count("other") == 10
-    assert store.backlog.enqueue(10) == []
+    assert store.backlog.enqueue(10).queued == []
     assert store.overview.waiting_by_model() == {"tiny": 30, "other": 30}
     store.leases.claim(bells[0].job_id, "w1@host")
-    assert len(store.backlog.enqueue(10)) == 1
+    assert len(store.backlog.enqueue(10).queued) == 1
 
 
 def test_a_higher_priority_is_served_first(store: JobStore) -> None:
     store.submissions.submit("low", "me", 10, some(5))
     high = store.submissions.submit("high", "me", 90, some(2))
-    assert [bell.job_id for bell in store.backlog.enqueue(3)][:2] == [f"{high}-1", f"{high}-2"]
+    assert [bell.job_id for bell in store.backlog.enqueue(3).queued][:2] == [f"{high}-1", f"{high}-2"]
 
 
 def test_a_doorbell_says_batch_place_prompt_and_model(store: JobStore) -> None:
     store.submissions.submit("sea", "me", 50, [RenderSpec(prompt="a\nlong  prompt " + "x" * 100)])
-    (bell,) = store.backlog.enqueue(1)
+    (bell,) = store.backlog.enqueue(1).queued
     assert bell.shown.startswith("sea 1/1: a long prompt xxx")
     assert bell.shown.endswith("x… (model tiny)")
     assert len(bell.shown) < 140
@@ -133,7 +133,7 @@ def test_only_the_current_attempt_writes(store: JobStore, lapse: Callable[[], No
     (zombie,) = claimed(store)
     lapse()
     assert store.leases.expire() == 1
-    (bell,) = store.backlog.enqueue(1)
+    (bell,) = store.backlog.enqueue(1).queued
     claim = store.leases.claim(bell.job_id, "w2@host")
     assert claim is not None
     assert claim.attempt == 2
@@ -198,7 +198,7 @@ def test_a_job_that_keeps_losing_its_worker_is_set_aside(store: JobStore, lapse:
     for _ in range(3):
         lapse()
         store.leases.expire()
-        for bell in store.backlog.enqueue(1):
+        for bell in store.backlog.enqueue(1).queued:
             store.leases.claim(bell.job_id, "w1@host")
     job = store.queries.job(claim.job_id)
     assert job.state is JobState.FAILED
@@ -209,7 +209,7 @@ def test_an_error_is_tried_again_until_the_tries_are_used_up(store: JobStore) ->
     (claim,) = claimed(store)
     assert store.attempts.fail(claim, "S3 hiccup", ErrorClass.TRANSIENT)
     assert state(store, claim) is JobState.PENDING
-    (bell,) = store.backlog.enqueue(1)
+    (bell,) = store.backlog.enqueue(1).queued
     again = store.leases.claim(bell.job_id, "w1@host")
     assert again is not None
     assert store.attempts.fail(again, "S3 hiccup again", ErrorClass.TRANSIENT)
@@ -225,16 +225,16 @@ def test_an_error_that_no_other_try_can_help_fails_at_once(store: JobStore) -> N
 
 def test_a_job_handed_back_costs_nothing_and_goes_to_the_front_of_its_batch(store: JobStore) -> None:
     store.submissions.submit("batch", "me", 50, some(9))
-    first, *_ = [store.leases.claim(bell.job_id, "w1@host") for bell in store.backlog.enqueue(5)]
+    first, *_ = [store.leases.claim(bell.job_id, "w1@host") for bell in store.backlog.enqueue(5).queued]
     assert first is not None
     assert store.attempts.hand_back(first)
     assert store.queries.job(first.job_id).tries == 0
-    assert store.backlog.enqueue(1)[0].job_id == first.job_id
+    assert store.backlog.enqueue(1).queued[0].job_id == first.job_id
 
 
 def test_a_cancel_ends_what_waits_and_marks_what_runs(store: JobStore) -> None:
     batch = store.submissions.submit("batch", "me", 50, some(3))
-    bells = store.backlog.enqueue(2)
+    bells = store.backlog.enqueue(2).queued
     claim = store.leases.claim(bells[0].job_id, "w1@host")
     assert claim is not None
     assert store.steering.cancel(batch_id=batch) == 3
@@ -264,7 +264,7 @@ def test_a_cancelled_render_never_goes_back_to_the_backlog(
 
 def again(store: JobStore, claim: Claim) -> Claim:
     """The next attempt of a job that went back to the backlog."""
-    (bell,) = store.backlog.enqueue(100)
+    (bell,) = store.backlog.enqueue(100).queued
     assert bell.job_id == claim.job_id
     following = store.leases.claim(bell.job_id, "w2@host")
     assert following is not None
@@ -312,7 +312,7 @@ def test_a_success_that_is_recorded_again_since_its_answer_was_lost_is_one_still
     mine, other = replace(PICTURE, key="b/1.png"), replace(PICTURE, key="b/2.png")
     assert store.attempts.succeed(first, mine)
     assert store.attempts.succeed(first, mine)
-    assert store.attempts.succeed_many([(first, mine), (second, other)]) == {first.job_id, second.job_id}
+    assert store.attempts.succeed_many([Success(first, mine), Success(second, other)]) == {first.job_id, second.job_id}
     assert not store.attempts.succeed(first, other)
     assert store.queries.job(first.job_id).picture.key == "b/1.png"
     assert [len(store.queries.attempts(claim.job_id)) for claim in (first, second)] == [1, 1]
@@ -366,7 +366,7 @@ def test_a_job_that_ends_otherwise_is_swept_once(store: JobStore, lapse: Callabl
         for _ in range(3):
             lapse()
             store.leases.expire()
-            for bell in store.backlog.enqueue(1):
+            for bell in store.backlog.enqueue(1).queued:
                 store.leases.claim(bell.job_id, "w1@host")
     assert state(store, claim).terminal
     ((job_id, keys),) = store.leftovers.find()
@@ -412,7 +412,7 @@ def test_a_beat_says_which_jobs_are_watched_and_how_until_the_wish_lapses(store:
 def test_a_wish_to_watch_waits_for_a_job_and_is_refused_by_one_that_ended(store: JobStore) -> None:
     batch = store.submissions.submit("batch", "me", 50, some(1))
     assert store.steering.request_preview(f"{batch}-1", vae=True)
-    claim = store.leases.claim(store.backlog.enqueue(1)[0].job_id, "w1@host")
+    claim = store.leases.claim(store.backlog.enqueue(1).queued[0].job_id, "w1@host")
     assert claim is not None
     assert store.leases.beat("w1@host", {(claim.job_id, 1): Pace(0, None)}).previews == {claim.job_id: True}
     store.attempts.succeed(claim, PICTURE)
@@ -422,16 +422,18 @@ def test_a_wish_to_watch_waits_for_a_job_and_is_refused_by_one_that_ended(store:
 
 def test_queued_jobs_go_back_to_the_backlog_when_their_messages_are_gone(store: JobStore) -> None:
     store.submissions.submit("batch", "me", 50, some(3))
-    ids = [bell.job_id for bell in store.backlog.enqueue(3)]
+    ids = [bell.job_id for bell in store.backlog.enqueue(3).queued]
     assert sorted(store.backlog.queued("tiny")) == sorted(ids)
     assert store.backlog.unqueue(ids[1:]) == 2
     assert store.backlog.unqueue(ids[1:]) == 0
-    assert [bell.job_id for bell in store.backlog.enqueue(3)] == ids[1:]
+    assert [bell.job_id for bell in store.backlog.enqueue(3).queued] == ids[1:]
 
 
 def test_a_worker_that_starts_again_gives_back_what_it_had_left(store: JobStore) -> None:
     mine, other = claimed(store, 2)
-    with_other = store.attempts.hand_back(other) and store.leases.claim(store.backlog.enqueue(1)[0].job_id, "w2@host")
+    with_other = store.attempts.hand_back(other) and store.leases.claim(
+        store.backlog.enqueue(1).queued[0].job_id, "w2@host"
+    )
     assert with_other
     assert store.leases.reclaim("w1@host") == 1
     assert state(store, mine) is JobState.PENDING

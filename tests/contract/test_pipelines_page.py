@@ -4,9 +4,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
-from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
 
 from benchmarks.parity import Parity, References
 from farm.errors import BadRequest
@@ -35,7 +35,7 @@ def checkpoint(tmp_path: Path) -> Path:
     """A narrow PixArt-Sigma with random weights, which draws 64x64 pictures."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        transformer = PixArtTransformer2DModel(
+        transformer = diffusers.PixArtTransformer2DModel(
             sample_size=8,
             patch_size=2,
             in_channels=4,
@@ -47,15 +47,15 @@ def checkpoint(tmp_path: Path) -> Path:
             caption_channels=32,
             use_additional_conditions=False,
         )
-        vae = AutoencoderKL(
+        vae = diffusers.AutoencoderKL(
             block_out_channels=(8, 8, 16, 16),
             down_block_types=("DownEncoderBlock2D",) * 4,
             up_block_types=("UpDecoderBlock2D",) * 4,
             norm_num_groups=8,
             scaling_factor=0.13025,
         )
-        scheduler = DPMSolverMultistepScheduler(beta_schedule="linear", beta_start=0.0001, beta_end=0.02)
-        pipe = PixArtSigmaPipeline(t5_tokenizer(), t5_encoder(32), vae, transformer, scheduler)
+        scheduler = diffusers.DPMSolverMultistepScheduler(beta_schedule="linear", beta_start=0.0001, beta_end=0.02)
+        pipe = diffusers.PixArtSigmaPipeline(t5_tokenizer(), t5_encoder(32), vae, transformer, scheduler)
     pipe.save_pretrained(tmp_path / "checkpoint")
     return tmp_path / "checkpoint"
 

@@ -9,7 +9,7 @@ import pytest
 import sqlalchemy as sa
 
 from farm.errors import ErrorClass
-from farm.jobs import backlog, reuse
+from farm.jobs import backlog, backlog_pass, reuse
 from farm.jobs.database import Database
 from farm.jobs.leadership import Leadership
 from farm.jobs.records import Claim, Picture, WorkerInfo
@@ -19,7 +19,6 @@ from farm.jobs.served_models import ServedModel
 from farm.jobs.states import JobState, Outcome
 from farm.jobs.store import JobStore
 from farm.settings import Settings
-from farm.specs.object_keys import trajectory_keys
 from farm.specs.spec import RenderSpec
 from tests.query_plan import plan
 
@@ -44,8 +43,8 @@ def submit(store: JobStore, *specs: RenderSpec, priority: int = 50, **options: b
 
 def passed(store: JobStore, most: int = 100) -> tuple[list[str], dict[str, str]]:
     """Which jobs a pass sends to be rendered, and which it wants copied."""
-    copies: dict[str, str] = {}
-    return [bell.job_id for bell in store.backlog.enqueue(most, copies=copies)], copies
+    found = store.backlog.enqueue(most, copy=True)
+    return [bell.job_id for bell in found.queued], dict(found.copies)
 
 
 def claimed(store: JobStore, job_id: str) -> Claim:
@@ -192,7 +191,7 @@ def test_without_a_dispatcher_that_leads_nobody_waits(store: JobStore, database:
 def test_who_can_not_copy_renders_and_still_waits_for_twins(store: JobStore) -> None:
     done(store)
     batch_id = submit(store, SPEC, SPEC)
-    assert [bell.job_id for bell in store.backlog.enqueue(10)] == [f"{batch_id}-1"]
+    assert [bell.job_id for bell in store.backlog.enqueue(10).queued] == [f"{batch_id}-1"]
 
 
 def test_a_more_urgent_twin_takes_the_place_of_one_that_lies_in_redis(store: JobStore) -> None:
@@ -254,7 +253,7 @@ def test_a_copy_that_breaks_off_leaves_the_job_as_it_was(store: JobStore) -> Non
     job_id = f"{submit(store)}-1"
     store.reuse.begin_copies({job_id: source})
     assert passed(store) == ([], {job_id: source})
-    assert [bell.job_id for bell in store.backlog.enqueue(10)] == [job_id]
+    assert [bell.job_id for bell in store.backlog.enqueue(10).queued] == [job_id]
     claim = claimed(store, job_id)
     assert claim.attempt == 2
     assert claim.checkpoint_key is None
@@ -262,20 +261,10 @@ def test_a_copy_that_breaks_off_leaves_the_job_as_it_was(store: JobStore) -> Non
     assert [one.outcome for one in store.queries.attempts(job_id)] == [Outcome.HANDED_BACK, Outcome.SUCCEEDED]
 
 
-def test_a_copy_of_a_render_with_its_trajectory_has_that_too(store: JobStore) -> None:
-    spec = SPEC.model_copy(update={"trajectory": True})
-    source = done(store, spec)
-    job_id = f"{submit(store, spec)}-1"
-    (copying,) = store.reuse.begin_copies({job_id: source})
-    keys = list(copying.keys.values())
-    assert list(copying.keys)[1:] == list(trajectory_keys(f"{source}.png"))
-    assert keys[1:] == list(trajectory_keys(keys[0]))
-
-
 def test_what_waits_for_a_twin_does_not_hold_up_who_comes_behind_it(
     store: JobStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reuse, "_FURTHER", 30)
+    monkeypatch.setattr(backlog_pass, "AHEAD", 30)
     new = [RenderSpec(prompt=f"new {n}", seed=n) for n in range(8)]
     batch_id = submit(store, *[SPEC] * 100, *new[:4], *[SPEC] * 30, *new[4:])
     served: list[str] = []
@@ -309,7 +298,7 @@ def statements(database: Database) -> Iterator[list[str]]:
 def test_a_pass_asks_as_often_however_many_jobs_it_moves_and_never_for_drawn_seeds(
     store: JobStore, statements: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backlog, "_SETTLE_SECONDS", 0.0)  # else one pass asks more than another, by the clock
+    monkeypatch.setattr(backlog, "_CORRECT_SECONDS", 0.0)  # else one pass asks more than another, by the clock
     asked = []
     for count, seed in ((2, {}), (2, {"seed": 5}), (200, {"seed": 5})):
         submit(store, *(RenderSpec(prompt=f"{count} {n} {seed}", **seed) for n in range(count)))

@@ -13,9 +13,10 @@ from alembic.script import ScriptDirectory
 
 from farm import __version__
 from farm.errors import DatabaseUnavailable, NotConfigured, SchemaMismatch
+from farm.jobs.charges import CORRECTABLE
 from farm.jobs.conditions import VISIBLE, in_state
 from farm.jobs.database import Database, _alembic, now, now_plus
-from farm.jobs.leftovers import STALE
+from farm.jobs.leftovers import STALE, STALE_OF_OLD_WORKERS
 from farm.jobs.records import Pace
 from farm.jobs.schema import Base, BatchRow, JobCountRow, JobRow, ReleaseRow
 from farm.jobs.states import JobState
@@ -57,7 +58,7 @@ def test_jobs_of_an_older_schema_are_rendered_by_this_one(database: Database, re
     database.migrate()
     database.check_schema()
     assert counted(database) == {"old": {"failed": 1, "pending": 2}}
-    assert [bell.job_id for bell in store.backlog.enqueue(1)] == ["old-2"]
+    assert [bell.job_id for bell in store.backlog.enqueue(1).queued] == ["old-2"]
     claim = store.leases.claim("old-2", "w1@host")
     assert claim is not None
     assert (claim.spec, claim.checkpoint_key) == (RenderSpec(prompt="b", seed=1), None)
@@ -99,7 +100,9 @@ def test_the_jobs_in_each_state_are_counted_whatever_moves_them(database: Databa
     first = store.submissions.submit("first", "me", 50, [RenderSpec(prompt=str(n)) for n in range(1500)])
     second = store.submissions.submit("second", "me", 40, [RenderSpec(prompt=str(n)) for n in range(3)])
     with ThreadPoolExecutor(4) as pool:  # on PostgreSQL by connections of their own, and so in shards of their own
-        claims = list(pool.map(lambda bell: store.leases.claim(bell.job_id, "w1@host"), store.backlog.enqueue(20)))
+        claims = list(
+            pool.map(lambda bell: store.leases.claim(bell.job_id, "w1@host"), store.backlog.enqueue(20).queued)
+        )
     assert None not in claims
     store.steering.cancel(job_id=f"{first}-30")
     assert counted(database) == {
@@ -272,8 +275,13 @@ def test_a_database_without_a_schema_or_of_another_version_is_refused(database: 
             "ix_batches_deleted_at",
             sa.select(BatchRow.id).where(BatchRow.deleted_at.is_not(None)).order_by(BatchRow.deleted_at).limit(10),
         ),
+        ("ix_jobs_charged", sa.select(JobRow.id).where(CORRECTABLE).limit(10)),
         (
             "ix_jobs_stale_checkpoints",
+            sa.select(JobRow.id).where(*STALE_OF_OLD_WORKERS).order_by(JobRow.finished_at).limit(10),
+        ),
+        (
+            "ix_jobs_leftovers",
             sa.select(JobRow.id).where(*STALE).order_by(JobRow.finished_at).limit(10),
         ),
     ],

@@ -37,7 +37,7 @@ def spec(width: int | None, height: int | None, guidance_scale: float = 5.0, **f
 
 
 def queued(store: JobStore) -> list[str]:
-    return [bell.job_id.rpartition("-")[2] for bell in store.backlog.enqueue(10)]
+    return [bell.job_id.rpartition("-")[2] for bell in store.backlog.enqueue(10).queued]
 
 
 def test_a_job_that_no_worker_has_the_memory_for_waits_and_smaller_ones_pass_it(store: JobStore) -> None:

@@ -42,25 +42,25 @@ def test_what_is_paused_waits_in_the_backlog_until_it_goes_on(store: JobStore, k
     batch_id = submitted(store, 1)
     other = submitted(store, 1, owner="somebody else")
     assert store.steering.pause(**which(kind, batch_id)) == 1
-    assert [bell.job_id for bell in store.backlog.enqueue(9)] == [f"{other}-1"]
+    assert [bell.job_id for bell in store.backlog.enqueue(9).queued] == [f"{other}-1"]
     assert store.steering.resume(**which(kind, batch_id)) == 1
-    assert [bell.job_id for bell in store.backlog.enqueue(9)] == [f"{batch_id}-1"]
+    assert [bell.job_id for bell in store.backlog.enqueue(9).queued] == [f"{batch_id}-1"]
 
 
 @KINDS
 def test_what_lies_in_redis_comes_back_and_its_message_rings_in_vain(store: JobStore, kind: str) -> None:
     batch_id = submitted(store, 1)
-    (bell,) = store.backlog.enqueue(9)
+    (bell,) = store.backlog.enqueue(9).queued
     assert store.steering.pause(**which(kind, batch_id)) == 1
     assert store.queries.job(bell.job_id).state is JobState.PENDING
     assert store.leases.claim(bell.job_id, "w1@host") is None
-    assert store.backlog.enqueue(9) == []
+    assert store.backlog.enqueue(9).queued == []
 
 
 @KINDS
 def test_a_worker_learns_with_its_beat_what_to_hand_back_and_it_goes_on_later(store: JobStore, kind: str) -> None:
     batch_id = submitted(store, 1)
-    (bell,) = store.backlog.enqueue(9)
+    (bell,) = store.backlog.enqueue(9).queued
     held = claim(store, bell.job_id)
     assert store.leases.beat("w1@host", {(held.job_id, 1): Pace(3, 0.1)}).paused == frozenset()
     store.steering.pause(**which(kind, batch_id))
@@ -68,9 +68,9 @@ def test_a_worker_learns_with_its_beat_what_to_hand_back_and_it_goes_on_later(st
     assert (beat.paused, beat.cancelled, beat.lost) == ({held.job_id}, frozenset(), frozenset())
     store.attempts.record_checkpoint(held, "state")
     assert store.attempts.hand_back(held, "paused")
-    assert store.backlog.enqueue(9) == []
+    assert store.backlog.enqueue(9).queued == []
     store.steering.resume(**which(kind, batch_id))
-    (bell,) = store.backlog.enqueue(9)
+    (bell,) = store.backlog.enqueue(9).queued
     again = claim(store, bell.job_id)
     assert (again.attempt, again.tries, again.checkpoint_key) == (2, 0, "state")
     assert [(one.outcome, one.reason) for one in store.queries.attempts(held.job_id)] == [("handed_back", "paused")]
@@ -81,7 +81,7 @@ def test_a_job_that_is_paused_between_its_dispatch_and_its_claim_is_put_back(
     store: JobStore, database: Database, kind: str
 ) -> None:
     batch_id = submitted(store, 1)
-    (bell,) = store.backlog.enqueue(9)
+    (bell,) = store.backlog.enqueue(9).queued
     store.steering.pause(**which(kind, batch_id))
     # As if a pass of a dispatcher that began before the pause had ended after it.
     with database.write() as session:
@@ -89,7 +89,7 @@ def test_a_job_that_is_paused_between_its_dispatch_and_its_claim_is_put_back(
     assert store.leases.claim(bell.job_id, "w1@host") is None
     assert store.queries.job(bell.job_id).state is JobState.PENDING
     store.steering.resume(**which(kind, batch_id))
-    assert len(store.backlog.enqueue(9)) == 1
+    assert len(store.backlog.enqueue(9).queued) == 1
 
 
 def test_each_pause_ends_by_itself(store: JobStore) -> None:
@@ -99,19 +99,19 @@ def test_each_pause_ends_by_itself(store: JobStore) -> None:
     store.steering.pause(job_id=f"{batch_id}-1")
     assert store.queries.job(f"{batch_id}-1").paused
     store.steering.resume(owner="me")
-    assert store.backlog.enqueue(9) == []
+    assert store.backlog.enqueue(9).queued == []
     store.steering.resume(batch_id=batch_id)
-    assert [bell.job_id for bell in store.backlog.enqueue(9)] == [f"{batch_id}-2"]
+    assert [bell.job_id for bell in store.backlog.enqueue(9).queued] == [f"{batch_id}-2"]
     store.steering.resume(job_id=f"{batch_id}-1")
-    assert [bell.job_id for bell in store.backlog.enqueue(9)] == [f"{batch_id}-1"]
+    assert [bell.job_id for bell in store.backlog.enqueue(9).queued] == [f"{batch_id}-1"]
 
 
 def test_what_a_paused_owner_hands_in_later_waits_too(store: JobStore) -> None:
     assert store.steering.pause(owner="me") == 0
     submitted(store)
-    assert store.backlog.enqueue(9) == []
+    assert store.backlog.enqueue(9).queued == []
     store.steering.resume(owner="me")
-    assert len(store.backlog.enqueue(9)) == 1
+    assert len(store.backlog.enqueue(9).queued) == 1
 
 
 @KINDS
@@ -121,7 +121,7 @@ def test_what_is_paused_can_be_cancelled(store: JobStore, kind: str) -> None:
     assert store.steering.cancel(**which(kind, batch_id)) == 1
     assert store.queries.job(f"{batch_id}-1").state is JobState.CANCELLED
     assert store.steering.resume(**which(kind, batch_id)) == 0
-    assert store.backlog.enqueue(9) == []
+    assert store.backlog.enqueue(9).queued == []
 
 
 def test_an_owner_is_cancelled_whole_and_nobody_else(store: JobStore) -> None:
@@ -137,7 +137,7 @@ def test_of_many_jobs_some_are_changed_at_a_time_and_workers_renew_between(
     ended = submitted(store, 3)
     store.steering.cancel(batch_id=ended)
     batch_id = submitted(store, 5)
-    first, second, third = [bell.job_id for bell in store.backlog.enqueue(3)]
+    first, second, third = [bell.job_id for bell in store.backlog.enqueue(3).queued]
     held, failed = claim(store, second), claim(store, third)
     assert store.attempts.fail(failed, "no", ErrorClass.BAD_INPUT)
     monkeypatch.setattr(steering, "_PIECE", 2)

@@ -57,7 +57,7 @@ def test_nobody_sees_a_submission_before_its_end(store: JobStore, database: Data
                 assert store.queries.batches() == []
                 assert store.overview.waiting_by_model() == {}
         assert rows(database)[1] > 0
-        assert store.backlog.enqueue(10) == []
+        assert store.backlog.enqueue(10).queued == []
 
     status = store.queries.batch(store.submissions.submit("batch", "me", 50, looking()))
     assert status.counts[JobState.PENDING] == status.total == 5000
@@ -210,7 +210,7 @@ def test_work_is_known_by_its_hash_where_a_seed_was_chosen_and_it_may_be_reused(
 
 def test_workers_go_on_writing_while_a_large_batch_comes_in(store: JobStore) -> None:
     batch_id = store.submissions.submit("small", "me", 50, some(200))
-    bells = store.backlog.enqueue(200)
+    bells = store.backlog.enqueue(200).queued
     writer = threading.Thread(target=lambda: store.submissions.submit("large", "me", 50, some(60_000)))
     writer.start()
     claimed = 0
@@ -252,7 +252,7 @@ def test_memory_does_not_grow_with_the_submission(database_url: str) -> None:
 
 def test_a_status_reads_no_jobs_and_lists_go_by_cursor(store: JobStore, database: Database) -> None:
     batch_id = store.submissions.submit("batch", "me", 50, some(5000))
-    claims = [store.leases.claim(bell.job_id, "w1@host") for bell in store.backlog.enqueue(30)]
+    claims = [store.leases.claim(bell.job_id, "w1@host") for bell in store.backlog.enqueue(30).queued]
     for claim in claims[:20]:
         assert claim is not None
         store.attempts.fail(claim, "bad spec", ErrorClass.BAD_INPUT)

@@ -15,6 +15,7 @@ import pytest
 from farm.client.farm import Farm
 from farm.jobs.database import Database
 from farm.settings import Settings
+from tests.servers import needs_torch
 
 
 def environment(settings: Settings, **more: object) -> dict[str, str]:
@@ -94,6 +95,7 @@ class Crew:
 
     def start_worker(self, name: str, models: str, *, memory: str = "unlimited", **env: object) -> Process:
         """Start a worker, and wait for nothing."""
+        needs_torch()
         return self._start(name, ["workers", "--name", name], {"FARM_MODELS": models, **env}, memory)
 
     def _start(self, name: str, module: list[str], env: dict[str, object], memory: str = "unlimited") -> Process:

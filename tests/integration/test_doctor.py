@@ -16,6 +16,7 @@ import sqlalchemy as sa
 from farm import __version__
 from farm.cli.doctor import check, exit_code, line
 from farm.client.farm import Farm
+from farm.jobs.backlog import Backlog
 from farm.jobs.checks import TAKEOVER_SECONDS, check_dispatcher
 from farm.jobs.database import Database, now_plus
 from farm.jobs.leadership import DISPATCHER, Leadership
@@ -24,6 +25,7 @@ from farm.jobs.schema import BatchRow, JobRow, LeaderRow, WorkerRow
 from farm.jobs.served_models import MemoryLimit, ServedModel
 from farm.jobs.states import JobState
 from farm.jobs.store import JobStore
+from farm.jobs.workers import Workers
 from farm.objects.storage import Storage
 from farm.runtime.finding import Finding
 from farm.settings import Settings
@@ -102,8 +104,8 @@ def lead(database: Database) -> None:
 
 def fill_the_window(farm: Farm, database: Database) -> None:
     farm.submit(["a red circle"] * 200)
-    assert JobStore.over(database, farm.settings).slots() == {"tiny": 8}
-    assert len(JobStore.over(database, farm.settings).queued("tiny")) == 16
+    assert Workers(database, farm.settings).slots() == {"tiny": 8}
+    assert len(Backlog(database, farm.settings).queued("tiny")) == 16
 
 
 def pause_a_batch_an_owner_and_a_job(farm: Farm, database: Database) -> None:
@@ -128,12 +130,12 @@ def let_a_job_wait_for_its_next_try(farm: Farm, database: Database) -> None:
 
 def submit_twins(farm: Farm, database: Database) -> None:
     farm.submit(["a red circle"] * 5, seed=3)
-    assert len(JobStore.over(database, farm.settings).queued("tiny")) == 1
+    assert len(Backlog(database, farm.settings).queued("tiny")) == 1
 
 
 def submit_what_is_too_large(farm: Farm, database: Database) -> None:
     model = ServedModel("tiny", limit=MemoryLimit(128 * 128, 1, UNGUIDED))
-    JobStore.over(database, farm.settings).describe(
+    Workers(database, farm.settings).describe(
         WorkerInfo(name="worker-1@here", device="cpu", dtype="float32", slots=8, version=__version__, models=(model,))
     )
     farm.submit(["a red circle"], width=1024, height=1024)

@@ -26,9 +26,9 @@ from workers import tiny
 from workers.models import cache as model_cache
 from workers.models import fetching as model_fetching
 from workers.models.cache import ModelCache
-from workers.models.checkpoints import open_checkpoint
-from workers.pipelines.stable_diffusion import FAMILY
+from workers.models.checkpoints import Family, open_checkpoint
 
+FAMILY = Family("StableDiffusionPipeline", ("scheduler", "text_encoder", "tokenizer", "unet", "vae"))
 FAMILIES = {FAMILY.name: FAMILY}
 
 

@@ -42,7 +42,7 @@ class Stand:
         batch = self.farm.submit([{"prompt": f"prompt {n}", "seed": n} for n in range(count)], name=name)
         self.render(batch, count - 1)
         while not batch.status().done:
-            for bell in self.store.backlog.enqueue(99):
+            for bell in self.store.backlog.enqueue(99).queued:
                 assert bell.job_id
             claim = self.store.leases.claim(f"{batch.id}-{count}", "w1@host")
             assert claim is not None

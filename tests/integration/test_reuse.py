@@ -151,7 +151,7 @@ def store(database: Database, settings: Settings) -> JobStore:
 def original(store: JobStore, storage: Storage, data: bytes = b"a picture") -> str:
     """A job that was rendered."""
     store.submissions.submit("original", "me", 50, [SPEC])
-    (bell,) = store.backlog.enqueue(10)
+    (bell,) = store.backlog.enqueue(10).queued
     claim = store.leases.claim(bell.job_id, "w1@host")
     assert claim is not None
     key = image_key(claim.batch_id, claim.index, claim.attempt, claim.spec.prompt)
@@ -194,7 +194,7 @@ def test_a_picture_of_another_size_than_sql_says_serves_nobody(store: JobStore, 
     job_id = f"{store.submissions.submit('copy', 'me', 50, [SPEC])}-1"
     assert Copier(store.reuse, storage).copy({job_id: source}) == 0
     copies: dict[str, str] = {}
-    assert [bell.job_id for bell in store.backlog.enqueue(10, copies=copies)] == [job_id]
+    assert [bell.job_id for bell in store.backlog.enqueue(10, copies=copies).queued] == [job_id]
     assert copies == {}
 
 

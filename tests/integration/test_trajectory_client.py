@@ -15,7 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 from farm import Farm, InvalidInput, Job, JobNotSucceeded, NotFound, Settings
 from farm.errors import ErrorClass
 from farm.jobs.database import Database
-from farm.jobs.records import Claim, Pace, Picture, WorkerInfo
+from farm.jobs.records import Artifact, Claim, Pace, Picture, Role, WorkerInfo
 from farm.jobs.served_models import ServedModel
 from farm.jobs.store import JobStore
 from farm.objects.storage import Storage
@@ -71,17 +71,23 @@ class Stand:
         frames = [Image.new("RGB", (64, 64), colour) for colour in colours]
         key = image_key(claim.batch_id, claim.index, claim.attempt, claim.spec.prompt)
         data = encoded(frames[-1], "PNG")
+        beside: list[tuple[Artifact, bytes]] = []
         if claim.spec.trajectory:
             strip, animation = trajectory_keys(key)
             page = Image.new("RGB", (64 * len(frames), 64))
             for place, frame in enumerate(frames):
                 page.paste(frame, (64 * place, 0))
-            self.storage.put(strip, encoded(page, "PNG"))
             film = encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True, duration=100)
-            self.storage.put(animation, film)
+            beside = [
+                (Artifact(Role.FILM_STRIP, strip, "image/png"), encoded(page, "PNG")),
+                (Artifact(Role.ANIMATION, animation, "image/webp"), film),
+            ]
+        for artifact, content in beside:
+            self.storage.put(artifact.key, content)
         self.storage.put(key, data)
         digest = hashlib.sha256(data).hexdigest()
-        assert self.store.attempts.succeed(claim, Picture(key, digest, len(data), 64, 64, "e" * 64, 1.0))
+        picture = Picture(key, digest, len(data), 64, 64, "e" * 64, 1.0)
+        assert self.store.attempts.succeed(claim, picture, [artifact for artifact, _ in beside])
 
 
 def encoded(image: Image.Image, kind: str, **how: object) -> bytes:

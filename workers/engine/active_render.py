@@ -1,4 +1,4 @@
-"""A request inside the engine, with what the engine needs beside it."""
+"""A request in the engine, with its pipeline, its forward key and its futures."""
 
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -10,29 +10,29 @@ from workers.render.pipeline import Pipeline
 from workers.render.request import Rendered, RenderRequest, Snapshot
 
 Ending = Callable[[Snapshot | None], FarmError]
-"""What a request ends with that leaves before its picture is done, given its state if it had begun."""
+"""Makes the error of a request that ends without a picture, from its state if it has begun."""
 
 
 @dataclass(eq=False)
-class Render:
-    """One request of one engine."""
+class ActiveRender:
+    """A request that an engine has accepted and not yet ended."""
 
     request: RenderRequest
     pipeline: Pipeline
     key: ForwardKey
     future: Future[Rendered] = field(default_factory=Future)
-    looks: list[tuple[int, Future[Snapshot]]] = field(default_factory=list)
-    """Who wants its state, from which number of steps on."""
-    unwanted: FarmError | None = None
-    """What it ends with when its picture is decoded, which nobody wants any more."""
+    snapshots: list[tuple[int, Future[Snapshot]]] = field(default_factory=list)
+    """Pending snapshots, each with the number of steps from which on it is taken."""
+    cancelled_with: FarmError | None = None
+    """The error with which it ends after its decoding, if it was cancelled during that."""
 
     @property
     def state(self) -> Snapshot | None:
-        """None before its first step."""
+        """Its snapshot; None before its first step."""
         return self.request.snapshot(self.pipeline.sha256) if self.request.step_index else None
 
 
-def cancel(look: Future[Snapshot]) -> None:
-    """Tell who wants a state that there is none to come."""
-    look.cancel()
-    look.set_running_or_notify_cancel()  # without it `wait` would not take it for done
+def cancel(snapshot: Future[Snapshot]) -> None:
+    """Cancel a pending snapshot, and wake its waiters."""
+    snapshot.cancel()
+    snapshot.set_running_or_notify_cancel()  # else `wait` does not count it as done

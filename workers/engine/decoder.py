@@ -1,4 +1,4 @@
-"""From a request's last latents to its picture, beside the render loop."""
+"""The decoding of a request's last latents into its picture, in a thread beside the render loop."""
 
 import logging
 import threading
@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from farm.errors import BadImage, FarmError
-from workers.render.device import Side
-from workers.render.failures import as_failure, shown
+from workers.render.device import SideThread
+from workers.render.failures import as_failure, shape_text
 from workers.render.pipeline import Pipeline
 from workers.render.request import Rendered, RenderRequest, Snapshot
 from workers.sampling import tables
@@ -19,25 +19,25 @@ log = logging.getLogger(__name__)
 
 
 class Decoder:
-    """One thread that decodes what has been denoised: all that waits of one pipeline and shape at once.
+    """A thread that decodes denoised requests, all waiting ones of the same pipeline and shape at once.
 
-    `done` is told each request's picture or error, `lost` that the device is gone.
+    It calls `on_decoded` with each request's picture or error, and `on_lost` when the device is lost.
     """
 
     def __init__(
-        self, done: Callable[[RenderRequest, Rendered | FarmError], None], lost: Callable[[Exception], None]
+        self, on_decoded: Callable[[RenderRequest, Rendered | FarmError], None], on_lost: Callable[[Exception], None]
     ) -> None:
-        self.side = Side("decoder")
-        self._done, self._lost = done, lost
+        self.side = SideThread("decoder")
+        self._on_decoded, self._on_lost = on_decoded, on_lost
         self._waiting: list[tuple[Pipeline, RenderRequest, torch.cuda.Event | None]] = []
         self._lock = threading.Lock()
 
     def add(self, pipeline: Pipeline, request: RenderRequest, *, idle: bool = False) -> None:
-        """Take a denoised request, from the thread that denoised it; returns at once.
+        """Queue a denoised request, from the thread that denoised it; returns at once.
 
-        Unless that thread is `idle` otherwise, and on the CPU: then it decodes, for it has all the cores.
+        On the CPU, if that thread is `idle`, it decodes here instead, since it has all the cores.
         """
-        # On a GPU its last step is only asked for so far; this says when it is done.
+        # A GPU works asynchronously: the event marks the end of the last step.
         event = torch.cuda.current_stream().record_event() if request.latents.is_cuda else None
         with self._lock:
             self._waiting.append((pipeline, request, event))
@@ -46,19 +46,19 @@ class Decoder:
         else:
             self.side.start(pipeline.device, self._decode)
 
-    def drop(self, request: RenderRequest) -> bool:
-        """Whether a request waited here to be decoded, and does no more; False while it is being decoded."""
+    def discard(self, request: RenderRequest) -> bool:
+        """Remove a request that waits to be decoded; False if it does not, as while it is being decoded."""
         with self._lock:
             left = [entry for entry in self._waiting if entry[1] is not request]
-            dropped = len(left) < len(self._waiting)
+            discarded = len(left) < len(self._waiting)
             self._waiting = left
-        return dropped
+        return discarded
 
-    def picture(self, pipeline: Pipeline, snapshot: Snapshot, *, vae: bool) -> Image.Image:
-        """What the latents of a snapshot show, after what waits to be decoded."""
+    def preview(self, pipeline: Pipeline, snapshot: Snapshot, *, vae: bool) -> Image.Image:
+        """The picture of a snapshot's latents, decoded after the requests that wait."""
         request = RenderRequest("preview", snapshot.spec, resume=snapshot)
         device = snapshot.latents.device
-        # As in `add`: the step that makes them may only be asked for so far.
+        # As in `add`: the step that computes them may not have ended.
         event = torch.cuda.default_stream(device).record_event() if snapshot.latents.is_cuda else None
 
         def draw() -> torch.Tensor:
@@ -74,7 +74,7 @@ class Decoder:
     def _decode(self) -> None:
         with self._lock:
             if not self._waiting:
-                return  # an earlier call took it along
+                return  # an earlier call decoded it together with another
             pipeline, first, _ = self._waiting[0]
             same = [
                 (request, event)
@@ -94,19 +94,19 @@ class Decoder:
             for place, request in enumerate(requests):
                 try:
                     picture = pictures[place] if pictures else pipeline.decode(request.latents)[0]
-                    self._done(request, rendered(request, pipeline, picture, self.side.answered))
+                    self._on_decoded(request, rendered(request, pipeline, picture, self.side.answered))
                 except torch.AcceleratorError:
                     raise
-                except Exception as error:  # noqa: BLE001 - a neighbour must not suffer from it
-                    doing = f"decode {shown(request.latents.shape[1:])} latents after step {request.steps_done}"
-                    self._done(request, as_failure(error, doing))
-        except Exception as error:  # noqa: BLE001 - the loop has to know
-            self._lost(error)
+                except Exception as error:  # noqa: BLE001 - only the requests that cause it may fail
+                    doing = f"decode {shape_text(request.latents.shape[1:])} latents after step {request.steps_done}"
+                    self._on_decoded(request, as_failure(error, doing))
+        except Exception as error:  # noqa: BLE001 - reported to the loop
+            self._on_lost(error)
         if more:
             self.side.start(pipeline.device, self._decode)
 
     def _together(self, pipeline: Pipeline, requests: list[RenderRequest]) -> list[torch.Tensor]:
-        """Their pictures, if they can be decoded at once."""
+        """Their pictures, decoded at once; empty for a single request, or if that fails."""
         if len(requests) == 1:
             return []
         try:
@@ -121,10 +121,10 @@ class Decoder:
 def rendered(
     request: RenderRequest, pipeline: Pipeline, picture: torch.Tensor, answered: Callable[[], None] = lambda: None
 ) -> Rendered:
-    """The finished picture of a request from what the VAE made, float (3, height, width) in [0, 1].
+    """The result of a request, from its decoded picture, float (3, height, width) in [0, 1].
 
-    `answered` is called whenever the device has made something of it: the frames of a trajectory are many. Raises
-    `BadImage` if there is nothing in it.
+    `answered` is called after each frame of a trajectory, as a sign that the device does not hang. Raises `BadImage`
+    for a picture that is black or not finite.
     """
     step = int(request.first_bad) if request.first_bad is not None else 0
     if step:

@@ -1,4 +1,4 @@
-"""How many rows a forward should have: measured for each (weights, shape, dtype, device), and kept on disk."""
+"""The best number of rows of a forward, measured for each (weights, shape, dtype, device) and kept on disk."""
 
 import json
 import logging
@@ -14,34 +14,35 @@ import torch
 
 from farm.runtime.atomic_files import write_atomic
 from workers.engine.step_scheduler import ForwardKey
+from workers.render.failures import shape_text
 from workers.render.pipeline import Pipeline
 from workers.render.request import RenderRequest
 
 log = logging.getLogger(__name__)
 
 GAIN = 0.02
-"""By how much more rows a second a larger forward must bring: below that it only makes everybody wait longer."""
+"""The least gain in rows per second of a larger forward: below it, it only makes its requests wait longer."""
 _MEASURE_SECONDS = 30.0
 _REPEATS = 3
 _SLOW_SECONDS = 1.0
-"""From this long on one repeat is enough."""
+"""A forward that takes longer is not repeated."""
 NO_LIMIT = 2**31
 FIXED_ROWS = 8
-"""Rows of a deterministic forward: one number for all workers, so that all draw the same bytes."""
+"""Rows of a deterministic forward: the same for all workers, so that all render the same bytes."""
 
 
 @dataclass
 class Curve:
-    """What is known of forwards of one kind."""
+    """The measured forwards of one kind."""
 
     seconds: dict[int, float] = field(default_factory=dict)
-    """Of one forward, by its rows."""
+    """The time of a forward, by its rows."""
     most: int = NO_LIMIT
-    """More rows than this did not fit into memory."""
+    """The most rows that fit into memory."""
 
     @property
     def best(self) -> int:
-        """The rows that give most of them a second; fewer where more bring next to nothing."""
+        """The rows with the highest throughput; fewer if more gain less than `GAIN`."""
         sizes = sorted(rows for rows in self.seconds if rows <= self.most)
         if not sizes:
             return self.most
@@ -52,15 +53,15 @@ class Curve:
         return best
 
     def bucket(self, rows: int) -> int:
-        """The smallest measured size that holds so many rows; as they are if none does."""
+        """The smallest measured size of at least that many rows; the number itself if there is none."""
         return min((size for size in self.seconds if rows <= size <= self.most), default=rows)
 
 
 class ForwardSizes:
-    """Curves by what they were measured for, in memory and in a JSON file that workers of one machine may share.
+    """The curves of a worker, in memory and in a JSON file that the workers of a machine may share.
 
-    A file that can't be read or written costs measuring again, nothing else. Without `measured` forwards take all the
-    rows there are. Safe to use from many threads, measuring from the one that owns the model.
+    If the file can't be read or written, forwards are measured again. Without `measured` forwards are not limited. All
+    methods may be called from any thread, `measure` only from the one that owns the model.
     """
 
     def __init__(self, path: Path | None = None, most_rows: int = 32, *, measured: bool = True) -> None:
@@ -73,24 +74,24 @@ class ForwardSizes:
         self._lock = threading.Lock()
 
     def __contains__(self, key: ForwardKey) -> bool:
-        """Whether its limit is known."""
+        """Whether the limit of a key is known."""
         return key in self._limits
 
     @property
     def largest(self) -> int:
-        """The largest limit known; 0 if none is."""
+        """The largest known limit; 0 if none is known."""
         return max(self._limits.values(), default=0)
 
     def limit(self, key: ForwardKey) -> int:
-        """The most rows a forward of this key should have; 1 until that is known."""
+        """The most rows of a forward of this key; 1 until it is measured."""
         return self._limits.get(key, 1)
 
     def measure(self, pipeline: Pipeline, key: ForwardKey, request: RenderRequest) -> int:
-        """Find that limit, by timing forwards unless they were timed before; `request` is any of this key."""
-        self._limits[key] = self._found(pipeline, key, request)
+        """Find the limit of a key, by timing forwards unless the file has them; `request` is any request of the key."""
+        self._limits[key] = self._best_rows(pipeline, key, request)
         return self._limits[key]
 
-    def _found(self, pipeline: Pipeline, key: ForwardKey, request: RenderRequest) -> int:
+    def _best_rows(self, pipeline: Pipeline, key: ForwardKey, request: RenderRequest) -> int:
         template = copy(request)
         template.rows = 1
         template.conditioning = {name: part[-1:] for name, part in template.conditioning.items()}
@@ -108,8 +109,8 @@ class ForwardSizes:
             log.warning("can't measure forwards of %s: one request a forward", key, exc_info=True)
             return request.rows
 
-    def parts(self, key: ForwardKey, rows: Sequence[int]) -> list[slice]:
-        """Which requests of a key share a forward, given the rows of each: all, unless the limit has shrunk since."""
+    def split(self, key: ForwardKey, rows: Sequence[int]) -> list[slice]:
+        """The requests of a key, given the rows of each, by forward: one, unless the limit has shrunk since."""
         cuts, room = list[int](), 0
         for place, count in enumerate(rows):
             if count > room:
@@ -118,8 +119,8 @@ class ForwardSizes:
             room -= count
         return [slice(begin, end) for begin, end in pairwise([*cuts, len(rows)])]
 
-    def filled(self, pipeline: Pipeline, key: ForwardKey, requests: Sequence[RenderRequest]) -> int | None:
-        """How many rows a forward of these is filled up to: always the same if deterministic, measured if compiled."""
+    def padded_rows(self, pipeline: Pipeline, key: ForwardKey, requests: Sequence[RenderRequest]) -> int | None:
+        """The rows to which a forward is padded: fixed if deterministic, a measured size if compiled, else None."""
         if key.deterministic:
             return FIXED_ROWS if self._fixed.get(key) else None
         if not pipeline.compiled:
@@ -127,8 +128,8 @@ class ForwardSizes:
         curve = self._curve(_kind(pipeline, key))
         return curve.bucket(sum(request.rows for request in requests)) if curve else None
 
-    def too_large(self, pipeline: Pipeline, key: ForwardKey, rows: int) -> None:
-        """So many rows did not fit after all: half of them is the limit now, and the curve is corrected."""
+    def shrink(self, pipeline: Pipeline, key: ForwardKey, rows: int) -> None:
+        """Lower the limit of a key, and correct its curve, after a forward of that many rows ran out of memory."""
         self._limits[key] = max(1, min(self.limit(key), rows // 2))
         with self._lock:
             curve = self._curves.setdefault(_kind(pipeline, key), Curve())
@@ -143,8 +144,8 @@ class ForwardSizes:
             return curve if curve and curve.seconds else None
 
     def _measure(self, kind: str, pipeline: Pipeline, template: RenderRequest) -> Curve:
-        """Time forwards of 1, 2, 4, … rows until more bring nothing."""
-        known = self._curves.get(kind, Curve())  # of which nothing is but what was too large
+        """Time forwards of 1, 2, 4, … rows until more gain nothing."""
+        known = self._curves.get(kind, Curve())  # without times: only what ran out of memory is known
         curve, began, rows = Curve(most=known.most), time.monotonic(), 1
         while rows <= min(self._most_rows, curve.most) and time.monotonic() - began < _MEASURE_SECONDS:
             try:
@@ -192,24 +193,25 @@ class ForwardSizes:
 
 
 def _timed(pipeline: Pipeline, requests: list[RenderRequest]) -> float:
-    """Seconds of one forward, after one that warms up."""
+    """The time of a forward, after another one for warm-up."""
     took: list[float] = []
     while len(took) <= _REPEATS and sum(took[1:]) < _SLOW_SECONDS:
         began = time.monotonic()
         if pipeline.denoise(requests).is_cuda:
             torch.cuda.synchronize(pipeline.device)
         took.append(time.monotonic() - began)
-    return min(took[1:])  # whatever else the machine does only adds to it
+    return min(took[1:])  # other load of the machine only adds to it
 
 
 def _kind(pipeline: Pipeline, key: ForwardKey) -> str:
     where = torch.cuda.get_device_name(pipeline.device) if pipeline.device.type == "cuda" else "cpu"
-    shape = "x".join(map(str, key.shape))
-    return f"{pipeline.sha256[:16]} {shape} {key.dtype} {where} {torch.get_num_threads()} threads"
+    texts = f"+{key.text_tokens}" if key.text_tokens else ""
+    threads = torch.get_num_threads()
+    return f"{pipeline.sha256[:16]} {shape_text(key.shape)}{texts} {key.dtype} {where} {threads} threads"
 
 
 def _same_everywhere(pipeline: Pipeline, template: RenderRequest) -> bool:
-    """Whether a row comes out the same, bit for bit, at each place of a forward, whoever is beside it."""
+    """Whether a row's output is the same, bit for bit, at each position in a forward and beside any other rows."""
     generator, other = torch.Generator().manual_seed(0), copy(template)
     seen = []
     for place in range(FIXED_ROWS):

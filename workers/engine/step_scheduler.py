@@ -1,6 +1,6 @@
-"""Which requests share the next forward: a bounded waiting line, slots, and turns between forward keys.
+"""The choice of the requests that share the next forward: a bounded queue, slots, and turns between forward keys.
 
-Pure: no tensor, no clock, no thread. Whoever owns one serialises the calls.
+Pure: no tensor, no clock, no thread. The owner serialises the calls.
 """
 
 from collections import OrderedDict
@@ -10,14 +10,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ForwardKey:
-    """Says exactly which requests may share a forward: those with equal keys, and no others."""
+    """Requests may share a forward if and only if their keys are equal."""
 
     model: str
     shape: tuple[int, ...]
-    """Of one request's latents, without the row dimension."""
+    """The shape of one request's latents, without the row dimension."""
     dtype: str
     deterministic: bool = False
-    """Whether its forwards have one fixed shape, so that neighbours can't show in a single bit."""
+    """Whether its forwards have a fixed number of rows, so that a request's bits do not depend on the others."""
+    text_tokens: int = 0
+    """The length of its texts' embeddings."""
 
 
 @dataclass(frozen=True)
@@ -28,13 +30,13 @@ class _Entry:
 
 
 class StepScheduler:
-    """A line of waiting requests, `slots` running ones, and whose turn it is.
+    """A queue of waiting requests, `slots` running ones, and the turns of their forward keys.
 
-    The line is served by priority, then first come, first served, with one exception: a request may go ahead of one of
-    another key while its own key's forwards have room, but no request is passed more than `skips` times. A key never
-    has more rows running than one forward takes (`most_rows`), so whoever has a slot is in every forward of its key.
-    Keys take turns, one forward each. From `urgent` on a priority does not wait: its key has the next turn or the one
-    after, and running requests below it are put aside, which go on before anybody of their own priority starts.
+    The queue is served by priority, then first come, first served, with one exception: a request may overtake one of
+    another key while the forwards of its own key have room, but no request is overtaken more than `skips` times. A key
+    never has more rows running than a forward takes (`most_rows`), so that a running request is in every forward of its
+    key. Keys take turns, one forward each. A priority of `urgent` or more does not wait: its key has the next turn or
+    the one after, and it preempts running requests of lower priority, which resume before others of their priority.
     """
 
     def __init__(
@@ -54,30 +56,30 @@ class StepScheduler:
         self.urgent = urgent
         self._most_rows = most_rows
         self._waiting: OrderedDict[str, _Entry] = OrderedDict()  # in serving order
-        self._passed: dict[str, int] = {}
+        self._overtaken: dict[str, int] = {}
         self._running: dict[str, _Entry] = {}
         self._turns: OrderedDict[ForwardKey, list[str]] = OrderedDict()
-        self._aside: set[str] = set()
+        self._preempted: set[str] = set()
 
     @property
     def waiting(self) -> tuple[str, ...]:
-        """Ids in the line, next first; those put aside among them."""
+        """The ids in the queue, next first, with the preempted ones."""
         return tuple(self._waiting)
 
     @property
     def running(self) -> tuple[str, ...]:
-        """Ids that hold a slot, in the order they took it."""
+        """The ids with a slot, in the order in which they got it."""
         return tuple(self._running)
 
     @property
     def full(self) -> bool:
-        """Whether the waiting line has no room; who was put aside takes none."""
-        return len(self._waiting) - len(self._aside) >= self.line
+        """Whether the queue is full; preempted requests do not count."""
+        return len(self._waiting) - len(self._preempted) >= self.line
 
     def enqueue(self, request_id: str, key: ForwardKey, rows: int = 1, priority: int = 0) -> None:
-        """Put a request in line behind those of its priority.
+        """Queue a request behind those of its priority.
 
-        Raises `ValueError` if it is here already, or if the line is full and it is not urgent.
+        Raises `ValueError` for an id that is here already, and while the queue is full, except for an urgent request.
         """
         if self.full and priority < self.urgent:
             raise ValueError(f"the line of {self.line} is full")
@@ -86,7 +88,7 @@ class StepScheduler:
         self._insert(request_id, _Entry(key, rows, priority), behind_equals=True)
 
     def admit(self) -> tuple[str, ...]:
-        """Give slots to whoever is next; the ids that got one, of them those that had been put aside too."""
+        """Give slots to the next requests; returns their ids, with those of preempted ones that resume."""
         admitted = []
         while (request_id := self._next()) is not None:
             self._take(request_id)
@@ -94,17 +96,17 @@ class StepScheduler:
         return tuple(admitted)
 
     def next_forward(self) -> tuple[str, ...]:
-        """The ids that share the next forward: all that run under the key whose turn it is; empty if none runs."""
+        """The ids of the next forward: all running ones of the key whose turn it is; empty if none runs."""
         if not self._turns:
             return ()
         key = next(iter(self._turns))
         self._turns.move_to_end(key)
         return tuple(self._turns[key])
 
-    def leave(self, request_id: str) -> None:
-        """Forget a request, waiting or running; its slot is free at once. Unknown ids are ignored."""
-        self._passed.pop(request_id, None)
-        self._aside.discard(request_id)
+    def remove(self, request_id: str) -> None:
+        """Remove a request, waiting or running; its slot is free at once. Unknown ids are ignored."""
+        self._overtaken.pop(request_id, None)
+        self._preempted.discard(request_id)
         if self._waiting.pop(request_id, None) is None and request_id in self._running:
             self._stop(request_id)
 
@@ -119,33 +121,33 @@ class StepScheduler:
             self._waiting.move_to_end(other)
 
     def _next(self) -> str | None:
-        """Who takes a slot now, after making room if it is urgent; None if nobody can."""
+        """The id that takes a slot now, after preemptions if it is urgent; None if none can."""
         passed: list[str] = []
         full: set[ForwardKey] = set()
         for request_id, entry in self._waiting.items():
             if passed and entry.priority < self._waiting[passed[0]].priority:
                 break
-            lenders = None if entry.key in full else self._lenders(entry)
-            if lenders is None:
+            victims = None if entry.key in full else self._victims(entry)
+            if victims is None:
                 if len(self._running) >= self.slots:
                     return None
-                # Whoever has another key loses it nothing by going ahead; a smaller one of its own key would.
+                # Requests of other keys do not delay it by going first; a smaller one of its own key would.
                 full.add(entry.key)
                 continue
-            if not lenders and self._opens_key(entry) and self._may_wait(request_id, entry):
+            if not victims and self._opens_key(entry) and self._may_wait(request_id, entry):
                 passed.append(request_id)
                 continue
-            for lender in lenders:
-                self._put_aside(lender)
+            for victim in victims:
+                self._preempt(victim)
             for other in passed:
-                self._passed[other] = self._passed.get(other, 0) + 1
+                self._overtaken[other] = self._overtaken.get(other, 0) + 1
             return request_id
         return passed[0] if passed else None
 
-    def _lenders(self, entry: _Entry) -> list[str] | None:
-        """Who must be put aside for it to run: nobody if there is room, and None if it has to wait.
+    def _victims(self, entry: _Entry) -> list[str] | None:
+        """The running requests to preempt for it: none if there is room, and None if it has to wait.
 
-        An urgent request takes from the lowest priority, from its own key if that can be, from the latest.
+        An urgent request preempts the lowest priority first, then its own key, then the latest.
         """
         no_slot = len(self._running) >= self.slots
         if not no_slot and self._fits(entry):
@@ -154,36 +156,36 @@ class StepScheduler:
             return None
         latest = [other for other in reversed(self._running) if self._running[other].priority < self.urgent]
         latest.sort(key=lambda other: (self._running[other].priority, self._running[other].key != entry.key))
-        lenders: list[str] = []
+        victims: list[str] = []
         for other in latest:
-            if self._running[other].key == entry.key and not self._fits(entry, lenders):
-                lenders.append(other)
-        if not self._fits(entry, lenders):
+            if self._running[other].key == entry.key and not self._fits(entry, victims):
+                victims.append(other)
+        if not self._fits(entry, victims):
             return None
-        return lenders or latest[:1] or None
+        return victims or latest[:1] or None
 
     def _fits(self, entry: _Entry, without: Sequence[str] = ()) -> bool:
-        """Whether its key's forward has room; a forward takes one request, however many rows that has."""
+        """Whether the forward of its key has room; a single request always fits."""
         beside = [self._running[other].rows for other in self._turns.get(entry.key, ()) if other not in without]
         return not beside or sum(beside) + entry.rows <= self._most_rows(entry.key)
 
     def _opens_key(self, entry: _Entry) -> bool:
-        """Whether it would open a new key, and so a forward of its own, while others run."""
+        """Whether it would add a key, and so a forward, to those that run."""
         return bool(self._turns) and entry.key not in self._turns
 
     def _may_wait(self, request_id: str, entry: _Entry) -> bool:
-        """Whether others may go ahead of it: not of an urgent one, nor one put aside, nor more than `skips` times."""
-        patient = entry.priority < self.urgent and request_id not in self._aside
-        return patient and self._passed.get(request_id, 0) < self.skips
+        """Whether it may be overtaken: at most `skips` times, and never if it is urgent or was preempted."""
+        patient = entry.priority < self.urgent and request_id not in self._preempted
+        return patient and self._overtaken.get(request_id, 0) < self.skips
 
     def _take(self, request_id: str) -> None:
         entry = self._waiting.pop(request_id)
-        self._passed.pop(request_id, None)
-        self._aside.discard(request_id)
+        self._overtaken.pop(request_id, None)
+        self._preempted.discard(request_id)
         self._running[request_id] = entry
         self._turns.setdefault(entry.key, []).append(request_id)
         if entry.priority >= self.urgent:
-            # The turn after the next, so that a stream of urgent ones leaves every other turn to the rest.
+            # The turn after the next, so that a stream of urgent requests leaves every second turn to the others.
             upcoming = next(iter(self._turns))
             self._turns.move_to_end(entry.key, last=False)
             self._turns.move_to_end(upcoming, last=False)
@@ -195,7 +197,7 @@ class StepScheduler:
             del self._turns[entry.key]
         return entry
 
-    def _put_aside(self, request_id: str) -> None:
+    def _preempt(self, request_id: str) -> None:
         entry = self._stop(request_id)
-        self._aside.add(request_id)
+        self._preempted.add(request_id)
         self._insert(request_id, entry, behind_equals=False)

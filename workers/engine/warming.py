@@ -1,4 +1,4 @@
-"""Models made ready before their first job."""
+"""The warm-up of a worker's models before their first job."""
 
 import logging
 
@@ -12,15 +12,15 @@ log = logging.getLogger(__name__)
 
 
 def warm(engine: Engine, pins: Pins) -> None:
-    """Render two steps with every model held, and measure its forwards, so that the first job is not slow.
+    """Render two steps with every loaded model, which measures its forwards too, so that the first job is not slow.
 
-    The engine runs already. Raises `ModelError` for a model that can't render.
+    The engine has to run. Raises `ModelError` for a model that can't render.
     """
     for name in pins.held:
         spec = RenderSpec(prompt="warm", num_inference_steps=2, seed=0, model=name)
         try:
             engine.submit(RenderRequest(f"warm {name}", spec)).result()
-        except BadImage as error:  # a picture of next to nothing in two steps is no fault of the model's
+        except BadImage as error:  # a black picture after two steps is not a fault of the model
             log.debug("warming model=%s: %s", name, error)
         except RenderError as error:
             raise ModelError(f"model {name!r} can't render: {error}") from error

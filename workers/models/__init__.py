@@ -1,1 +1,1 @@
-"""Models: from where they lie to loaded and pinned, within a memory budget."""
+"""The models of a worker: their sources, the cache on disk, and those loaded within a memory budget."""

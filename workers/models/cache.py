@@ -1,9 +1,9 @@
 """Models from the object store on this machine's disk: fetched once for all its workers, checked, bounded in size.
 
-A version is a folder, which appears whole under its name or not at all. Two locks belong to each, both the kernel's,
-so that they end with whoever holds them: `fetching` is one worker's while it fetches or mends the version, `used` is
-shared by those who have it loaded, and whoever would delete it needs both alone. A third one, `room`, makes those who
-need room for different versions take turns.
+A version is a folder, which appears complete under its name or not at all. Each has two locks of the kernel, which end
+with their process: `fetching` is exclusive, for the worker that fetches or repairs the version; `used` is shared by the
+workers that have it loaded. Deleting it takes both exclusively. A third lock, `room`, serialises the workers that make
+room for different versions.
 """
 
 import errno
@@ -37,32 +37,32 @@ T = TypeVar("T")
 
 _VERSION = re.compile(r"([0-9a-f]{64})(\.part)?")
 _WEIGHTS = ".safetensors"
-_LOOK_SECONDS = 0.1
-_TELL_SECONDS = 10.0
-_FORGOTTEN_SECONDS = 24 * 3600.0
-"""After how long nobody will go on with a fetch that broke off."""
+_POLL_SECONDS = 0.1
+_REPORT_SECONDS = 10.0
+_ABANDONED_SECONDS = 24 * 3600.0
+"""The age at which an interrupted fetch is deleted."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _GB = 1e9
 
 
 @dataclass
 class _Kept:
-    """What lies here of a version."""
+    """A version on this disk, complete or not."""
 
     version: str
     bytes: int = 0
-    """What it takes, or will take once it is fetched."""
+    """Its size, or the size that it will have when it is fetched."""
     whole: bool = False
     used_at: float = 0.0
 
 
 class ModelCache:
-    """A folder that all workers of a machine share. Safe to use from many threads and processes."""
+    """A folder that all workers of a machine share. All methods may be called from any thread and process."""
 
     def __init__(
         self, folder: Path, storage: Storage, most_bytes: int | None = None, stopping: threading.Event | None = None
     ) -> None:
-        """Keep models in a folder, `most_bytes` in all at most; whoever fetches gives up once `stopping` is set."""
+        """Keep models in a folder, at most `most_bytes` in all; `stopping` ends a fetch."""
         self._folder = folder.expanduser()
         self._storage = storage
         self._most = most_bytes
@@ -70,11 +70,11 @@ class ModelCache:
         self._remotes: dict[str, RemoteModel] = {}
 
     def load(self, source: str, load: Callable[[str], T]) -> T:
-        """What `load` makes of a source, which is a folder by then if it was in the object store.
+        """Call `load` with a source, or with its folder in the cache if it is in the object store.
 
-        The folder is kept from deletion for as long as the result lives. One that turns out to be damaged is mended,
-        and loaded once more. Raises what `load` raises; `ModelUnavailable` while the object store does not answer or
-        there is no room just now; `ModelError` for what can't be had at all.
+        The folder is not deleted as long as the result exists. A damaged one is repaired, and loaded once more. Raises
+        what `load` raises, `ModelUnavailable` while the object store does not answer or there is no room, and
+        `ModelError` for a model that can't be fetched.
         """
         if not is_remote(source):
             return load(source)
@@ -96,9 +96,9 @@ class ModelCache:
         return model
 
     def load_configs(self, source: str, load: Callable[[str], T]) -> T:
-        """What `load` makes of a source, which is a folder by then; from the object store its configs come, no more.
+        """Call `load` with a source, or with a temporary folder of its configs if it is in the object store.
 
-        They are gone afterwards. Raises what `load` raises, `ModelError`, `NotFound` and `StorageUnavailable`.
+        Raises what `load` raises, `ModelError`, `NotFound` and `StorageUnavailable`.
         """
         if not is_remote(source):
             return load(source)
@@ -109,7 +109,7 @@ class ModelCache:
             return load(folder)
 
     def weights_bytes(self, source: str) -> int:
-        """What the weights of a model in the object store take; 0 if that can't be known now."""
+        """The size of the weights of a model in the object store; 0 if it does not answer."""
         try:
             files = self._remote(source).files
         except FarmError:
@@ -117,19 +117,19 @@ class ModelCache:
         return sum(file.bytes for file in files if file.path.endswith(_WEIGHTS))
 
     def _remote(self, source: str) -> RemoteModel:
-        # Asked once: what a worker says that it serves stays what it loads, whatever is pushed meanwhile.
+        # Asked once: a worker loads the version that it has announced, even if another is pushed meanwhile.
         if source not in self._remotes:
             self._remotes[source] = find_remote(self._storage, source)
         return self._remotes[source]
 
     def _open(self, source: str) -> tuple[IO[bytes], Path]:
-        """Have a model here, whole: the lock that keeps it here until it is closed, and its folder."""
+        """Fetch a model unless it is here; returns a lock against its deletion, held until closed, and its folder."""
         try:
             remote = self._remote(source)
             used = self._lock(f"{remote.version}.used")
             try:
-                _acquire(used, fcntl.LOCK_SH, self._refuse_to_stay)
-                self._have(remote)
+                _acquire(used, fcntl.LOCK_SH, self._check_stopping)
+                self._ensure(remote)
                 os.utime(used.fileno())
             except BaseException:
                 used.close()
@@ -143,16 +143,16 @@ class ModelCache:
             raise ModelError(f"can't keep {source} in the cache {self._folder}: {error}") from error
         return used, self._folder / remote.version
 
-    def _have(self, remote: RemoteModel) -> None:
+    def _ensure(self, remote: RemoteModel) -> None:
         with closing(self._lock(f"{remote.version}.fetching")) as fetching:
             if not _try(fetching, fcntl.LOCK_EX):
                 log.info("another worker fetches %s: waiting for it", remote.source)
-                _acquire(fetching, fcntl.LOCK_EX, self._teller(remote))
+                _acquire(fetching, fcntl.LOCK_EX, self._progress_logger(remote))
             if missing := self._missing(remote):
                 self._fetch(remote, missing, fetching)
 
     def _missing(self, remote: RemoteModel) -> list[RemoteFile]:
-        """The files that are not here, by their sizes and what the manifest beside them says."""
+        """The files that are missing or differ, by their sizes and the manifest beside them."""
         folder = self._folder / remote.version
         hashes = _known(folder)
         return [
@@ -187,9 +187,9 @@ class ModelCache:
         log.info("fetched %s, %d files, in %.1f s", remote.source, len(missing), time.monotonic() - began)
 
     def _discard_damaged(self, folder: Path) -> bool:
-        """Delete the files of a version that are not what they were when they came; whether there were any."""
+        """Delete the files of a version that differ from its manifest; False if there are none."""
         with closing(self._lock(f"{folder.name}.fetching")) as fetching:
-            _acquire(fetching, fcntl.LOCK_EX, self._refuse_to_stay)
+            _acquire(fetching, fcntl.LOCK_EX, self._check_stopping)
             expected = _known(folder)
             wrong = [
                 folder / path
@@ -203,19 +203,19 @@ class ModelCache:
     # --- room -----------------------------------------------------------------------------------------------
 
     def _make_room(self, remote: RemoteModel, needed: int, fetching: IO[bytes]) -> None:
-        """Reserve room for a version, deleting those that nobody uses, least recently used first, if need be."""
+        """Reserve room for a version; deletes versions that are not in use, least recently used first, if necessary."""
         gb = f"{remote.source} takes {remote.bytes / _GB:.2f} GB"
         if self._most is not None and remote.bytes > self._most:
             raise ModelError(f"{gb}, more than the cache may hold ({self._most / _GB:.2f}, FARM_MODEL_CACHE_SIZE)")
         if remote.bytes > (disk := shutil.disk_usage(self._folder)).total:
             raise ModelError(f"{gb}, more than the disk of {self._folder} ({disk.total / _GB:.2f})")
         with closing(self._lock("room")) as room:
-            _acquire(room, fcntl.LOCK_EX, self._refuse_to_stay)
+            _acquire(room, fcntl.LOCK_EX, self._check_stopping)
             part = self._part(remote.version)
             part.mkdir(exist_ok=True)
             here = _bytes_in(part)
             others = [kept for kept in self._kept() if kept.version != remote.version]
-            old = time.time() - _FORGOTTEN_SECONDS
+            old = time.time() - _ABANDONED_SECONDS
             others = [kept for kept in others if kept.whole or kept.used_at > old or not self._evict(kept)]
             others.sort(key=lambda kept: (kept.whole, kept.used_at))
             while True:
@@ -231,7 +231,7 @@ class ModelCache:
                     why = f"{excess / _GB:.2f} GB above its limit" if excess > 0 else f"{lacking / _GB:.2f} GB too few"
                     raise ModelUnavailable(f"{gb}, {why} in the cache {self._folder}, and {held}")
                 others.remove(gone)
-            # Counted by others from now on, though it is yet to come.
+            # Other workers count this size from now on.
             os.ftruncate(fetching.fileno(), 0)
             os.pwrite(fetching.fileno(), str(remote.bytes).encode(), 0)
 
@@ -252,7 +252,7 @@ class ModelCache:
         return list(found.values())
 
     def _evict(self, kept: _Kept) -> bool:
-        """Delete a version; False if somebody uses or fetches it."""
+        """Delete a version; False if a worker uses or fetches it."""
         with (
             closing(self._lock(f"{kept.version}.fetching")) as fetching,
             closing(self._lock(f"{kept.version}.used")) as used,
@@ -262,7 +262,7 @@ class ModelCache:
             part, folder = self._part(kept.version), self._folder / kept.version
             shutil.rmtree(part, ignore_errors=True)
             if folder.is_dir():
-                folder.rename(part)  # half of it must not look like a whole one
+                folder.rename(part)  # a half-deleted version must not look complete
                 shutil.rmtree(part, ignore_errors=True)
         log.info("deleted version %s from the cache: %.2f GB that nobody used", kept.version[:12], kept.bytes / _GB)
         return True
@@ -274,25 +274,25 @@ class ModelCache:
         return self._folder / "locks"
 
     def _lock(self, name: str) -> IO[bytes]:
-        """The file of a lock, not yet locked. Never deleted: two could hold the same one then."""
+        """The open file of a lock, not yet locked. It is never deleted: two workers could hold the same lock then."""
         self._locks.mkdir(parents=True, exist_ok=True)
         return (self._locks / name).open("a+b", buffering=0)
 
     def _part(self, version: str) -> Path:
         return self._folder / f"{version}.part"
 
-    def _refuse_to_stay(self) -> None:
+    def _check_stopping(self) -> None:
         if self._stopping.is_set():
             raise ModelUnavailable("this worker stops, and waits for no model")
 
-    def _teller(self, remote: RemoteModel) -> Callable[[], None]:
-        """Says now and then how far the other worker is."""
+    def _progress_logger(self, remote: RemoteModel) -> Callable[[], None]:
+        """A function that logs the progress of the other worker every ten seconds."""
         told = time.monotonic()
 
         def tell() -> None:
             nonlocal told
-            self._refuse_to_stay()
-            if time.monotonic() - told > _TELL_SECONDS:
+            self._check_stopping()
+            if time.monotonic() - told > _REPORT_SECONDS:
                 told = time.monotonic()
                 done = _bytes_in(self._part(remote.version))
                 log.info("another worker fetches %s: %d of %d MiB", remote.source, done >> 20, remote.bytes >> 20)
@@ -311,25 +311,25 @@ def _try(lock: IO[bytes], kind: int) -> bool:
 def _acquire(lock: IO[bytes], kind: int, meanwhile: Callable[[], None]) -> None:
     while not _try(lock, kind):
         meanwhile()
-        time.sleep(_LOOK_SECONDS)
+        time.sleep(_POLL_SECONDS)
 
 
 def _release(used: IO[bytes]) -> None:
     with suppress(OSError):
-        os.utime(used.fileno())  # when it was last used
+        os.utime(used.fileno())  # the time of its last use
     used.close()
 
 
 def _bytes_in(folder: Path) -> int:
     total = 0
     for path in folder.rglob("*"):
-        with suppress(OSError):  # it may go meanwhile
+        with suppress(OSError):  # another worker may delete it meanwhile
             total += path.stat().st_size if path.is_file() else 0
     return total
 
 
 def _known(folder: Path) -> dict[str, str]:
-    """What the files of a version hashed to when they came; nothing if nobody knows any more."""
+    """The hashes of a version's files from its manifest; empty if that is missing or damaged."""
     try:
         return dict(parse_manifest((folder / MANIFEST).read_bytes(), str(folder)).hashes)
     except (OSError, ModelError):
@@ -337,7 +337,7 @@ def _known(folder: Path) -> dict[str, str]:
 
 
 def _manifest(remote: RemoteModel, hashes: dict[str, str], part: Path, folder: Path) -> Manifest:
-    """The manifest of what has come; of a mere prefix the first one that it has."""
+    """The manifest of a fetched version, also of a source without one."""
     index = part / INDEX if (part / INDEX).exists() else folder / INDEX
     hashes = {file.path: hashes[file.path] for file in remote.files}
     return Manifest(
@@ -351,14 +351,14 @@ def _manifest(remote: RemoteModel, hashes: dict[str, str], part: Path, folder: P
 
 
 def _settle(part: Path, folder: Path) -> None:
-    """Put what has come in its place, on the disk for good: all at once or, in a folder to mend, file by file."""
+    """Move fetched files into place and sync them: the whole folder, or file by file into a folder under repair."""
     files = [path for path in part.rglob("*") if path.is_file()]
     for path in (part / MANIFEST, *{path.parent for path in files}):
         sync(path)
     if not folder.exists():
         part.rename(folder)
     else:
-        for path in sorted(files, key=lambda path: path.name == MANIFEST):  # which comes last
+        for path in sorted(files, key=lambda path: path.name == MANIFEST):  # the manifest last
             (folder / path.relative_to(part)).parent.mkdir(exist_ok=True)
             path.replace(folder / path.relative_to(part))
         shutil.rmtree(part)

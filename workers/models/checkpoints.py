@@ -1,4 +1,4 @@
-"""From a model's source to a checked local folder; safetensors only, and no code from a checkpoint ever runs."""
+"""The check of a checkpoint, local or from the hub: safetensors only, and no code from a checkpoint ever runs."""
 
 import hashlib
 import re
@@ -25,49 +25,49 @@ from farm.objects.model_files import (
 
 @dataclass(frozen=True)
 class Family:
-    """A kind of checkpoint the farm can render."""
+    """A kind of checkpoint that the farm can render."""
 
     name: str
     """`_class_name` of its model_index.json."""
     parts: tuple[str, ...] = ()
-    """The parts it loads."""
+    """The parts that it loads."""
     optional: tuple[str, ...] = ()
     """Parts that a checkpoint may leave out (null in its model_index.json)."""
 
 
 _WITHOUT_WEIGHTS = ("scheduler", "tokenizer", "tokenizer_2", "tokenizer_3")
-# What a part of any family may be. The libraries' `Auto…` and `…Pipeline` classes would run code that lies beside the
-# weights for whoever says yes when they ask.
+# The classes that a part may have. The libraries' `Auto…` and `…Pipeline` classes can run code from the folder of the
+# weights.
 _CLASS = re.compile(
     r"(?!Auto(?!encoder)|\w*Pipeline)(\w+(Scheduler|Tokenizer|TokenizerFast|Model|WithProjection)|Autoencoder\w+)"
 )
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_PASSING = (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS)
-"""What the hub answers that will answer otherwise later, though it says that the asker is at fault."""
+_TEMPORARY = (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS)
+"""Client errors of the hub that are temporary."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checked model: every part its family loads is there, as safetensors."""
+    """A checked model: it has all parts that its family loads, as safetensors."""
 
     source: str
     path: Path
-    """The local folder with model_index.json; of no meaning for `null:`."""
+    """The local folder with model_index.json; unused for `null:`."""
     family: str
     """`_class_name` of its model_index.json."""
     sha256: str
-    """Over the names and hashes of what its family loads: safetensors, configs, tokenizers."""
+    """The hash of the names and hashes of the files that its family loads: safetensors, configs, tokenizers."""
     parts: tuple[str, ...] = ()
-    """The family's parts that it has."""
+    """The parts of its family that it has."""
     nbytes: int = 0
-    """Of all its weights on disk."""
+    """The size of its weights on disk."""
 
 
 def open_checkpoint(source: str, families: Mapping[str, Family], *, weights: bool = True) -> Checkpoint:
     """Check a local folder, or download a hub id (`org/name`) and check that.
 
-    Reads every weight once, for the hash; without `weights` it downloads, checks and hashes configs only. Raises
-    `ModelError` naming the part that is missing or wrong, and `ModelUnavailable` while the hub does not answer.
+    Reads all weights once, for the hash; without `weights` it downloads, checks and hashes configs only. Raises
+    `ModelError` with the name of a missing or invalid part, and `ModelUnavailable` while the hub does not answer.
     """
     if source.startswith("null:"):
         return Checkpoint(source, Path(), "NullPipeline", hashlib.sha256(source.encode()).hexdigest())
@@ -113,19 +113,19 @@ def _download(source: str, families: Mapping[str, Family], files: Iterable[str])
 
 
 def _hub_refuses(error: Exception) -> bool:
-    """Whether the hub won't hand a model out, now or later; not that it, or the way there, is away for a while."""
+    """Whether the hub refuses a model for good, rather than being unreachable for a while."""
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    # Without an answer the library looks into its cache, and finds nothing there: why it did is the cause.
+    # Without an answer the library looks into its cache and finds nothing: the cause is the original error.
     why = error.__cause__ or error if isinstance(error, LocalEntryNotFoundError) else error
     if isinstance(why, HfHubHTTPError):
         status = why.response.status_code
-        return HTTPStatus.BAD_REQUEST <= status < HTTPStatus.INTERNAL_SERVER_ERROR and status not in _PASSING
+        return HTTPStatus.BAD_REQUEST <= status < HTTPStatus.INTERNAL_SERVER_ERROR and status not in _TEMPORARY
     return isinstance(why, ValueError | EntryNotFoundError | OfflineModeIsEnabled)
 
 
 def _check_part(path: Path, part: str, entry: Any) -> bool:
-    """Whether a part has weights, after checking that it is there and needs no code but the libraries'."""
+    """Whether a part has weights, after checking that it exists and needs only code of the libraries."""
     folder = path / part
     if not isinstance(entry, list) or len(entry) != 2 or None in entry:
         raise ModelError(f"{path}/model_index.json names no {part}")
@@ -164,7 +164,7 @@ def _hash(path: Path, files: list[Path]) -> str:
 
 
 def _compare(path: Path, hashes: Mapping[str, str]) -> None:
-    """Raise `ModelError` for a file that is not as the manifest beside it says: it was damaged, or changed."""
+    """Raise `ModelError` for a file that differs from the manifest beside it, because it was damaged or changed."""
     expected = parse_manifest((path / MANIFEST).read_bytes(), str(path / MANIFEST)).hashes
     other = next((file for file, found in hashes.items() if expected.get(file) != found), None)
     if other is not None:

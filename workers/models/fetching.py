@@ -45,7 +45,7 @@ def fetch(
     found: dict[str, str] = {}
     left = list(files)
     while left:
-        begun = {file.path: _take_up(folder / file.path, file) for file in left}
+        begun = {file.path: _resume(folder / file.path, file) for file in left}
         report(sum(have for have, _ in begun.values()))
         pieces = [
             (file, start, min(_PIECE_BYTES, file.bytes - start))
@@ -76,7 +76,7 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _take_up(path: Path, file: RemoteFile) -> tuple[int, "hashlib._Hash"]:
+def _resume(path: Path, file: RemoteFile) -> tuple[int, "hashlib._Hash"]:
     """The number of a file's bytes that are here already, and their running SHA-256."""
     path.parent.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256()

@@ -1,4 +1,4 @@
-"""Which models are loaded, within a memory budget."""
+"""The models that a worker keeps loaded, within a memory budget."""
 
 import logging
 import math
@@ -20,15 +20,15 @@ from workers.render.pipeline import Pipeline
 
 log = logging.getLogger(__name__)
 
-_PASSING_SECONDS = 5.0
-"""How long a model is refused whose object store was away, or that found no memory."""
+_TEMPORARY_SECONDS = 5.0
+"""How long a model is refused after its object store was away, or after it found no memory."""
 
 
 class Pins:
-    """The models a worker serves: loaded in the order given while the memory budget lasts, least recently used out.
+    """The models that a worker serves: loaded in the order given up to the memory budget, evicted by least recent use.
 
-    All methods may be called from any thread; users of a held model never wait for a load. Models to be loaded take
-    turns, first come, first served, and one that must leave for them takes no new users until they have had theirs.
+    All methods may be called from any thread; users of a loaded model never wait for a load. Loads are queued, first
+    come, first served, and a model that has to be evicted for one accepts no new users until that load is done.
     """
 
     def __init__(
@@ -39,43 +39,42 @@ class Pins:
         size: Callable[[str], int] | None = None,
         retry_seconds: float = 60.0,
     ) -> None:
-        """Serve {name: source}, each made by `load(name, source)`; nothing is loaded yet.
+        """Serve {name: source}, each loaded by `load(name, source)`; loads nothing yet.
 
-        `memory_bytes` bounds the parameters of all held models together; None leaves it to the device. `size(source)`
-        guesses the bytes of a model that was never loaded, so that room is made before its load and not after. A
-        model that can't be loaded is refused for `retry_seconds`, then tried again; one that can't be had just now, for
-        a few seconds.
+        `memory_bytes` limits the parameters of all loaded models together; None leaves that to the device.
+        `size(source)` estimates the bytes of a model before its first load, so that others are evicted before it. A
+        model that can't be loaded is refused for `retry_seconds`, or for a few seconds if the error is temporary.
         """
         self._sources = dict(sources)
         self.names = tuple(sources)
-        """Every model served, held or not, in the order given."""
+        """All models, loaded or not, in the order given."""
         self._load = load
         self._budget = math.inf if memory_bytes is None else memory_bytes
         self._size = size
         self._retry_seconds = retry_seconds
         self.loads = 0
         self.evictions = 0
-        # Guards everything here, and is free while a model loads. Only the head of the line loads and evicts.
+        # Guards all attributes, and is free while a model loads. Only the head of the queue loads and evicts.
         self._changed = threading.Condition()
         self._held: OrderedDict[str, Pipeline] = OrderedDict()  # least recently used first
         self._users: Counter[str] = Counter()
         self._leaving: frozenset[str] = frozenset()  # still in use, but closed to new users
-        self._line: dict[str, list[Future[Pipeline]]] = {}  # of those who wait for it; first come, first loaded
-        self._sizes: dict[str, int] = {}  # of every model that was ever loaded
-        self._failures: dict[str, tuple[str, type[ModelError], float]] = {}  # why, how to say it, until when
+        self._line: dict[str, list[Future[Pipeline]]] = {}  # the waiting users of each model, in order of arrival
+        self._sizes: dict[str, int] = {}  # of each model that was ever loaded
+        self._failures: dict[str, tuple[str, type[ModelError], float]] = {}  # reason, kind of error, until when
 
     @classmethod
     def of(cls, pipelines: Mapping[str, Pipeline]) -> Self:
-        """Pins of pipelines that are loaded already."""
+        """Pins of pipelines that are already loaded."""
         pins = cls(dict.fromkeys(pipelines, ""), lambda name, _: pipelines[name])
         pins.load_all()
         return pins
 
     def load_all(self) -> None:
-        """Load every model that fits beside those before it; the others are left until somebody uses them.
+        """Load each model that fits beside those before it; the others are loaded at their first use.
 
-        Call it before the first `use`. If none can be loaded it raises `ModelError`, naming each with its reason, or
-        `ModelUnavailable` where waiting may help one.
+        Call it before the first `use`. If no model can be loaded it raises `ModelError` with the reason for each, or
+        `ModelUnavailable` if a later try may succeed.
         """
         for name in self._sources:
             with suppress(ModelError):
@@ -89,29 +88,28 @@ class Pins:
 
     @property
     def held(self) -> tuple[str, ...]:
-        """The models loaded now, most recently used first."""
+        """The loaded models, most recently used first."""
         with self._changed:
             return tuple(reversed(self._held))
 
     @property
     def failures(self) -> Mapping[str, str]:
-        """Why a model could not be loaded, by model; until it is loaded after all."""
+        """The reason why a model could not be loaded, by model, until it is loaded."""
         with self._changed:
             return {name: why for name, (why, _, _) in self._failures.items()}
 
     @property
     def memory_used(self) -> dict[str, int]:
-        """Bytes of parameters, by held model."""
+        """The bytes of parameters, by loaded model."""
         with self._changed:
             return {name: self._sizes[name] for name in self._sources if name in self._held}
 
     def use(self, name: str) -> Pipeline:
-        """The pipeline of a model, held until `release`; keep no reference to it beyond that.
+        """The pipeline of a model, kept loaded until `release`; keep no reference to it after that.
 
-        A model that is not held is loaded: others are evicted for it, least recently used first, and those in use are
-        waited for. Whoever uses a model must not wait for another one. Raises `ModelUnavailable` for one that can't be
-        had just now, and `ModelError` for one that is not served here, can't be loaded, or is too large for the budget
-        even alone.
+        Loads the model if necessary: it evicts others, least recently used first, and waits for those in use, so a user
+        of a model must not wait for another model. Raises `ModelUnavailable` for a temporary failure, and `ModelError`
+        for a model that is not served here, can't be loaded, or exceeds the budget even alone.
         """
         with self._changed:
             if name not in self._sources:
@@ -129,7 +127,7 @@ class Pins:
         return loaded.result()
 
     def release(self, name: str) -> None:
-        """One user of a model less. Raises `ValueError` if it has none."""
+        """End one use of a model. Raises `ValueError` if it has none."""
         with self._changed:
             if not self._users[name]:
                 raise ValueError(f"nobody uses model {name!r}")
@@ -138,7 +136,7 @@ class Pins:
 
     @contextmanager
     def using(self, name: str) -> Iterator[Pipeline]:
-        """`use` a model, and `release` it at the end."""
+        """`use` a model, and `release` it at the end of the block."""
         pipeline = self.use(name)
         try:
             yield pipeline
@@ -151,12 +149,12 @@ class Pins:
         return self._held[name]
 
     def _take(self, name: str) -> None:
-        """Wait for a model's turn, load it, and let in all who wait for it: the next can't evict it before."""
+        """Wait for a model's turn, load it, and give it to all waiting users before the next load can evict it."""
         error: BaseException | None = None
         try:
             with self._changed:
                 self._changed.wait_for(lambda: next(iter(self._line)) == name)
-            if name not in self._held:  # it can be: it was to leave, and then there was room without
+            if name not in self._held:  # it is, if it was to be evicted and that became unnecessary
                 self._bring(name, evict=True)
         except BaseException as caught:  # noqa: BLE001 - raised by the futures, in every thread that waits
             error = caught
@@ -166,18 +164,18 @@ class Pins:
             self._changed.notify_all()
 
     def _bring(self, name: str, *, evict: bool) -> bool:
-        """Load a model; False if there is no room for it and none may be made.
+        """Load a model; False if there is no room for it and `evict` is not set.
 
-        Whatever is raised is a `ModelError`, and why the model is refused for a while.
+        Every error is a `ModelError`, and the model is refused for a while.
         """
         try:
             return self._fits(name, evict=evict)
         except Exception as error:
             traceback.clear_frames(error.__traceback__)
             why = str(error) if isinstance(error, FarmError) else f"{type(error).__name__}: {error}"
-            passes = isinstance(error, torch.OutOfMemoryError) or (isinstance(error, FarmError) and error.retryable)
-            kind = ModelUnavailable if passes else ModelError
-            refused_seconds = min(self._retry_seconds, _PASSING_SECONDS) if passes else self._retry_seconds
+            temporary = isinstance(error, torch.OutOfMemoryError) or (isinstance(error, FarmError) and error.retryable)
+            kind = ModelUnavailable if temporary else ModelError
+            refused_seconds = min(self._retry_seconds, _TEMPORARY_SECONDS) if temporary else self._retry_seconds
             with self._changed:
                 self._failures[name] = why, kind, time.monotonic() + refused_seconds
             free_memory()
@@ -196,10 +194,10 @@ class Pins:
             except torch.OutOfMemoryError as error:
                 if not evict and self._held:
                     return False
-                traceback.clear_frames(error.__traceback__)  # they keep alive what was loaded so far
+                traceback.clear_frames(error.__traceback__)  # frees what was loaded so far
                 if not self._evict_unused():
                     raise
-        if not self._make_room(name, evict):  # its size was not known, or guessed too small
+        if not self._make_room(name, evict):  # its size was unknown, or underestimated
             return False
         with self._changed:
             self._held[name] = pipeline
@@ -219,11 +217,11 @@ class Pins:
             raise ModelError(f"its {nbytes:,} bytes are more than the {self._budget:,} allowed, even alone")
 
     def _make_room(self, name: str, evict: bool) -> bool:
-        """Whether a model fits beside those held; with `evict` it does, after waiting for as long as it takes."""
+        """Whether a model fits beside the loaded ones; with `evict`, evict and wait until it does."""
         self._refuse_too_large(name)
         needed: float = self._sizes.get(name, 0)
         if name not in self._sizes and self._size:
-            needed = min(self._size(self._sources[name]), self._budget)  # a guess is no reason to refuse it
+            needed = min(self._size(self._sources[name]), self._budget)  # an estimate is no reason to refuse it
         with self._changed:
             while (excess := sum(self.memory_used.values()) + needed - self._budget) > 0 and evict:
                 if not self._evict_unused():
@@ -235,7 +233,7 @@ class Pins:
             return excess <= 0
 
     def _evict_unused(self) -> bool:
-        """Evict the least recently used of the models that nobody uses; False if there is none."""
+        """Evict the least recently used of the models that are not in use; False if there is none."""
         with self._changed:
             name = next((name for name in self._held if not self._users[name]), None)
             if name is None:

@@ -1,4 +1,4 @@
-"""Models in an object store: what a source such as `farm:sd15` or `s3://bucket/prefix` names, file by file."""
+"""Models in an object store: the files of a source such as `farm:sd15` or `s3://bucket/prefix`."""
 
 import hashlib
 from dataclasses import dataclass
@@ -9,21 +9,21 @@ from farm.objects.model_store import PREFIX, ModelStore, read_manifest
 from farm.objects.storage import Storage
 
 FARM = "farm:"
-"""How the source of a model begins that was pushed to the farm: `farm:name`, or `farm:name@version`."""
+"""The prefix of the source of a model that was pushed to the farm: `farm:name` or `farm:name@version`."""
 S3 = "s3://"
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """One file of a model, as it must come."""
+    """A file of a model, and what identifies its content."""
 
     path: str
     """Relative to the model, with slashes."""
     bytes: int
     sha256: str | None
-    """None where nobody has said."""
+    """None without a manifest."""
     etag: str | None = None
-    """Of the object that was listed, where no hash says what is right."""
+    """The ETag of the listed object, if there is no hash."""
 
 
 @dataclass(frozen=True)
@@ -32,15 +32,15 @@ class RemoteModel:
 
     source: str
     version: str
-    """64 hexadecimal digits: other content, another version."""
+    """64 hexadecimal digits, different for different content."""
     bucket: str
     prefix: str
-    """What the keys of its files begin with."""
+    """The prefix of the keys of its files."""
     files: tuple[RemoteFile, ...]
 
     @property
     def bytes(self) -> int:
-        """Of all its files."""
+        """The size of all its files."""
         return sum(file.bytes for file in self.files)
 
 
@@ -50,10 +50,10 @@ def is_remote(source: str) -> bool:
 
 
 def find_remote(storage: Storage, source: str) -> RemoteModel:
-    """What a source names now.
+    """The current version of the model at a source.
 
-    With a manifest its hashes say what is right, wherever it lies; a mere prefix is as it is listed. Raises `NotFound`,
-    `StorageUnavailable`, and `ModelError` for a name or a manifest that is none.
+    With a manifest at the source, its files have hashes; without one, they are those listed under the prefix. Raises
+    `NotFound`, `StorageUnavailable`, and `ModelError` for an invalid name or manifest.
     """
     if source.startswith(FARM):
         manifest = ModelStore(storage).find(source.removeprefix(FARM))
@@ -68,7 +68,7 @@ def find_remote(storage: Storage, source: str) -> RemoteModel:
         with storage.reaching(source) as s3:
             s3.head_object(Bucket=bucket, Key=f"{prefix}{INDEX}")
     except NotFound:
-        prefix += f"{manifest.version}/"  # where models are pushed to, the current one's manifest lies beside them
+        prefix += f"{manifest.version}/"  # in the farm's store, the current manifest is beside the versions
     return _of(source, manifest, bucket, prefix)
 
 
@@ -78,7 +78,7 @@ def _of(source: str, manifest: Manifest, bucket: str, prefix: str) -> RemoteMode
 
 
 def _listed(storage: Storage, source: str, bucket: str, prefix: str) -> RemoteModel:
-    """What lies under a prefix; of all that, only what checkpoints are made of, and nothing that leaves its folder."""
+    """The model under a prefix: of its objects, only files that checkpoints consist of, and none outside its folder."""
     files = []
     with storage.reaching(source) as s3:
         for page in s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):

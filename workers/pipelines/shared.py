@@ -155,6 +155,7 @@ class DiffusersPipeline(ABC):
         shape = self.shape(*self.size(spec))
         self._check_text_options(spec)
         request.rows = self.rows(spec)
+        request.text_tokens = sum(self.token_limits(spec).values())
         request.sampling = self._schedulers.sampling(
             spec, shape, lambda scheduler: self.timestep_kwargs(scheduler, spec.num_inference_steps, shape)
         )

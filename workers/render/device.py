@@ -1,4 +1,4 @@
-"""Where to render, in which precision, and what runs beside the engine's thread."""
+"""The device, its memory and precision, torch's threads, and threads beside the engine's."""
 
 import ctypes
 import gc
@@ -20,9 +20,9 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h of gli
 
 
 def choose_device(device: str | None = None) -> torch.device:
-    """The device of that name (`cuda`, `cuda:1`, `cpu`); None is the first GPU, or else the CPU.
+    """The device of that name (`cuda`, `cuda:1`, `cpu`); None is the first GPU, or the CPU if there is none.
 
-    Raises `ModelError` if there is no such device here.
+    Raises `ModelError` for a device that does not exist.
     """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -36,10 +36,10 @@ def choose_device(device: str | None = None) -> torch.device:
 
 
 def choose_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
-    """The precision the models run in: `float32`, `float16` or `bfloat16`.
+    """The precision of the models: `float32`, `float16` or `bfloat16`.
 
-    None is float32 on the CPU; on a GPU bfloat16, or float16 where the chip has no bfloat16.
-    Latents, guidance and noise schedulers stay in float32 whatever this is. Raises `ModelError`.
+    None is float32 on the CPU, and on a GPU bfloat16, or float16 on a chip without bfloat16. Latents, guidance and
+    noise schedulers are always in float32. Raises `ModelError`.
     """
     if dtype is None:
         if device.type == "cpu":
@@ -53,16 +53,16 @@ def choose_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
 
 
 def use_threads(count: int) -> None:
-    """Let torch's operators use so many threads when they are called from this one, whatever others set."""
-    torch.get_num_threads()  # a thread's first operator takes over the number that was set last anywhere: make it now
+    """Let torch's operators use that many threads when this thread calls them, whatever other threads set."""
+    torch.get_num_threads()  # a thread's first operator takes the number that any thread set last: call it before
     torch.set_num_threads(count)
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep what is freed, instead of giving it back between two operators.
+    """Let glibc keep freed memory, instead of returning it to the kernel between two operators.
 
-    A forward on the CPU frees and takes the same large blocks over and over, and each page given back costs a fault:
-    a seventh of a small model's forward. Does nothing where the library is not glibc.
+    A forward on the CPU frees and allocates the same large blocks again and again, and each returned page costs a page
+    fault: a seventh of the time of a small model's forward. Has no effect on other C libraries.
     """
     with suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
@@ -71,9 +71,9 @@ def keep_freed_memory() -> None:
 
 
 def memory(device: torch.device) -> tuple[int, int] | None:
-    """Bytes used and bytes there are of a device's memory, by whoever uses it; None if that can't be told.
+    """The used and total bytes of a device's memory, with those of other processes; None if unknown.
 
-    On the CPU it is this process' part of the machine's memory, or of what its container or its limits allow.
+    On the CPU, the memory of this process and of the machine, or the limit of its container or of the process.
     """
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
@@ -84,7 +84,7 @@ def memory(device: torch.device) -> tuple[int, int] | None:
         used = page * int(Path("/proc/self/statm").read_text().split()[1])
     except (OSError, ValueError):
         return None
-    with suppress(OSError, ValueError):  # a number only where there is a limit
+    with suppress(OSError, ValueError):  # without a limit it is not a number
         total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
     with suppress(OSError, ValueError, ImportError):
         import resource  # not on every platform
@@ -95,14 +95,14 @@ def memory(device: torch.device) -> tuple[int, int] | None:
 
 
 def free_memory() -> None:
-    """Give back to the device what a pipeline left: its parts refer to each other, so that counting does not do."""
+    """Free the device memory of dropped pipelines, whose parts form reference cycles."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
-class Side:
-    """One thread for work beside the engine's: on a GPU with a stream of its own, on the CPU with one core."""
+class SideThread:
+    """A thread beside the engine's: on a GPU with its own stream, on the CPU with one core."""
 
     def __init__(self, name: str) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix=name, initializer=use_threads, initargs=(1,))
@@ -111,21 +111,21 @@ class Side:
 
     @property
     def busy_seconds(self) -> float:
-        """How long a device beside the CPU has worked for it by now, 0 when it does not."""
+        """The age of its current call on a GPU; 0 if there is none, and on the CPU."""
         began = self._began
         return 0.0 if began is None else time.monotonic() - began
 
     def answered(self) -> None:
-        """Tell, amid what it does, that the device has done something: what comes next has its time anew."""
+        """Reset `busy_seconds` within a call: the device has answered, and does not hang."""
         if self._began is not None:
             self._began = time.monotonic()
 
     def run(self, device: torch.device, call: Callable[[], T]) -> T:
-        """Call it there and wait for what it returns, or raise what it raises; on a GPU until it is really done."""
+        """Make a call in this thread and return its result, or raise its error; on a GPU after its work has ended."""
         return self.start(device, call).result()
 
     def start(self, device: torch.device, call: Callable[[], T]) -> Future[T]:
-        """Call it there, after what was started before."""
+        """Queue a call in this thread."""
         return self._pool.submit(self._call, device, call)
 
     def _call(self, device: torch.device, call: Callable[[], T]) -> T:
@@ -147,5 +147,5 @@ class Side:
         return made
 
     def close(self) -> None:
-        """End the thread when it has done what was started."""
+        """End the thread after its queued calls."""
         self._pool.shutdown(wait=False)

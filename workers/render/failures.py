@@ -1,4 +1,4 @@
-"""What a request ends with when something was raised for it."""
+"""The errors with which requests end."""
 
 import traceback
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from farm.errors import FarmError, OutOfMemory, RenderError
 
 
 def as_failure(error: Exception, doing: str) -> FarmError:
-    """What a request ends with that raised this while it was `doing` something."""
+    """The error with which a request ends after an exception while it was `doing` something."""
     if isinstance(error, FarmError):
         return error
     if isinstance(error, torch.OutOfMemoryError):
@@ -18,18 +18,18 @@ def as_failure(error: Exception, doing: str) -> FarmError:
 
 
 def caused(failure: FarmError, cause: Exception) -> FarmError:
-    """A failure with its cause, whose frames are let go."""
-    # They would keep their tensors alive as long as somebody holds the error: bad news after an OutOfMemoryError.
+    """An error with its cause, without the variables in the cause's frames."""
+    # They would keep tensors alive as long as the error, which matters after an OutOfMemoryError.
     traceback.clear_frames(cause.__traceback__)
     failure.__cause__ = cause
     return failure
 
 
 def first_line(error: Exception) -> str:
-    """What an error says in short: torch's go on with the state of its allocator."""
+    """The first line of an error: those of torch continue with the state of its allocator."""
     return str(error).partition("\n")[0]
 
 
-def shown(shape: Sequence[int]) -> str:
-    """A shape as a person writes it: 4x64x64."""
+def shape_text(shape: Sequence[int]) -> str:
+    """A shape as text: 4x64x64."""
     return "x".join(map(str, shape))

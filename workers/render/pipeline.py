@@ -55,10 +55,11 @@ class Pipeline(Protocol):
         """When its pictures are guided, for everything that estimates memory and time without the model."""
 
     def plan(self, request: RenderRequest) -> tuple[int, ...]:
-        """Set the request's rows and sampling; returns the shape of its latents, without the row dimension.
+        """Set the request's rows, text tokens and sampling; returns the shape of its latents, without rows.
 
         Called first, once for each request, by the thread that submits it. Requests of one pipeline with equal shapes
-        may share forwards. Raises `BadRequest` if the model can't draw that size, or lacks what the spec asks for.
+        and text tokens may share forwards. Raises `BadRequest` if the model can't draw that size, or lacks what the
+        spec asks for.
         """
 
     def encode(self, request: RenderRequest) -> None:

@@ -10,10 +10,10 @@ from workers.sampling.tables import column, to_device
 def guide(
     outputs: torch.Tensor, rows: Sequence[int], scales: Sequence[float], rescales: Sequence[float]
 ) -> torch.Tensor:
-    """The guided outputs, (requests, …), of a forward's, whose `rows` are (negative, positive) or one alone.
+    """The guided outputs, (requests, …), of a forward; each request has two `rows` (negative, positive), or one.
 
-    A request with one row has no guidance. `rescales` of 0 to 1 say how much of the contrast that guidance adds is
-    taken back: Lin et al. 2023, section 3.4, as diffusers' `rescale_noise_cfg`.
+    A request with one row has no guidance. `rescales`, 0 to 1, are the shares of guidance's added contrast that are
+    removed: Lin et al. 2023, section 3.4, as diffusers' `rescale_noise_cfg`.
     """
     if all(count == 1 for count in rows):
         return outputs[: len(rows)]

@@ -1,13 +1,13 @@
-"""Samplers as numbers: diffusers' own noise schedulers, tabulated once and then stepped for many requests at a time.
+"""Samplers as tables: diffusers' own noise schedulers, tabulated once and then stepped for many requests at a time.
 
-A noise scheduler's step is linear in the sample, the model's outputs and the noise it draws. So its own code is run
-once per (sampler, steps) on random vectors, and least squares finds the weights of a short recurrence
+A step of a noise scheduler is linear in the sample, the model's outputs and its noise. So its own code is run once for
+each (sampler, steps) on random vectors, and least squares finds the weights of a short recurrence
 
     latents[i+1] = Σ_k  a[i,k]·latents[i-k] + b[i,k]·output[i-k]  +  Σ_j c[i,j]·noise[i,j]
 
 which one multiply-add applies to all requests of a forward, whatever their samplers and steps. A scheduler that is not
-linear (clipping, thresholding), looks back further than `MOST_LAGS`, or cancels so many digits that its own rounding
-shows (DEIS on a flow, Heun in three steps) is stepped as the object it is.
+linear (clipping, thresholding), uses more than `MOST_LAGS` earlier steps, or cancels so many digits that its own
+rounding shows (DEIS on a flow, Heun in three steps) is stepped as an object.
 """
 
 import copy
@@ -22,14 +22,15 @@ from workers.render.request import RenderRequest, Sampling
 MOST_LAGS = 4
 _MOST_DRAWS = 2
 _TOLERANCE = 1e-6
-"""Of a recurrence's residual, relative to the latents, in double precision and in the scheduler's own float32."""
+"""The largest residual of a recurrence, relative to the latents, in float64 and in the scheduler's own float32."""
 _SHAPE = (1, 4, 8, 16)
 
 
 def tabulate(make: Callable[[], Any], **step_kwargs: Any) -> Sampling:
-    """The table of a noise scheduler whose timesteps `make` has set; without one where it is not linear.
+    """The sampling of a noise scheduler with its timesteps set; without a table if it is not linear.
 
-    `step_kwargs` are those that diffusers' pipeline would pass; the ones its `step` does not take are left out.
+    `step_kwargs` are the arguments of `step` in diffusers' pipeline; those that this scheduler does not take are
+    omitted.
     """
     scheduler = make()
     accepted = signature(scheduler.step).parameters
@@ -56,7 +57,7 @@ def tabulate(make: Callable[[], Any], **step_kwargs: Any) -> Sampling:
 
 
 class _Run:
-    """A scheduler's whole way from noise to the end, on random vectors; kept in double precision."""
+    """All steps of a scheduler on random vectors, recorded in float64."""
 
     def __init__(self, scheduler: Any, sampling: Sampling, draws_noise: bool, dtype: torch.dtype) -> None:
         source, generator = torch.Generator().manual_seed(1), torch.Generator().manual_seed(2)
@@ -82,7 +83,7 @@ class _Run:
         self.draws = tuple(len(noises) for noises in self.noises)
 
     def _between(self, before: torch.Tensor, generator: torch.Generator) -> list[torch.Tensor]:
-        """The noises somebody drew from a generator since that state."""
+        """The noises that the scheduler drew from a generator since that state."""
         after = generator.get_state()
         for dtype in (torch.float64, torch.float32):
             again = torch.Generator()
@@ -96,7 +97,7 @@ class _Run:
         return []
 
     def fit(self, lags: int) -> tuple[tuple[float, ...], ...] | None:
-        """The weights of a recurrence that looks at so many pairs; None if they don't give the scheduler's steps."""
+        """The weights of a recurrence over that many pairs; None if it does not reproduce the scheduler's steps."""
         table = []
         for index, noises in enumerate(self.noises):
             terms, missing = self._terms(index, lags), 2 * max(0, lags - index - 1)
@@ -110,7 +111,7 @@ class _Run:
         return tuple(table)
 
     def follows(self, table: Sequence[Sequence[float]], lags: int) -> bool:
-        """Whether each of its steps is what that table says, but for rounding."""
+        """Whether a table reproduces each of its steps, except for rounding."""
         for index, row in enumerate(table):
             terms, missing = self._terms(index, lags), 2 * max(0, lags - index - 1)
             pairs = 2 * lags - missing
@@ -120,7 +121,7 @@ class _Run:
         return True
 
     def _terms(self, index: int, lags: int) -> torch.Tensor:
-        """(elements, pairs and noises): what a step has to do with."""
+        """(elements, pairs and noises): the terms of a step."""
         back = range(index, max(index - lags, -1), -1)
         pairs = [term for at in back for term in (self.samples[at], self.outputs[at])]
         return torch.stack([term.flatten() for term in (*pairs, *self.noises[index])], dim=1)
@@ -138,7 +139,7 @@ def _close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
 
 
 def start(request: RenderRequest, noise: torch.Tensor) -> None:
-    """Set a request's latents to its first noise, as strong as its sampler wants it, or to where it stopped."""
+    """Set a request's latents to its first noise, scaled for its sampler, or to the state from which it resumes."""
     sampling = request.sampling
     request.latents = noise * sampling.init_noise_sigma
     if not sampling.lags:
@@ -153,7 +154,7 @@ def start(request: RenderRequest, noise: torch.Tensor) -> None:
 
 
 def inputs(requests: Sequence[RenderRequest]) -> torch.Tensor:
-    """(requests, *shape), float32: their latents as strong as the denoiser expects them at their timesteps."""
+    """(requests, *shape), float32: their latents, scaled as the denoiser expects them at their timesteps."""
     latents = torch.cat([request.latents for request in requests])
     scales = []
     for place, request in enumerate(requests):
@@ -168,15 +169,15 @@ def inputs(requests: Sequence[RenderRequest]) -> torch.Tensor:
 
 
 def visible(request: RenderRequest) -> torch.Tensor:
-    """(1, *shape): a request's latents now, as strong as at its end, so that they can be decoded at any step."""
+    """(1, *shape): a request's latents, scaled as after its last step, so that they can be decoded at any step."""
     scales, index = request.sampling.scales, request.step_index
     return request.latents * scales[index] if scales and scales[index] != 1.0 else request.latents
 
 
 def step(requests: Sequence[RenderRequest], outputs: torch.Tensor) -> torch.Tensor:
-    """Move requests whose samplers are tables one step on, all in one multiply-add; (requests, *shape), their latents.
+    """Step requests whose samplers have tables, in one multiply-add; returns their latents, (requests, *shape).
 
-    `outputs` are the guided outputs of the denoiser. Nothing is changed if it raises.
+    `outputs` are the guided outputs of the denoiser. If it raises, no request has changed.
     """
     lags = max(request.sampling.lags for request in requests)
     draws = max(request.sampling.draws[request.step_index] for request in requests)
@@ -185,7 +186,7 @@ def step(requests: Sequence[RenderRequest], outputs: torch.Tensor) -> torch.Tens
         sampling, index = request.sampling, request.step_index
         own = [request.latents, outputs[place : place + 1], *request.history][: 2 * sampling.lags]
         noises = _noises(request)
-        filled = (request.latents,)  # with a weight of 0; of its own, for 0 times a neighbour's NaN is NaN
+        filled = (request.latents,)  # with a weight of 0; its own, since 0 times another request's NaN is NaN
         terms += [*own, *filled * (2 * lags - len(own)), *noises, *filled * (draws - len(noises))]
         row, width = sampling.weights[index], 2 * sampling.lags
         missing = 2 * lags - len(own)
@@ -201,7 +202,7 @@ def step(requests: Sequence[RenderRequest], outputs: torch.Tensor) -> torch.Tens
 
 
 def step_object(request: RenderRequest, output: torch.Tensor) -> torch.Tensor:
-    """Move a request one step on by its own noise scheduler; (1, *shape), its latents."""
+    """Step a request by its own noise scheduler; returns its latents, (1, *shape)."""
     scheduler = request.scheduler
     extra = {"generator": request.generator} if "generator" in signature(scheduler.step).parameters else {}
     timestep = scheduler.timesteps[request.step_index]
@@ -222,11 +223,11 @@ def _noises(request: RenderRequest) -> tuple[torch.Tensor, ...]:
 
 
 def column(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
-    """(n, 1, …): numbers that each multiply one row of a tensor."""
+    """(n, 1, …): factors for the rows of a tensor."""
     return to_device(torch.tensor(values, dtype=torch.float32), like.device).view(-1, *[1] * (like.dim() - 1))
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor made on the CPU, there."""
-    # From pinned memory a copy to the GPU waits for nothing.
+    """Copy a tensor from the CPU to a device."""
+    # From pinned memory the copy is asynchronous.
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)

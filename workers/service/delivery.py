@@ -1,10 +1,13 @@
 """A finished picture as the objects to be stored, and what SQL records of it."""
 
 import hashlib
-from collections.abc import Sequence
+import io
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from farm.jobs.records import Claim, Picture
+from PIL import Image
+
+from farm.jobs.records import Artifact, Claim, Picture, Role, Success
 from farm.specs.object_keys import image_key, trajectory_keys
 from workers.outputs import film, png
 from workers.render.request import Rendered
@@ -16,14 +19,15 @@ class StoredObject:
 
     key: str
     data: bytes
-    content_type: str
+    media_type: str
 
 
 @dataclass(frozen=True)
 class Delivery:
     """What an attempt delivers."""
 
-    picture: Picture
+    success: Success
+    """What SQL records once the objects are stored."""
     objects: Sequence[StoredObject]
     """The picture, then the film strip and the animation of its trajectory, if the spec asks for it."""
 
@@ -38,14 +42,8 @@ def delivery(claim: Claim, rendered: Rendered, worker: str) -> Delivery:
         "worker": worker,
     }
     data = png.encode(claim.spec, rendered, origin)
-    key = image_key(claim.batch_id, claim.index, claim.attempt, claim.spec.prompt)
-    objects = [StoredObject(key, data, "image/png")]
-    if rendered.frames:
-        strip_key, animation_key = trajectory_keys(key)
-        objects.append(StoredObject(strip_key, film.strip(rendered.frames), "image/png"))
-        objects.append(StoredObject(animation_key, film.animation(rendered.frames), "image/webp"))
     picture = Picture(
-        key=key,
+        key=image_key(claim.batch_id, claim.index, claim.attempt, claim.spec.prompt),
         sha256=hashlib.sha256(data).hexdigest(),
         bytes=len(data),
         width=rendered.width,
@@ -55,4 +53,21 @@ def delivery(claim: Claim, rendered: Rendered, worker: str) -> Delivery:
         warnings=rendered.warnings,
         device_seconds=rendered.device_seconds,
     )
-    return Delivery(picture, objects)
+    trajectory = list(_trajectory(picture.key, rendered))
+    objects = [StoredObject(picture.key, data, "image/png"), *(stored for _, stored in trajectory)]
+    return Delivery(Success(claim, picture, [artifact for artifact, _ in trajectory]), objects)
+
+
+def _trajectory(picture_key: str, rendered: Rendered) -> Iterator[tuple[Artifact, StoredObject]]:
+    if not rendered.frames:
+        return
+    strip_key, animation_key = trajectory_keys(picture_key)
+    for role, key, data in (
+        (Role.FILM_STRIP, strip_key, film.strip(rendered.frames)),
+        (Role.ANIMATION, animation_key, film.animation(rendered.frames)),
+    ):
+        with Image.open(io.BytesIO(data)) as image:
+            media_type, (width, height) = str(image.get_format_mimetype()), image.size
+        sha256 = hashlib.sha256(data).hexdigest()
+        artifact = Artifact(role, key, media_type, sha256=sha256, bytes=len(data), width=width, height=height)
+        yield artifact, StoredObject(key, data, media_type)

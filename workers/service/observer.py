@@ -153,7 +153,7 @@ class Observer:
         if vae is None:
             return
         try:
-            image, text = self._engine.picture(snapshot, vae=vae), PngInfo()
+            image, text = self._engine.preview(snapshot, vae=vae), PngInfo()
             text.add_text("step", str(snapshot.steps_done))
             text.add_text("steps", str(snapshot.spec.num_inference_steps))
             out = io.BytesIO()
@@ -168,14 +168,14 @@ class Observer:
     ) -> None:
         """Take a snapshot after so many steps, or after the next one, and pass it on in a thread of the observer."""
 
-        def taken(look: Future[Snapshot]) -> None:
+        def taken(future: Future[Snapshot]) -> None:
             # Called by the render loop between two steps: it must not wait.
-            if look.cancelled():  # the request has left the engine, or waits for its model to be loaded
+            if future.cancelled():  # the request has left the engine, or waits for its model to be loaded
                 observation.checkpointing, observation.preview_vae = False, None
             elif not observation.closed:
-                self._pool.submit(self._safely, then, observation, look.result())
+                self._pool.submit(self._safely, then, observation, future.result())
 
-        self._engine.look(observation.claim.job_id, steps_done).add_done_callback(taken)
+        self._engine.snapshot(observation.claim.job_id, steps_done).add_done_callback(taken)
 
     def _safely(
         self, then: Callable[[Observation, Snapshot], None], observation: Observation, snapshot: Snapshot

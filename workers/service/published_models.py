@@ -36,11 +36,11 @@ class PublishedModels:
         except ServiceUnavailable as error:
             log.error("can't publish the models: %s", error)
 
-    def has_room(self, spec: RenderSpec) -> bool:
+    def allows(self, spec: RenderSpec) -> bool:
         """Whether the device may have memory for a picture of that size."""
         return self._served.allows(spec)
 
-    def no_room(self, spec: RenderSpec) -> None:
+    def forbid(self, spec: RenderSpec) -> None:
         """Publish that the device has no memory for a picture of that size, until this worker is restarted."""
         self._served.forbid(spec)
         self._update()

@@ -95,7 +95,7 @@ class _Attempt:
     def _end(self) -> Ended:
         claim = self.claim
         try:
-            if not self.worker.models.has_room(claim.spec):
+            if not self.worker.models.allows(claim.spec):
                 # To try would end the worker on the CPU, and everything that it renders.
                 return self._hand_back("no memory for it here", elsewhere=True)
             return self._deliver(self._render())
@@ -129,17 +129,18 @@ class _Attempt:
         worker, claim = self.worker, self.claim
         made = delivery(claim, rendered, worker.name)
         for each in made.objects:
-            insist(lambda: worker.storage.put(each.key, each.data, each.content_type), OUTAGE_SECONDS)  # noqa: B023 - called here and now
+            insist(lambda: worker.storage.put(each.key, each.data, each.media_type), OUTAGE_SECONDS)  # noqa: B023 - called here and now
         # Before the success is recorded: from then on the sweep may look for leftovers, and nothing may follow.
         worker.observer.close(self.observation)
-        if not insist(lambda: worker.record_success((claim, made.picture)), OUTAGE_SECONDS):
+        if not insist(lambda: worker.record_success(made.success), OUTAGE_SECONDS):
             # Another worker renders this job, under a later attempt and so under other keys.
             self._leave_to_sweep()
             insist(lambda: worker.storage.delete_many([each.key for each in made.objects]), OUTAGE_SECONDS)
             return LostLease()
-        worker.metrics.rendered(claim, made.picture)
+        picture = made.success.picture
+        worker.metrics.rendered(claim, picture)
         self._delete_leftovers()
-        return Succeeded(f"s3://{worker.storage.bucket}/{made.picture.key}")
+        return Succeeded(f"s3://{worker.storage.bucket}/{picture.key}")
 
     def _cancel(self) -> Ended:
         self._delete_leftovers()
@@ -162,7 +163,7 @@ class _Attempt:
         attempts, claim = self.worker.store.attempts, self.claim
         self._delete_leftovers()
         if error_class is ErrorClass.OUT_OF_MEMORY:
-            insist(lambda: self.worker.models.no_room(claim.spec), OUTAGE_SECONDS)
+            insist(lambda: self.worker.models.forbid(claim.spec), OUTAGE_SECONDS)
         recorded = insist(lambda: attempts.fail(claim, reason, error_class), OUTAGE_SECONDS)
         ended = Outcome.RETRIED if attempts.tries_again(claim, error_class) else Outcome.FAILED
         return Failed(error, ended if recorded else Outcome.LOST, error_class)

@@ -11,7 +11,7 @@ import torch
 from farm import __version__
 from farm.errors import ServiceUnavailable
 from farm.jobs.database import Database
-from farm.jobs.records import Claim, Picture, WorkerInfo
+from farm.jobs.records import Success, WorkerInfo
 from farm.jobs.store import JobStore
 from farm.jobs.workers import Workers
 from farm.objects.storage import Storage
@@ -115,9 +115,9 @@ class Worker:
         self._db.close()
         log.info("stopped")
 
-    def _record_successes(self, ended: Sequence[tuple[Claim, Picture]]) -> list[bool]:
+    def _record_successes(self, ended: Sequence[Success]) -> list[bool]:
         recorded = self.store.attempts.succeed_many(ended)
-        return [claim.job_id in recorded for claim, _ in ended]
+        return [success.claim.job_id in recorded for success in ended]
 
 
 def build_worker(settings: Settings, name: str) -> Worker:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import random
 
+import diffusers
 import numpy as np
 import numpy.typing as npt
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -35,7 +35,7 @@ def draw_many(count: int, seed: int) -> tuple[list[scenes.Scene], npt.NDArray[np
     return found, np.stack([scenes.draw(scene, rng) for scene in found])
 
 
-def autoencoder_loss(vae: AutoencoderKL, pictures: npt.NDArray[np.uint8], batch: int) -> Loss:
+def autoencoder_loss(vae: diffusers.AutoencoderKL, pictures: npt.NDArray[np.uint8], batch: int) -> Loss:
     """A loss of the difference between pictures and their reconstructions, plus a light KL term."""
 
     def loss(generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
@@ -58,7 +58,7 @@ def autoencoder_loss(vae: AutoencoderKL, pictures: npt.NDArray[np.uint8], batch:
 class Decoder(nn.Module):
     """The half of the autoencoder that rendering uses: latents `(n, 4, 8, 8)`, not scaled, to pictures in -1..1."""
 
-    def __init__(self, vae: AutoencoderKL) -> None:
+    def __init__(self, vae: diffusers.AutoencoderKL) -> None:
         super().__init__()
         self.post_quant_conv = vae.post_quant_conv
         self.decoder = vae.decoder
@@ -91,7 +91,7 @@ def picture_distance(drawn: Tensor, true: Tensor) -> tuple[Tensor, dict[str, flo
 
 
 @torch.no_grad()
-def normalise(vae: AutoencoderKL, pictures: npt.NDArray[np.uint8]) -> None:
+def normalise(vae: diffusers.AutoencoderKL, pictures: npt.NDArray[np.uint8]) -> None:
     """Give each latent channel mean 0 and standard deviation 1 over `pictures`, without changing the decoded pictures.
 
     Both are folded into the 1x1 convolutions before and after the latents, because the file format has one
@@ -108,7 +108,7 @@ def normalise(vae: AutoencoderKL, pictures: npt.NDArray[np.uint8]) -> None:
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, pictures: npt.NDArray[np.uint8], batch: int = 64) -> Tensor:
+def encode(vae: diffusers.AutoencoderKL, pictures: npt.NDArray[np.uint8], batch: int = 64) -> Tensor:
     """The modes of pictures' latents, `(n, 4, 8, 8)`, unscaled."""
     return torch.cat(
         [
@@ -119,7 +119,7 @@ def encode(vae: AutoencoderKL, pictures: npt.NDArray[np.uint8], batch: int = 64)
 
 
 @torch.no_grad()
-def reconstruction_error(vae: AutoencoderKL, pictures: npt.NDArray[np.uint8], batch: int = 64) -> float:
+def reconstruction_error(vae: diffusers.AutoencoderKL, pictures: npt.NDArray[np.uint8], batch: int = 64) -> float:
     """The mean squared error of reconstructed pictures, in units of -1..1."""
     total = 0.0
     for part in np.array_split(pictures, -(-len(pictures) // batch)):

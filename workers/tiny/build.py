@@ -13,9 +13,9 @@ from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+import diffusers
+import transformers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from workers.tiny import scenes
 
@@ -33,10 +33,10 @@ class Widths:
     text_layers: int = 2
 
 
-def build_vae(widths: Widths) -> AutoencoderKL:
+def build_vae(widths: Widths) -> diffusers.AutoencoderKL:
     """An untrained autoencoder: pictures `(n, 3, 64, 64)` in -1..1 to latents `(n, 4, 8, 8)` and back."""
     count = len(widths.vae)
-    return AutoencoderKL(
+    return diffusers.AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * count,
         up_block_types=("UpDecoderBlock2D",) * count,
         block_out_channels=widths.vae,
@@ -48,14 +48,14 @@ def build_vae(widths: Widths) -> AutoencoderKL:
     )
 
 
-def build_unet(widths: Widths) -> UNet2DConditionModel:
+def build_unet(widths: Widths) -> diffusers.UNet2DConditionModel:
     """An untrained denoiser of latents `(n, 4, 8, 8)`, conditioned on 77 vectors of the text encoder's width.
 
     It has cross-attention at 8x8 and in its middle, where a figure covers one latent pixel or a few;
     `attention_head_dim` is the number of heads, as in Stable Diffusion 1
     (https://github.com/huggingface/diffusers/issues/2011).
     """
-    return UNet2DConditionModel(
+    return diffusers.UNet2DConditionModel(
         sample_size=scenes.SIDE // 8,
         in_channels=4,
         out_channels=4,
@@ -69,10 +69,10 @@ def build_unet(widths: Widths) -> UNet2DConditionModel:
     )
 
 
-def build_text_encoder(widths: Widths, tokenizer: CLIPTokenizer) -> CLIPTextModel:
+def build_text_encoder(widths: Widths, tokenizer: transformers.CLIPTokenizer) -> transformers.CLIPTextModel:
     """An untrained text encoder: token ids `(n, 77)` to vectors `(n, 77, width)`."""
-    return CLIPTextModel(
-        CLIPTextConfig(
+    return transformers.CLIPTextModel(
+        transformers.CLIPTextConfig(
             vocab_size=len(tokenizer),
             hidden_size=widths.text,
             intermediate_size=4 * widths.text,
@@ -87,7 +87,7 @@ def build_text_encoder(widths: Widths, tokenizer: CLIPTokenizer) -> CLIPTextMode
     )
 
 
-def build_tokenizer(captions: int = 5000) -> CLIPTokenizer:
+def build_tokenizer(captions: int = 5000) -> transformers.CLIPTokenizer:
     """CLIP's byte-level tokenizer with the word pieces of `captions` captions of the training set.
 
     Every byte is a token, alone and at a word's end, so any text can be tokenised.
@@ -102,12 +102,12 @@ def build_tokenizer(captions: int = 5000) -> CLIPTokenizer:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     pieces = [*alphabet, *(byte + "</w>" for byte in alphabet), *("".join(pair) for pair in merges), _START, _END]
     vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=TOKENS)
+    return transformers.CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=TOKENS)
 
 
-def build_noise_scheduler() -> DDIMScheduler:
+def build_noise_scheduler() -> diffusers.DDIMScheduler:
     """Stable Diffusion 1's noise schedule: 1000 steps of scaled-linear betas; the model predicts the noise."""
-    return DDIMScheduler(
+    return diffusers.DDIMScheduler(
         num_train_timesteps=1000,
         beta_start=0.00085,
         beta_end=0.012,
@@ -121,15 +121,15 @@ def build_noise_scheduler() -> DDIMScheduler:
 
 def save(
     folder: Path,
-    tokenizer: CLIPTokenizer,
-    text_encoder: CLIPTextModel,
-    unet: UNet2DConditionModel,
-    vae: AutoencoderKL,
-    noise_scheduler: DDIMScheduler,
+    tokenizer: transformers.CLIPTokenizer,
+    text_encoder: transformers.CLIPTextModel,
+    unet: diffusers.UNet2DConditionModel,
+    vae: diffusers.AutoencoderKL,
+    noise_scheduler: diffusers.DDIMScheduler,
 ) -> float:
     """Write the checkpoint in diffusers' folder format with float16 weights; returns its size in megabytes."""
     parts = [deepcopy(part).half().eval() for part in (text_encoder, unet, vae)]
-    pipeline = StableDiffusionPipeline(
+    pipeline = diffusers.StableDiffusionPipeline(
         vae=parts[2],
         text_encoder=parts[0],
         tokenizer=tokenizer,

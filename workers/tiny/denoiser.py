@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import random
 
+import diffusers
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor
+import transformers
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer
 
 from workers.tiny import scenes
 from workers.tiny.fit import Loss
@@ -32,12 +31,12 @@ class Denoiser(nn.Module):
     long, and a whole training step half as long again.
     """
 
-    def __init__(self, text_encoder: CLIPTextModel, unet: UNet2DConditionModel) -> None:
+    def __init__(self, text_encoder: transformers.CLIPTextModel, unet: diffusers.UNet2DConditionModel) -> None:
         super().__init__()
         self.text_encoder = text_encoder
         self.unet = unet
         text_encoder.set_attn_implementation("eager")
-        unet.set_attn_processor(AttnProcessor())
+        unet.set_attn_processor(diffusers.models.attention_processor.AttnProcessor())
 
 
 def add_noise(latents: Tensor, noise: Tensor, timesteps: Tensor, alphas_cumprod: Tensor) -> Tensor:
@@ -51,8 +50,8 @@ def add_noise(latents: Tensor, noise: Tensor, timesteps: Tensor, alphas_cumprod:
 
 def denoiser_loss(
     denoiser: Denoiser,
-    tokenizer: CLIPTokenizer,
-    noise_scheduler: DDIMScheduler,
+    tokenizer: transformers.CLIPTokenizer,
+    noise_scheduler: diffusers.DDIMScheduler,
     drawn: list[scenes.Scene],
     latents: Tensor,
     batch: int,
@@ -84,8 +83,8 @@ def denoiser_loss(
 @torch.no_grad()
 def noise_error(
     denoiser: Denoiser,
-    tokenizer: CLIPTokenizer,
-    noise_scheduler: DDIMScheduler,
+    tokenizer: transformers.CLIPTokenizer,
+    noise_scheduler: diffusers.DDIMScheduler,
     drawn: list[scenes.Scene],
     latents: Tensor,
 ) -> float:
@@ -104,7 +103,7 @@ def noise_error(
     return total / len(drawn)
 
 
-def token_ids(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
+def token_ids(tokenizer: transformers.CLIPTokenizer, captions: list[str]) -> Tensor:
     """Captions as the pipeline tokenises them, `(n, 77)`."""
     ids: Tensor = tokenizer(
         captions, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 
+import diffusers
 import torch
-from diffusers import StableDiffusionPipeline
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
@@ -23,15 +23,15 @@ from workers.tiny import WEIGHTS, scenes
 from workers.tiny.checker import Verdict, check
 
 
-def load(folder: Path = WEIGHTS) -> StableDiffusionPipeline:
+def load(folder: Path = WEIGHTS) -> diffusers.StableDiffusionPipeline:
     """The checkpoint as diffusers' pipeline in float32 on the CPU, without its progress bar."""
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32, low_cpu_mem_usage=False)
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32, low_cpu_mem_usage=False)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 def render(
-    pipeline: StableDiffusionPipeline, captions: Sequence[str], *, steps: int, guidance: float, seed: int = 0
+    pipeline: diffusers.StableDiffusionPipeline, captions: Sequence[str], *, steps: int, guidance: float, seed: int = 0
 ) -> list[Image.Image]:
     """One 64x64 picture per caption; picture `i` starts from the noise of seed `seed + i`."""
     images: list[Image.Image] = pipeline(
@@ -46,7 +46,7 @@ def render(
 
 
 def render_all(
-    pipeline: StableDiffusionPipeline,
+    pipeline: diffusers.StableDiffusionPipeline,
     captions: Sequence[str],
     *,
     steps: int,

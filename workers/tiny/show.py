@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
@@ -28,10 +28,10 @@ _GAP = 2
 
 
 def noising_strip(
-    pipeline: StableDiffusionPipeline, scene: scenes.Scene, *, frames: int = 9, seed: int = 0
+    pipeline: diffusers.StableDiffusionPipeline, scene: scenes.Scene, *, frames: int = 9, seed: int = 0
 ) -> Image.Image:
     """A drawn scene, then its latents with noise up to timesteps spread evenly over all 1000."""
-    noise_scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    noise_scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)
     picture = scenes.draw(scene, random.Random(seed))
     latents = autoencoder.encode(pipeline.vae, picture[None]) * pipeline.vae.config.scaling_factor
     timesteps = torch.linspace(0, len(noise_scheduler.alphas_cumprod) - 1, frames).long()
@@ -41,7 +41,7 @@ def noising_strip(
 
 
 def denoising_strip(
-    pipeline: StableDiffusionPipeline,
+    pipeline: diffusers.StableDiffusionPipeline,
     caption: str,
     *,
     steps: int = 25,
@@ -52,7 +52,7 @@ def denoising_strip(
     """The latents after each denoising step; `frames` of them, evenly spread, if that is given."""
     seen: list[Tensor] = []
 
-    def note(_: StableDiffusionPipeline, __: int, ___: int, held: dict[str, Any]) -> dict[str, Any]:
+    def note(_: diffusers.StableDiffusionPipeline, __: int, ___: int, held: dict[str, Any]) -> dict[str, Any]:
         seen.append(held["latents"].clone())
         return {}
 
@@ -71,7 +71,7 @@ def denoising_strip(
 
 
 @torch.no_grad()
-def decode(pipeline: StableDiffusionPipeline, latents: Tensor) -> list[Image.Image]:
+def decode(pipeline: diffusers.StableDiffusionPipeline, latents: Tensor) -> list[Image.Image]:
     """The pictures of latents `(n, 4, h, w)`, scaled as the UNet gets them."""
     drawn = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
     images: list[Image.Image] = pipeline.image_processor.postprocess(drawn, output_type="pil")

@@ -123,7 +123,7 @@ def test_a_batch_is_deleted_with_its_objects_and_no_other_is(parts: Parts, delet
     batch_id, other = ended_batch(parts), ended_batch(parts, "other")
     parts.storage.put(f"{batch_id}-2/not-its-own", b"x")
     parts.store.deletions.mark(batch_id)
-    assert deletions.carry_out(batch_id)
+    assert deletions.delete(batch_id)
     assert keys(parts, batch_id) == []
     assert len(list(parts.storage.keys())) == 2
     assert parts.store.deletions.marked() == []
@@ -138,10 +138,10 @@ def test_objects_are_deleted_before_rows_and_a_part_at_a_time(
     monkeypatch.setattr(deletion, "_OBJECTS", 2)
     batch_id = ended_batch(parts, jobs=3)
     parts.store.deletions.mark(batch_id)
-    assert not deletions.go_on(batch_id)
+    assert not deletions.delete_some(batch_id)
     assert len(keys(parts, batch_id)) == 1
     assert parts.store.deletions.marked() == [batch_id]
-    assert deletions.go_on(batch_id)
+    assert deletions.delete_some(batch_id)
     assert parts.store.deletions.marked() == []
 
 
@@ -150,9 +150,9 @@ def test_rows_are_deleted_a_part_at_a_time(parts: Parts, deletions: Deletion, mo
     parts.submit(1500)
     batch_id = parts.store.queries.batch("batch").id
     parts.store.deletions.mark(batch_id, cancel=True)
-    assert not deletions.go_on(batch_id)
+    assert not deletions.delete_some(batch_id)
     assert parts.store.deletions.marked() == [batch_id]
-    assert deletions.go_on(batch_id)
+    assert deletions.delete_some(batch_id)
 
 
 def test_a_batch_with_a_running_job_is_left_to_the_dispatcher(parts: Parts, deletions: Deletion) -> None:
@@ -160,10 +160,10 @@ def test_a_batch_with_a_running_job_is_left_to_the_dispatcher(parts: Parts, dele
     batch_id = job.rpartition("-")[0]
     claim = parts.claim(job)
     parts.store.deletions.mark(batch_id, cancel=True)
-    assert not deletions.carry_out(batch_id)
+    assert not deletions.delete(batch_id)
     assert parts.store.leases.beat(WORKER.name, {}).cancelled == frozenset()
     assert parts.store.attempts.stopped(claim)
-    assert deletions.carry_out(batch_id)
+    assert deletions.delete(batch_id)
 
 
 def test_a_deletion_that_the_object_store_interrupts_is_gone_on_with(parts: Parts, deletions: Deletion) -> None:
@@ -171,10 +171,10 @@ def test_a_deletion_that_the_object_store_interrupts_is_gone_on_with(parts: Part
     parts.store.deletions.mark(batch_id)
     parts.storage.away = True
     with pytest.raises(StorageUnavailable):
-        deletions.carry_out(batch_id)
+        deletions.delete(batch_id)
     assert parts.store.deletions.marked() == [batch_id]
     parts.storage.away = False
-    assert deletions.carry_out(batch_id)
+    assert deletions.delete(batch_id)
 
 
 # --- retention ----------------------------------------------------------------------------------------------------

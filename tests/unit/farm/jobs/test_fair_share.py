@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from farm.jobs.fair_share import LEAST_WINDOW, Charge, FairLine, Ledger, Owner, Share, window
+from farm.jobs.fair_share import LEAST_WINDOW, FairLine, Owner, Share, window
 
 STARVATION_SECONDS = 300.0
 
@@ -165,20 +165,6 @@ def test_no_owner_gets_more_than_the_cap(shares: list[Share], rooms: dict[str, i
     owner = {share.batch_id: share.owner for share in shares}
     got = Counter(owner[job.batch_id] for job in jobs)
     assert all(got[name] <= room for name, room in rooms.items())
-
-
-def test_the_ledger_learns_what_jobs_cost_and_corrects_what_was_charged() -> None:
-    ledger = Ledger()
-    assert ledger.seconds("a", "tiny") == 1.0
-    for number in (1, 2, 3):
-        ledger.charge(f"a-{number}", Charge("a", "me", "tiny", 1.0))
-    found = ledger.settle({"a-1": 5.0, "a-2": 0.0, "a-3": None, "unknown": 9.0})
-    assert dict(found.batches) == {"a": 4.0 - 1.0}
-    assert dict(found.owners) == {"me": 3.0}
-    assert ledger.open() == []
-    assert ledger.seconds("a", "tiny") == ledger.seconds("another", "tiny") == 5.0
-    ledger.measured("a", "tiny", 10.0)
-    assert ledger.seconds("a", "tiny") == pytest.approx(6.0)
 
 
 @pytest.mark.parametrize(

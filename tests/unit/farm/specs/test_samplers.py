@@ -1,5 +1,7 @@
 """`farm.specs.samplers` compared with diffusers' noise schedulers and its four pipelines."""
 
+import hashlib
+import json
 from collections.abc import Iterator
 from inspect import signature
 from pathlib import Path
@@ -8,7 +10,6 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from diffusers import schedulers
 
 from farm.errors import InvalidInput
 from farm.specs import samplers
@@ -36,6 +37,8 @@ RECIPES = [
 ]
 MEAN, DEVIATION = 0.8, 0.5
 """Of the pictures that the model knows which knows its pictures."""
+TRIED = Path(__file__).with_name("samplers_tried.json")
+"""The table and the diffusers with which the tests marked long have passed."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -108,6 +111,7 @@ def know_a_gaussian(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipe.transformer, "forward", velocity)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("recipe", "family"), USES)
 def test_diffusers_own_pipeline_draws_with_it(recipe: Recipe, family: str, pipes: dict[str, Any]) -> None:
     pictures = [draw(pipes[family], recipe, steps) for steps in (1, 2, 5)]
@@ -117,6 +121,7 @@ def test_diffusers_own_pipeline_draws_with_it(recipe: Recipe, family: str, pipes
     assert (pictures[-1] - pictures[0]).abs().max() > 1e-3
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("recipe", "family"), USES)
 def test_a_model_that_knows_its_pictures_draws_them(
     recipe: Recipe, family: str, pipes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -129,6 +134,7 @@ def test_a_model_that_knows_its_pictures_draws_them(
     assert lowest < float(latents.std()) < 0.65
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", [name for name, sampler in SAMPLERS.items() if sampler.flow and sampler.flow.families])
 def test_other_pipelines_of_its_kind_refuse_it(name: str, pipes: dict[str, Any]) -> None:
     assert not SAMPLERS[name].flow.fits("FluxPipeline")
@@ -136,6 +142,7 @@ def test_other_pipelines_of_its_kind_refuse_it(name: str, pipes: dict[str, Any])
         draw(pipes["FluxPipeline"], SAMPLERS[name].flow, 5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_order_and_noise_are_the_schedulers_own(recipe: Recipe, pipes: dict[str, Any]) -> None:
     flow = recipe.class_name.startswith(("FlowMatch", "LTX")) or "flow_shift" in recipe.renamed
@@ -159,6 +166,7 @@ def test_order_and_noise_are_the_schedulers_own(recipe: Recipe, pipes: dict[str,
     assert recipe.draws_noise != torch.equal(generator.get_state(), before)
 
 
+@pytest.mark.long
 def test_a_flow_is_sampled_with_the_checkpoints_own_shift(pipes: dict[str, Any]) -> None:
     own = pipes["StableDiffusion3Pipeline"].scheduler
     own.set_timesteps(5)
@@ -168,8 +176,15 @@ def test_a_flow_is_sampled_with_the_checkpoints_own_shift(pipes: dict[str, Any])
     assert float(scheduler.timesteps.float().mean()) > 600
 
 
+def test_the_table_has_passed_the_long_tests_with_the_installed_diffusers() -> None:
+    """Those tests check diffusers as much as the table: `make test` repeats them only when either changes."""
+    table = hashlib.sha256(repr(list(SAMPLERS.items())).encode()).hexdigest()
+    found = {"diffusers": diffusers.__version__, "table": table}
+    assert json.loads(TRIED.read_text()) == found, f"make test-long ARGS='-k samplers', then write this to {TRIED}"
+
+
 def test_every_noise_scheduler_of_diffusers_is_supported_or_told_why_not() -> None:
-    known = {name for name in dir(schedulers) if name.endswith("Scheduler")}
+    known = {name for name in dir(diffusers.schedulers) if name.endswith("Scheduler")}
     supported = {
         recipe.class_name for sampler in SAMPLERS.values() for recipe in (sampler.diffusion, sampler.flow) if recipe
     }

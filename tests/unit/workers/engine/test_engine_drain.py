@@ -43,10 +43,10 @@ def handed_back(future: Future[Rendered]) -> Snapshot | None:
 def test_a_look_shows_the_state_after_the_next_step(engine: Engine, gated: Gated) -> None:
     engine.submit(request("a", steps=4))
     gated.begun()
-    look = engine.look("a")
-    assert not look.done()
+    snapshot = engine.snapshot("a")
+    assert not snapshot.done()
     gated.next()
-    snapshot = look.result(SOON)
+    snapshot = snapshot.result(SOON)
     assert (snapshot.step_index, snapshot.steps_done, snapshot.model_sha256) == (1, 1, gated.sha256)
     assert snapshot.spec == request("a", steps=4).spec
     expected = torch.tensor(pixel(1)) / 255 / 4
@@ -56,7 +56,7 @@ def test_a_look_shows_the_state_after_the_next_step(engine: Engine, gated: Gated
 def test_a_look_may_wait_for_a_number_of_steps(engine: Engine, gated: Gated) -> None:
     engine.submit(request("a", steps=5))
     gated.begun()
-    later, sooner = engine.look("a", 3), engine.look("a", 2)
+    later, sooner = engine.snapshot("a", 3), engine.snapshot("a", 2)
     gated.next()
     assert not sooner.done()
     gated.next()
@@ -70,7 +70,7 @@ def test_a_look_may_wait_for_a_number_of_steps(engine: Engine, gated: Gated) -> 
 def test_a_look_is_cancelled_when_its_request_ends_before(engine: Engine, gated: Gated, how: str) -> None:
     engine.submit(request("a", steps=1))
     gated.begun()
-    look = engine.look("a", 5)
+    snapshot = engine.snapshot("a", 5)
     if how == "cancelled":
         engine.cancel("a")
     if how == "replaced":
@@ -78,22 +78,22 @@ def test_a_look_is_cancelled_when_its_request_ends_before(engine: Engine, gated:
     if how == "failed":
         gated.faults["denoise"] = fail(RuntimeError("oops"))
     gated.allow()
-    assert wait([look], SOON).done
+    assert wait([snapshot], SOON).done
     with pytest.raises(CancelledError):
-        look.result(0)
+        snapshot.result(0)
 
 
 def test_a_look_at_what_is_not_here_is_cancelled(engine: Engine) -> None:
-    look = engine.look("never here")
-    assert wait([look], SOON).done
-    assert look.cancelled()
+    snapshot = engine.snapshot("never here")
+    assert wait([snapshot], SOON).done
+    assert snapshot.cancelled()
 
 
 def test_who_stops_looking_hurts_nobody(engine: Engine, gated: Gated) -> None:
     futures = [engine.submit(request("a", steps=3))]
     gated.begun()
-    assert engine.look("a").cancel()
-    assert engine.look("a", 9).cancel()
+    assert engine.snapshot("a").cancel()
+    assert engine.snapshot("a", 9).cancel()
     gated.allow()
     assert futures[0].result(SOON).image.getpixel((0, 0)) == pixel(1)
 
@@ -101,9 +101,9 @@ def test_who_stops_looking_hurts_nobody(engine: Engine, gated: Gated) -> None:
 def test_a_snapshot_can_be_drawn_small_or_by_the_decoder(engine: Engine, gated: Gated) -> None:
     engine.submit(request("a", steps=2, width=128))
     gated.begun()
-    look = engine.look("a")
+    snapshot = engine.snapshot("a")
     gated.next()
-    small, large = engine.picture(look.result(SOON)), engine.picture(look.result(SOON), vae=True)
+    small, large = engine.preview(snapshot.result(SOON)), engine.preview(snapshot.result(SOON), vae=True)
     assert (small.size, large.size) == ((16, 8), (128, 64))
     half = tuple(value / 2 for value in pixel(1))
     assert small.getpixel((0, 0)) == large.getpixel((5, 5)) == pytest.approx(half, abs=1)
@@ -116,9 +116,9 @@ def snapshot_of(steps_done: int, **spec: object) -> Snapshot:
     gated = Gated()
     with running(gated) as engine:
         engine.submit(request("a", steps=5, **spec))
-        look = engine.look("a", steps_done)
+        snapshot = engine.snapshot("a", steps_done)
         gated.allow()
-        return look.result(SOON)
+        return snapshot.result(SOON)
 
 
 @pytest.mark.parametrize("steps_done", [1, 4])
@@ -140,7 +140,7 @@ def test_a_snapshot_of_something_else_is_left_aside_and_told(
     future = engine.submit(request("a", steps=5, resume=kept))
     assert future.result(SOON).image.getpixel((0, 0)) == pixel(1)
     assert len(gated.forwards) == 5
-    assert "a starts afresh" in caplog.text
+    assert "a starts from its first step" in caplog.text
 
 
 # --- draining
@@ -218,7 +218,7 @@ def test_what_can_not_finish_in_time_is_handed_back_after_its_next_step(
 def test_what_is_not_done_in_time_after_all_is_handed_back_with_its_state() -> None:
     with running(NullPipeline(seconds_per_step=0.02)) as engine:
         future = engine.submit(request("a", steps=1000))
-        engine.look("a").result(SOON)
+        engine.snapshot("a").result(SOON)
         with engine._changed:
             engine._renders["a"].request.seconds_per_forward = 1e-6  # it was faster before
         began = time.monotonic()

@@ -76,7 +76,7 @@ def test_somebody_of_another_shape_may_come_while_forwards_are_measured() -> Non
     measuring, measured = threading.Event(), threading.Event()
 
     class Slow(ForwardSizes):
-        def _found(self, *args: Any) -> int:
+        def _best_rows(self, *args: Any) -> int:
             measuring.set()
             assert measured.wait(SOON)
             return 4
@@ -106,7 +106,7 @@ class Recording(NullPipeline):
 
 
 def measuring_sizes(sizes: ForwardSizes, most: int) -> ForwardSizes:
-    sizes._found = lambda *_: most  # type: ignore[method-assign]
+    sizes._best_rows = lambda *_: most  # type: ignore[method-assign]
     return sizes
 
 

@@ -194,11 +194,11 @@ def test_rows_that_did_not_fit_after_all_lower_the_best_here_and_on_disk(
     pipeline, path = Scripted(clock=clock, seconds=saturating), tmp_path / "forwards.json"
     sizes = ForwardSizes(path)
     sizes.measure(pipeline, KEY, template)
-    sizes.too_large(pipeline, KEY, 8)
+    sizes.shrink(pipeline, KEY, 8)
     assert sizes.measure(pipeline, KEY, template) == 4
     assert ForwardSizes(path).measure(pipeline, KEY, template) == 4
     for _ in range(9):
-        sizes.too_large(pipeline, KEY, 1)
+        sizes.shrink(pipeline, KEY, 1)
     assert sizes.measure(pipeline, KEY, template) == 1
 
 
@@ -206,7 +206,7 @@ def test_what_is_known_not_to_fit_is_not_tried_when_the_rest_is_measured(
     clock: Clock, template: RenderRequest, tmp_path: Path
 ) -> None:
     pipeline, path = Scripted(clock=clock, seconds=saturating), tmp_path / "forwards.json"
-    ForwardSizes(path).too_large(pipeline, KEY, 6)
+    ForwardSizes(path).shrink(pipeline, KEY, 6)
     assert ForwardSizes(path).measure(pipeline, KEY, template) == 4
     assert max(pipeline.forwards) == 4
 
@@ -225,18 +225,18 @@ class Compiled(Scripted):
 
 def test_a_compiled_model_gets_forwards_of_measured_sizes(clock: Clock, template: RenderRequest) -> None:
     pipeline, sizes = Compiled(clock=clock, seconds=saturating), ForwardSizes()
-    assert sizes.filled(pipeline, KEY, [template]) is None
+    assert sizes.padded_rows(pipeline, KEY, [template]) is None
     sizes.measure(pipeline, KEY, template)
-    assert [sizes.filled(pipeline, KEY, [template] * count) for count in (1, 2, 3, 4, 40)] == [2, 4, 8, 8, 80]
+    assert [sizes.padded_rows(pipeline, KEY, [template] * count) for count in (1, 2, 3, 4, 40)] == [2, 4, 8, 8, 80]
 
 
 def test_one_that_is_not_gets_them_as_they_are(clock: Clock, template: RenderRequest) -> None:
     pipeline, sizes = Scripted(clock=clock, seconds=saturating), ForwardSizes()
     sizes.measure(pipeline, KEY, template)
-    assert sizes.filled(pipeline, KEY, [template] * 3) is None
+    assert sizes.padded_rows(pipeline, KEY, [template] * 3) is None
 
 
 def test_a_deterministic_forward_always_has_the_same_rows(template: RenderRequest) -> None:
     key, sizes = ForwardKey("tiny", (3, 8, 8), "torch.float32", deterministic=True), ForwardSizes()
     assert sizes.measure(Scripted(), key, template) == FIXED_ROWS
-    assert [sizes.filled(Scripted(), key, [template] * count) for count in (1, 4)] == [FIXED_ROWS] * 2
+    assert [sizes.padded_rows(Scripted(), key, [template] * count) for count in (1, 4)] == [FIXED_ROWS] * 2

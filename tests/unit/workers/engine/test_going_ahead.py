@@ -31,7 +31,7 @@ def test_the_line_is_served_by_priority_and_then_first_come_first_served() -> No
     served = []
     while admitted := line.admit():
         served += admitted
-        line.leave(admitted[0])
+        line.remove(admitted[0])
     assert served == ["d", "b", "e", "a", "c"]
 
 
@@ -49,7 +49,7 @@ def test_priority_goes_before_what_could_join_a_forward() -> None:
 def test_who_can_join_a_running_forward_goes_ahead_of_who_would_open_another() -> None:
     line = scheduler(slots=2, a=SMALL, b=LARGE, c=SMALL)
     assert line.admit() == ("a", "c")
-    line.leave("a")
+    line.remove("a")
     assert line.admit() == ("b",)
 
 
@@ -63,7 +63,7 @@ def test_a_request_is_passed_so_many_times_and_no_more() -> None:
     admitted: list[str] = []
     while "large" not in admitted:
         admitted += line.admit()
-        line.leave(line.running[-1])
+        line.remove(line.running[-1])
     assert admitted == ["s0", "s1", "s2", "large"]
 
 
@@ -75,7 +75,7 @@ def test_a_key_has_no_more_rows_running_than_a_forward_takes() -> None:
     for name in "abc":
         line.enqueue(name, SMALL, rows=2)
     assert line.admit() == ("a", "b")
-    line.leave("a")
+    line.remove("a")
     assert line.admit() == ("c",)
 
 
@@ -84,7 +84,7 @@ def test_a_request_larger_than_a_forward_runs_alone() -> None:
     line.enqueue("a", SMALL, rows=2)
     line.enqueue("b", SMALL, rows=2)
     assert line.admit() == ("a",)
-    line.leave("a")
+    line.remove("a")
     assert line.admit() == ("b",)
 
 
@@ -101,9 +101,9 @@ def test_small_requests_do_not_starve_a_larger_one_of_their_key() -> None:
     line.admit()
     line.enqueue("guided", SMALL, rows=2)
     line.enqueue("e", SMALL)
-    line.leave("a")
+    line.remove("a")
     assert line.admit() == ()  # room for one row, which e must not take
-    line.leave("b")
+    line.remove("b")
     assert line.admit() == ("guided",)
 
 
@@ -124,7 +124,7 @@ def test_an_urgent_request_takes_the_slot_of_the_lowest_priority_that_came_last(
 def test_it_takes_from_its_own_key_before_another_of_the_same_priority() -> None:
     line = scheduler(slots=2, a=SMALL, b=SMALL)
     line.admit()
-    line.leave("b")
+    line.remove("b")
     line.enqueue("c", LARGE)
     line.admit()
     line.enqueue("urgent", SMALL, priority=90)
@@ -141,7 +141,7 @@ def test_it_does_not_wait_for_room_in_line_and_leaves_the_room_of_others() -> No
     line.admit()
     assert line.waiting == ("a", "b")
     assert line.full
-    line.leave("b")
+    line.remove("b")
     assert not line.full  # a was put aside, and takes no room
 
 
@@ -175,9 +175,9 @@ def test_who_was_put_aside_goes_on_before_others_of_its_priority() -> None:
         line.enqueue(name, SMALL, priority=90)
     assert line.admit() == ("u1", "u2")
     assert line.waiting == ("b", "a", "c", "d")
-    line.leave("u1")
+    line.remove("u1")
     assert line.admit() == ("b",)  # which opens a key, and yet nobody goes ahead of it
-    line.leave("u2")
+    line.remove("u2")
     assert line.admit() == ("a",)
 
 
@@ -203,7 +203,7 @@ def test_a_stream_of_urgent_requests_leaves_every_other_turn_to_the_rest() -> No
         if turns[-1].startswith("u"):
             for request_id in line.running:
                 if request_id.startswith("u"):
-                    line.leave(request_id)
+                    line.remove(request_id)
     assert [name for name in turns if name in "ab"] == ["a", "b", "a", "b"]
 
 
@@ -257,11 +257,11 @@ def test_whatever_comes_nobody_waits_for_ever_and_no_bound_is_broken(seed: int) 
         for each in line.next_forward():
             left_to_do[each] -= 1
             if not left_to_do[each]:
-                line.leave(each)
+                line.remove(each)
         if chance.random() < 0.02 and line.waiting:
             gone = chance.choice(line.waiting)
             left_to_do[gone] = 0
-            line.leave(gone)
+            line.remove(gone)
 
     assert len(came) > 20
     assert not any(left_to_do.values())

@@ -30,7 +30,7 @@ def test_nobody_is_admitted_while_the_slots_are_taken() -> None:
     line = scheduler(slots=1, a=SMALL, b=SMALL)
     line.admit()
     assert line.admit() == ()
-    line.leave("a")
+    line.remove("a")
     assert line.admit() == ("b",)
 
 
@@ -75,7 +75,7 @@ def test_no_key_waits_for_more_than_one_forward_of_each_other() -> None:
         for request_id in ids:
             forwards[request_id] = forwards.get(request_id, 0) + 1
             if forwards[request_id] == 2 and request_id not in ("big", "other"):
-                line.leave(request_id)
+                line.remove(request_id)
     for key in ("big", "other", "small"):
         places = [place for place, name in enumerate(served) if name == key]
         assert max(after - before for before, after in pairwise(places)) <= 3
@@ -102,9 +102,9 @@ def test_a_key_that_comes_new_waits_for_those_here_to_have_their_turn() -> None:
 def test_a_request_that_left_is_in_no_forward() -> None:
     line = scheduler(slots=2, a=SMALL, b=SMALL)
     line.admit()
-    line.leave("a")
+    line.remove("a")
     assert line.next_forward() == ("b",)
-    line.leave("b")
+    line.remove("b")
     assert line.next_forward() == ()
     assert line.running == ()
 
@@ -112,17 +112,17 @@ def test_a_request_that_left_is_in_no_forward() -> None:
 def test_a_request_may_leave_the_line_before_it_had_a_slot() -> None:
     line = scheduler(slots=1, a=SMALL, b=SMALL, c=SMALL)
     line.admit()
-    line.leave("b")
-    line.leave("a")
+    line.remove("b")
+    line.remove("a")
     assert line.admit() == ("c",)
 
 
 def test_leaving_twice_does_nothing() -> None:
     line = scheduler(slots=1, a=SMALL)
     line.admit()
-    line.leave("a")
-    line.leave("a")
-    line.leave("never here")
+    line.remove("a")
+    line.remove("a")
+    line.remove("never here")
     assert line.running == line.waiting == ()
 
 
@@ -144,7 +144,7 @@ def test_an_id_is_here_once() -> None:
     line.admit()
     with pytest.raises(ValueError, match="a is here already"):
         line.enqueue("a", LARGE)
-    line.leave("a")
+    line.remove("a")
     line.enqueue("a", LARGE)
 
 

@@ -7,10 +7,8 @@ from safetensors.numpy import save_file
 
 from farm.errors import ModelError
 from workers.models import checkpoints
-from workers.models.checkpoints import Checkpoint
+from workers.models.checkpoints import Checkpoint, Family
 from workers.pipelines import families
-
-FAMILIES = {name: module.FAMILY for name, module in families().items()}
 
 WEIGHTS = {
     "text_encoder": "model.safetensors",
@@ -27,15 +25,19 @@ CLASSES = {
 }
 
 
+def known() -> dict[str, Family]:
+    return {name: module.FAMILY for name, module in families().items()}
+
+
 def open_checkpoint(source: str) -> Checkpoint:
-    return checkpoints.open_checkpoint(source, FAMILIES)
+    return checkpoints.open_checkpoint(source, known())
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A folder with everything a Stable Diffusion checkpoint is made of, and nothing in the weights."""
     index: dict[str, object] = {"_class_name": "StableDiffusionPipeline", "safety_checker": [None, None]}
-    for part in FAMILIES["StableDiffusionPipeline"].parts:
+    for part in known()["StableDiffusionPipeline"].parts:
         library = "transformers" if part in ("text_encoder", "tokenizer") else "diffusers"
         index[part] = [library, CLASSES[part]]
         (tmp_path / part).mkdir()
@@ -105,7 +107,7 @@ def test_a_family_the_farm_can_not_render_is_named(folder: Path, name: object) -
         open_checkpoint(str(folder))
 
 
-@pytest.mark.parametrize("part", FAMILIES["StableDiffusionPipeline"].parts)
+@pytest.mark.parametrize("part", CLASSES)
 def test_a_missing_part_is_named(folder: Path, part: str) -> None:
     (folder / part).rename(folder / "elsewhere")
     with pytest.raises(ModelError, match=f"the checkpoint's {part} is missing"):
@@ -176,14 +178,14 @@ def test_without_weights_only_configs_are_asked_for_and_code_is_refused_all_the_
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     for weights in folder.glob("*/*.safetensors"):
         weights.unlink()
-    found = checkpoints.open_checkpoint("org/name", FAMILIES, weights=False)
+    found = checkpoints.open_checkpoint("org/name", known(), weights=False)
     assert (found.family, found.nbytes) == ("StableDiffusionPipeline", 0)
     assert not [pattern for pattern in asked[1] if "safetensors" in pattern]
     with pytest.raises(ModelError, match="no weights at all"):
         open_checkpoint(str(folder))
     (folder / "unet" / "config.json").write_text('{"auto_map": {"AutoModel": "mine.Model"}}')
     with pytest.raises(ModelError, match="needs code of its own"):
-        checkpoints.open_checkpoint(str(folder), FAMILIES, weights=False)
+        checkpoints.open_checkpoint(str(folder), known(), weights=False)
 
 
 def test_a_hub_that_does_not_answer_is_a_model_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,7 +198,7 @@ def test_a_hub_that_does_not_answer_is_a_model_error(monkeypatch: pytest.MonkeyP
 
 
 def test_a_part_that_a_family_can_do_without_may_be_left_out(folder: Path) -> None:
-    family = dataclasses.replace(FAMILIES["StableDiffusionPipeline"], optional=("unet",))
+    family = dataclasses.replace(known()["StableDiffusionPipeline"], optional=("unet",))
     edit_index(folder, unet=[None, None])
     found = checkpoints.open_checkpoint(str(folder), {family.name: family})
     assert "unet" not in found.parts

@@ -1,6 +1,7 @@
 """Samplers as tables, held against diffusers' noise schedulers they were made from."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import diffusers
@@ -14,22 +15,26 @@ from workers.sampling import tables
 
 SHAPE = (4, 6, 8)
 DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
-OWN = {
-    "epsilon": diffusers.EulerDiscreteScheduler(**DIFFUSION).config,
-    "v_prediction": diffusers.EulerDiscreteScheduler(**DIFFUSION, prediction_type="v_prediction").config,
-    "flow": diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0).config,
-}
+KINDS = ("epsilon", "v_prediction", "flow")
 RECIPES = [
     pytest.param(recipe, kind, id=f"{name}-{kind}")
     for name, sampler in SAMPLERS.items()
-    for kind in OWN
+    for kind in KINDS
     if (recipe := sampler.flow if kind == "flow" else sampler.diffusion) is not None
 ]
 
 
+@cache
+def own_config(kind: str) -> Any:
+    """The noise scheduler's config of a checkpoint whose model predicts that."""
+    if kind == "flow":
+        return diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0).config
+    return diffusers.EulerDiscreteScheduler(**DIFFUSION, prediction_type=kind).config
+
+
 def maker(recipe: Recipe, kind: str, steps: int, **config: Any) -> Callable[[], Any]:
     """A recipe's scheduler for a model of that kind, its timesteps set."""
-    own = {**OWN[kind], "clip_sample": False, "skip_prk_steps": True}
+    own = {**own_config(kind), "clip_sample": False, "skip_prk_steps": True}
 
     def make() -> Any:
         overridden = {**recipe.over(own), **config}

@@ -132,7 +132,7 @@ class Jobs:
     def taken_by_another_worker(self, job_id: str) -> None:
         """Let a job's lease expire, and another worker claim the job."""
         self.lease_runs_out(job_id)
-        assert [bell.job_id for bell in self.store.backlog.enqueue(10)] == [job_id]
+        assert [bell.job_id for bell in self.store.backlog.enqueue(10).queued] == [job_id]
         assert self.store.leases.claim(job_id, ELSEWHERE) is not None
 
     def state(self, job_id: str) -> JobState:

@@ -37,7 +37,7 @@ class Hung(Storage):
 
 def claimed(store: JobStore, steps: int) -> Claim:
     store.submissions.submit("b", "me", 50, [request("", steps=steps).spec])
-    (bell,) = store.backlog.enqueue(10)
+    (bell,) = store.backlog.enqueue(10).queued
     claim = store.leases.claim(bell.job_id, "w1@host")
     assert claim is not None
     return claim
@@ -77,7 +77,7 @@ def test_a_preview_that_breaks_is_tried_again_after_some_steps(
         observation = observer.open(claim)
         observation.checkpointed_at = float("inf")
         job_id, tries = claim.job_id, []
-        picture = engine.picture
+        picture = engine.preview
 
         def breaks_once(*args: Any, **kwargs: Any) -> Any:
             tries.append(args)
@@ -85,7 +85,7 @@ def test_a_preview_that_breaks_is_tried_again_after_some_steps(
                 raise RuntimeError("no room")
             return picture(*args, **kwargs)
 
-        monkeypatch.setattr(engine, "picture", breaks_once)
+        monkeypatch.setattr(engine, "preview", breaks_once)
         future = engine.submit(request(job_id, steps=100))
         gated.begun()
         observer.observe({job_id: False})
@@ -145,7 +145,7 @@ def test_a_closed_observation_is_not_written_though_its_snapshot_was_taken(store
         observation = observer.open(claim)
         future = engine.submit(request(claim.job_id, steps=100))
         gated.begun()
-        snapshot = engine.look(claim.job_id)
+        snapshot = engine.snapshot(claim.job_id)
         gated.allow()
         future.result(SOON)
     observer.close(observation)

@@ -124,7 +124,7 @@ def test_a_worker_whose_engine_is_broken_puts_a_job_back_unclaimed(worker: Worke
 
 def test_a_job_that_is_too_large_is_handed_back_for_another_worker(worker: Worker, gated: Gated, jobs: Jobs) -> None:
     job_id, large = jobs.queued(), jobs.queued(width=512, height=512)
-    worker.models.no_room(jobs.store.queries.job(large).spec)
+    worker.models.forbid(jobs.store.queries.job(large).spec)
     outcome = render_job(worker, large)
     assert outcome == HandedBack("no memory for it here", Outcome.HANDED_BACK)
     assert jobs.store.queries.job(large).avoid_worker == worker.name
@@ -270,7 +270,7 @@ def test_where_there_was_no_memory_the_size_is_published(worker: Worker, gated: 
     assert isinstance(outcome, Failed)
     assert (outcome.recorded, outcome.error_class) == (Outcome.RETRIED, ErrorClass.OUT_OF_MEMORY)
     spec = jobs.store.queries.job(job_id).spec
-    assert not worker.models.has_room(spec)
+    assert not worker.models.allows(spec)
     (published,) = jobs.store.workers.all()
     assert published.models == worker.models.info.models
 
@@ -340,7 +340,8 @@ def test_leftovers_that_can_not_be_deleted_are_left_to_the_sweep(
         pass
     done: list[str] = []
     left_behind = worker.store.attempts.report_leftovers
-    monkeypatch.setattr(worker.store, "left_behind", lambda claim: done.append(claim.job_id) or left_behind(claim))
+    attempts = worker.store.attempts
+    monkeypatch.setattr(attempts, "report_leftovers", lambda claim: done.append(claim.job_id) or left_behind(claim))
     monkeypatch.setattr(worker.storage, "delete_many", fail(module.ServiceUnavailable("away")))
     gated.allow()
     assert isinstance(outcome.result(SOON), Succeeded)
