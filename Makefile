@@ -23,16 +23,11 @@ up: $(VENV)/.farm  ## start the embedded farm and keep it running until Ctrl-C
 test: $(VENV)/.dev  ## run all tests but the long ones, against real servers (five minutes on two cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-<<<<<<< HEAD
-test-long: $(VENV)/.dev  ## what takes longer: the commands of docs/, the client by itself, whole farms on SQLite, an upgrade
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
-=======
 test-long: $(VENV)/.dev  ## run the long tests: the commands of docs/, every sampler of diffusers, whole farms on SQLite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-newest:  ## run the tests that need no torch on the newest Python of this machine
 	infra/test-newest-python $(ARGS)
->>>>>>> main
 
 chaos: $(VENV)/.dev  ## strike at a farm of real processes for long: CHAOS_JOBS, CHAOS_MINUTES, CHAOS_SEED
 	$(BIN)/python -m pytest tests/chaos -m chaos $(ARGS)
