@@ -120,9 +120,7 @@ class RenderSpec(BaseModel):
     """Flux only: the scale of true classifier-free guidance with the negative prompt; 1 is off."""
     clip_skip: Annotated[int | None, TextOption()] = Field(default=None, ge=1, le=23)
     """How many of CLIP's last layers are skipped."""
-    max_sequence_length: Annotated[int | None, TextOption()] = Field(
-        default=None, ge=1, le=512, exclude_if=lambda limit: limit is None
-    )
+    max_sequence_length: Annotated[int | None, TextOption()] = Field(default=None, ge=1, le=512)
     """How many T5 tokens a prompt may have (Stable Diffusion 3, Flux); the family's own by default."""
     eta: float = Field(default=0.0, ge=0, le=1)
     """The share of fresh noise in each step, 0 to 1, for samplers that have an eta (DDIM, Song et al. 2020)."""
@@ -185,6 +183,7 @@ _FIRST_FIELDS = frozenset(
 )
 _LATER_FIELDS = {name: field.default for name, field in RenderSpec.model_fields.items() if name not in _FIRST_FIELDS}
 """The defaults of the fields that release 0.1 does not know."""
+
 SHORT_NAMES: Mapping[str, str] = MappingProxyType(
     {
         short.name: name

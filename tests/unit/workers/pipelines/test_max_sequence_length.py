@@ -26,14 +26,14 @@ def test_a_limit_out_of_bounds_is_refused_at_submit(tokens: float) -> None:
 
 def test_a_spec_without_a_limit_is_written_and_hashed_as_by_the_release_before() -> None:
     spec = RenderSpec(prompt="a", seed=1)
-    assert "max_sequence_length" not in spec.model_dump_json()
+    assert "max_sequence_length" not in spec.to_json()
     assert spec.sha256() == "346a7e436b7ca0e76fb1414d6dc3102c87eee4975dad3686c3742a5e89b786bf"
 
 
 def test_a_limit_is_other_work_and_survives_its_json() -> None:
     spec = RenderSpec(prompt="a", seed=1, max_sequence_length=128)
     assert spec.sha256() != RenderSpec(prompt="a", seed=1).sha256()
-    assert RenderSpec.model_validate_json(spec.model_dump_json()) == spec
+    assert RenderSpec.model_validate_json(spec.to_json()) == spec
 
 
 @pytest.mark.parametrize("build", [build_sd3, build_flux])
