@@ -85,11 +85,11 @@ class Job:
 
         Raises `JobNotSucceeded`, or `StorageUnavailable` if what is stored is not what was rendered.
         """
-        return pictures.png(self._storage, self._looked_at())
+        return pictures.fetch_png(self._storage, self._looked_at())
 
     def image(self) -> Image.Image:
         """Its picture, waiting for it if need be; raises `JobNotSucceeded`."""
-        return pictures.decoded(self.wait().png())
+        return pictures.decode(self.wait().png())
 
     def trajectory(self) -> list[Image.Image]:
         """How it looked after each of its steps, first to last, as RGB images, waiting for it if need be.
@@ -100,13 +100,13 @@ class Job:
 
     def film_strip(self) -> Image.Image:
         """Its steps on one page, waiting for it if need be; raises as `trajectory` does."""
-        return pictures.decoded(self._film(Role.FILM_STRIP))
+        return pictures.decode(self._film(Role.FILM_STRIP))
 
     def _film(self, role: Role) -> bytes:
         if not self.spec.trajectory:
             raise NotFound(f"job {self.id} kept no trajectory: its spec did not ask for one (trajectory=True)")
         info = self.wait().info
-        return pictures.stored(self._storage, info, pictures.artifact(info, role))
+        return pictures.fetch_artifact(self._storage, info, pictures.find_artifact(info, role))
 
     def previews(self, *, vae: bool = False, timeout: float | None = None) -> Iterator[Preview]:
         """Each new preview until the job ends, small, or with `vae` at full size.
@@ -133,7 +133,7 @@ class Job:
 
     def url(self, seconds: int = 3600) -> str:
         """A presigned URL of its picture, valid for `seconds`; raises `JobNotSucceeded`."""
-        return self._storage.url(pictures.succeeded(self._looked_at()).key, seconds)
+        return self._storage.url(pictures.picture_of(self._looked_at()).key, seconds)
 
     def download(self, folder: str | os.PathLike[str]) -> Path:
         """Download its picture, and its trajectory if it has one, into a folder; returns the picture's path."""

@@ -12,7 +12,7 @@ from farm.objects.storage import Storage
 from farm.runtime.atomic_files import write_atomic
 
 
-def succeeded(job: JobInfo) -> Picture:
+def picture_of(job: JobInfo) -> Picture:
     """The picture of a job; raises `JobNotSucceeded` with the reason."""
     if job.picture is None:
         why = f": {job.error}" if job.error else ""
@@ -20,7 +20,7 @@ def succeeded(job: JobInfo) -> Picture:
     return job.picture
 
 
-def stored(storage: Storage, job: JobInfo, artifact: Artifact) -> bytes:
+def fetch_artifact(storage: Storage, job: JobInfo, artifact: Artifact) -> bytes:
     """An artifact of a job, checked against its SHA-256 in SQL.
 
     Raises `StorageUnavailable` if what is stored is not what was rendered.
@@ -35,25 +35,25 @@ def _checked(storage: Storage, job: JobInfo, key: str, sha256: str | None) -> by
     return data
 
 
-def artifact(job: JobInfo, role: Role) -> Artifact:
+def find_artifact(job: JobInfo, role: Role) -> Artifact:
     """The artifact of a job in a role; raises `JobNotSucceeded`, or `NotFound` if it has none."""
-    succeeded(job)
+    picture_of(job)
     found = next((each for each in job.artifacts if each.role == role), None)
     if found is None:
         raise NotFound(f"job {job.id} kept no {role}")
     return found
 
 
-def png(storage: Storage, job: JobInfo) -> bytes:
+def fetch_png(storage: Storage, job: JobInfo) -> bytes:
     """The PNG of a job's picture, checked against the SHA-256 in SQL.
 
     Raises `JobNotSucceeded`, or `StorageUnavailable` if the hash differs.
     """
-    picture = succeeded(job)
+    picture = picture_of(job)
     return _checked(storage, job, picture.key, picture.sha256)
 
 
-def decoded(data: bytes) -> Image.Image:
+def decode(data: bytes) -> Image.Image:
     """An image from the bytes of its file, fully loaded."""
     image = Image.open(io.BytesIO(data))
     image.load()
@@ -78,11 +78,11 @@ def download(storage: Storage, job: JobInfo, folder: Path) -> Path:
     A file that is there already is not fetched again: it is known by its SHA-256, or by its name, which contains the
     attempt. Each file is put in place whole. Raises `JobNotSucceeded`.
     """
-    picture = succeeded(job)
+    picture = picture_of(job)
     for each in job.artifacts:
         path = folder / Path(each.key).name
         if not _is_there(path, each):
-            write_atomic(path, stored(storage, job, each))
+            write_atomic(path, fetch_artifact(storage, job, each))
     return folder / Path(picture.key).name
 
 
@@ -92,7 +92,7 @@ def _is_there(path: Path, artifact: Artifact) -> bool:
     return artifact.sha256 is None or hashlib.sha256(path.read_bytes()).hexdigest() == artifact.sha256
 
 
-def files(storage: Storage, job: JobInfo) -> list[tuple[str, bytes]]:
+def fetch_files(storage: Storage, job: JobInfo) -> list[tuple[str, bytes]]:
     """The names and bytes of a job's artifacts, its picture first; raises `JobNotSucceeded`."""
-    succeeded(job)
-    return [(Path(each.key).name, stored(storage, job, each)) for each in job.artifacts]
+    picture_of(job)
+    return [(Path(each.key).name, fetch_artifact(storage, job, each)) for each in job.artifacts]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from farm.client.pictures import decoded
+from farm.client.pictures import decode
 from farm.errors import NotFound
 from farm.jobs.states import JobState
 from farm.jobs.store import JobStore
@@ -50,12 +50,12 @@ def watch(
         if job.state is not JobState.RUNNING:
             continue
         try:
-            found = storage.newer(preview_key(job.batch_id, job.index, job.attempt), etag)
+            found = storage.get_if_changed(preview_key(job.batch_id, job.index, job.attempt), etag)
         except NotFound:
             continue
         if found is not None:
             data, etag = found
-            image = decoded(data)
+            image = decode(data)
             preview = Preview(image, int(image.info["step"]), int(image.info["steps"]))
             if preview.step > job.steps_done - recent_steps:
                 yield preview

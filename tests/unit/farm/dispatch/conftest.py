@@ -5,7 +5,6 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +16,7 @@ from farm.errors import StorageUnavailable
 from farm.jobs import leadership as election
 from farm.jobs.database import Database, now_plus
 from farm.jobs.leadership import Leadership
-from farm.jobs.records import Claim, Picture, WorkerInfo
+from farm.jobs.records import Artifact, Claim, Picture, Role, WorkerInfo
 from farm.jobs.schema import BatchRow, JobRow, LeaderRow
 from farm.jobs.served_models import ServedModel
 from farm.jobs.states import JobState
@@ -164,11 +163,13 @@ class Parts:
         """Have a worker store a picture, and the animations of a job with a trajectory, and end the job with it."""
         claim = self.claim(job_id)
         key = image_key(claim.batch_id, claim.index, claim.attempt, claim.spec.prompt)
-        for one in (key, *(trajectory_keys(key) if claim.spec.trajectory else ())):
+        others = dict(zip((Role.FILM_STRIP, Role.ANIMATION), trajectory_keys(key), strict=True))
+        artifacts = [Artifact(role, one, "image/png") for role, one in others.items() if claim.spec.trajectory]
+        for one in (key, *(artifact.key for artifact in artifacts)):
             if stored:
                 self.storage.put(one, data)
         picture = Picture(key, "a" * 64, len(data), 64, 64, WEIGHTS, 1.0)
-        assert self.store.attempts.succeed(claim, picture)
+        assert self.store.attempts.succeed(claim, picture, artifacts)
         return picture
 
     def states(self, job_ids: Sequence[str]) -> list[JobState]:
@@ -239,18 +240,20 @@ class Parts:
 
 @pytest.fixture
 def parts(
-    sqlite_url: str,
-    valkey: str,
-    s3: Mapping[str, str | None],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    sqlite_url: str, valkey: str, s3: Mapping[str, str | None], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Parts]:
     """An empty farm's parts, on SQLite."""
     monkeypatch.setattr(election, "RENEW_SECONDS", 0.0)  # each pass asks who leads
+    with made_of(sqlite_url, valkey, s3) as parts:
+        yield parts
+
+
+@contextmanager
+def made_of(database_url: str, broker_url: str, s3: Mapping[str, str | None]) -> Iterator[Parts]:
+    """A farm's parts over these services."""
     settings = Settings.load(
-        database_url=sqlite_url,
-        broker_url=valkey,
-        home=tmp_path / "home",
+        database_url=database_url,
+        broker_url=broker_url,
         window=4,
         lease_seconds=LEASE_SECONDS,
         beat_seconds=2.0,
@@ -258,7 +261,7 @@ def parts(
         **s3,
     )
     with (
-        closing(Database(sqlite_url)) as db,
+        closing(Database(database_url)) as db,
         closing(FlakyBroker(settings)) as broker,
         closing(FlakyStorage(settings)) as storage,
     ):

@@ -39,10 +39,8 @@ def copies_are_wanted(parts: Parts) -> None:
 def serves(parts: Parts, source: str) -> bool:
     """Whether a pass offers a job's picture to another job of the same spec."""
     copies_are_wanted(parts)
-    copies: dict[str, str] = {}
     parts.submit(1, "asks", prompt="the same", seed=7)
-    parts.store.backlog.enqueue(100, copies=copies)
-    return source in copies.values()
+    return source in parts.store.backlog.enqueue(100, copy=True).copies.values()
 
 
 # --- one by one ---------------------------------------------------------------------------------------------------
