@@ -175,7 +175,7 @@ def _seeded(specs: Iterable[RenderSpec], key: str) -> Iterator[RenderSpec]:
 def _rows(batch: BatchRow, specs: Iterable[RenderSpec], seen: Callable[[bytes], None]) -> Iterator[_Row]:
     batch_id, priority, reuse, defaults = batch.id, batch.priority, batch.reuse, tuple(_DEFAULTS.values())
     for index, spec in enumerate(specs, 1):
-        text = spec.model_dump_json()
+        text = spec.to_json()
         data = text.encode()
         seen(data)
         seen(b"\n")

@@ -120,6 +120,8 @@ class RenderSpec(BaseModel):
     """Flux only: the scale of true classifier-free guidance with the negative prompt; 1 is off."""
     clip_skip: Annotated[int | None, TextOption()] = Field(default=None, ge=1, le=23)
     """How many of CLIP's last layers are skipped."""
+    max_sequence_length: Annotated[int | None, TextOption()] = Field(default=None, ge=1, le=512)
+    """How many tokens T5 reads of a prompt (Stable Diffusion 3, Flux); the family's own by default."""
     eta: float = Field(default=0.0, ge=0, le=1)
     """The share of fresh noise in each step, 0 to 1, for samplers that have an eta (DDIM, Song et al. 2020)."""
     width: Size = None
@@ -158,10 +160,29 @@ class RenderSpec(BaseModel):
         except ValidationError as error:
             raise InvalidInput([_problem(where, detail) for detail in error.errors()]) from error
 
+    def to_json(self) -> str:
+        """The spec as SQL stores it and as it is hashed.
+
+        Fields that release 0.1 does not know are left out while they have their defaults: programs of that release can
+        then read the spec, and its hash is the one that they computed.
+        """
+        return self.model_dump_json(
+            exclude={name for name, value in _LATER_FIELDS.items() if getattr(self, name) == value}
+        )
+
     def sha256(self) -> str:
         """The hash of all fields: equal specs have equal hashes."""
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
 
+
+_FIRST_FIELDS = frozenset(
+    {
+        *("prompt", "negative_prompt", "num_inference_steps", "guidance_scale", "guidance_rescale", "true_cfg_scale"),
+        *("clip_skip", "eta", "width", "height", "seed", "scheduler", "model", "deterministic", "trajectory"),
+    }
+)
+_LATER_FIELDS = {name: field.default for name, field in RenderSpec.model_fields.items() if name not in _FIRST_FIELDS}
+"""The defaults of the fields that release 0.1 does not know."""
 
 SHORT_NAMES: Mapping[str, str] = MappingProxyType(
     {

@@ -60,6 +60,7 @@ def specs_of(place: int, sampler: str | None, family: str) -> list[RenderSpec]:
                 guidance_rescale=0.7 if diffusion and (place + index) % 3 == 0 else 0,
                 true_cfg_scale=2.5 if flux and (place + index) % 3 else 1,
                 clip_skip=1 if not flux and (place + index) % 5 == 0 else None,
+                max_sequence_length=77 if not diffusion and (place + index) % 3 == 0 else None,
                 eta=0.5 if (place + index) % 2 else 0,
                 num_inference_steps=steps,
                 width=96 if large else 64,

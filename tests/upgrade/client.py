@@ -110,7 +110,7 @@ def _reported(job: Job) -> dict[str, Any]:
     return {
         "id": job.id,
         "index": job.index,
-        "spec": job.spec.model_dump(mode="json"),
+        "spec": job.spec.model_dump(mode="json", exclude_defaults=True),  # a later release may have further fields
         "state": job.state.value,
         "error": job.error,
         "attempt": info.attempt,

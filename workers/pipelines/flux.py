@@ -28,7 +28,7 @@ class Flux(DiffusersPipeline):
     """
 
     samplers = "flow"
-    text_options = frozenset({"clip_skip"})
+    text_options = frozenset({"clip_skip", "max_sequence_length"})
 
     @property
     def native_size(self) -> tuple[int, int]:
@@ -63,13 +63,14 @@ class Flux(DiffusersPipeline):
             request.warnings.append("clip_skip has no effect: Flux takes nothing but CLIP's pooled text")
 
     def embed(self, text: Text) -> Embedding:
-        """T5's last hidden state, (1, 512, width), and CLIP's pooled text, (1, width)."""
-        states, pooled, _ = self.pipe.encode_prompt(text.text, device=self.device)
+        """T5's last hidden state, (1, tokens, width), and CLIP's pooled text, (1, width)."""
+        tokens = self.token_limits(text.options)["tokenizer_2"]
+        states, pooled, _ = self.pipe.encode_prompt(text.text, device=self.device, max_sequence_length=tokens)
         return {"encoder_hidden_states": states, "pooled_projections": pooled}
 
     def token_limits(self, options: RenderSpec) -> Mapping[str, int]:
         """T5's."""
-        return {"tokenizer_2": 512}
+        return {"tokenizer_2": options.max_sequence_length or 512}
 
     @property
     def guidance(self) -> Guidance:

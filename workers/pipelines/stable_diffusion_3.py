@@ -28,7 +28,7 @@ class StableDiffusion3(DiffusersPipeline):
     """A `Pipeline` over the parts of a `StableDiffusion3Pipeline`."""
 
     samplers = "flow"
-    text_options = frozenset({"clip_skip"})
+    text_options = frozenset({"clip_skip", "max_sequence_length"})
 
     def amended(self, pipe: Any) -> Any:
         """Name the blocks that repeat in the transformer, which diffusers does not."""
@@ -49,16 +49,21 @@ class StableDiffusion3(DiffusersPipeline):
         return width, height
 
     def embed(self, text: Text) -> Embedding:
-        """(1, 77 + 256, width): both CLIPs side by side, then T5 or zeros; and both pooled texts, (1, both widths)."""
-        clip_skip = None if text.negative else text.options.clip_skip
+        """(1, tokens, width): both CLIPs side by side, then T5 or zeros; and both pooled texts, (1, both widths)."""
         states, _, pooled, _ = self.pipe.encode_prompt(
-            text.text, None, None, device=self.device, do_classifier_free_guidance=False, clip_skip=clip_skip
+            text.text,
+            None,
+            None,
+            device=self.device,
+            do_classifier_free_guidance=False,
+            clip_skip=None if text.negative else text.options.clip_skip,
+            max_sequence_length=self.token_limits(text.options)["tokenizer_3"],
         )
         return {"encoder_hidden_states": states, "pooled_projections": pooled}
 
     def token_limits(self, options: RenderSpec) -> Mapping[str, int]:
         """T5's."""
-        return {"tokenizer_3": 256}
+        return {"tokenizer_3": options.max_sequence_length or 256}
 
     def timestep_kwargs(self, scheduler: Any, steps: int, shape: tuple[int, ...]) -> dict[str, Any]:
         """`mu`, which keeps larger pictures longer at high noise, if the checkpoint shifts its timesteps."""

@@ -5,7 +5,6 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -241,18 +240,20 @@ class Parts:
 
 @pytest.fixture
 def parts(
-    sqlite_url: str,
-    valkey: str,
-    s3: Mapping[str, str | None],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    sqlite_url: str, valkey: str, s3: Mapping[str, str | None], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Parts]:
     """An empty farm's parts, on SQLite."""
     monkeypatch.setattr(election, "RENEW_SECONDS", 0.0)  # each pass asks who leads
+    with made_of(sqlite_url, valkey, s3) as parts:
+        yield parts
+
+
+@contextmanager
+def made_of(database_url: str, broker_url: str, s3: Mapping[str, str | None]) -> Iterator[Parts]:
+    """A farm's parts over these services."""
     settings = Settings.load(
-        database_url=sqlite_url,
-        broker_url=valkey,
-        home=tmp_path / "home",
+        database_url=database_url,
+        broker_url=broker_url,
         window=4,
         lease_seconds=LEASE_SECONDS,
         beat_seconds=2.0,
@@ -260,7 +261,7 @@ def parts(
         **s3,
     )
     with (
-        closing(Database(sqlite_url)) as db,
+        closing(Database(database_url)) as db,
         closing(FlakyBroker(settings)) as broker,
         closing(FlakyStorage(settings)) as storage,
     ):

@@ -129,3 +129,16 @@ def test_a_value_too_deep_to_be_shown_is_invalid_input() -> None:
         deep = [deep]
     with pytest.raises(InvalidInput):
         RenderSpec.parse({"prompt": deep})
+
+
+def test_the_stored_form_of_a_spec_is_that_of_release_0_1_unless_it_uses_a_later_field() -> None:
+    stored = (
+        '{"prompt":"a","negative_prompt":"","num_inference_steps":25,"guidance_scale":5.0,"guidance_rescale":0.0,'
+        '"true_cfg_scale":1.0,"clip_skip":null,"eta":0.0,"width":null,"height":null,"seed":1,"scheduler":null,'
+        '"model":"tiny","deterministic":false,"trajectory":false}'
+    )
+    assert RenderSpec(prompt="a", seed=1).to_json() == stored
+    assert RenderSpec.model_validate_json(stored) == RenderSpec(prompt="a", seed=1)
+    later = set(RenderSpec.model_fields) - set(json.loads(stored))
+    for name in later:
+        assert f'"{name}":' in RenderSpec(prompt="a", seed=1).model_copy(update={name: 2}).to_json()
