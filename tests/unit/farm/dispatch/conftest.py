@@ -16,7 +16,7 @@ from farm.errors import StorageUnavailable
 from farm.jobs import leadership as election
 from farm.jobs.database import Database, now_plus
 from farm.jobs.leadership import Leadership
-from farm.jobs.records import Claim, Picture, WorkerInfo
+from farm.jobs.records import Artifact, Claim, Picture, Role, WorkerInfo
 from farm.jobs.schema import BatchRow, JobRow, LeaderRow
 from farm.jobs.served_models import ServedModel
 from farm.jobs.states import JobState
@@ -159,15 +159,21 @@ class Parts:
         assert claim is not None
         return claim
 
-    def succeed(self, job_id: str, data: bytes = b"a picture", *, stored: bool = True) -> Picture:
-        """Have a worker store a picture, and the animations of a job with a trajectory, and end the job with it."""
+    def succeed(self, job_id: str, data: bytes = b"a picture") -> Picture:
+        """Have a worker store a picture, and the films of a job with a trajectory, and end the job with them."""
         claim = self.claim(job_id)
         key = image_key(claim.batch_id, claim.index, claim.attempt, claim.spec.prompt)
-        for one in (key, *(trajectory_keys(key) if claim.spec.trajectory else ())):
-            if stored:
-                self.storage.put(one, data)
+        films = [
+            Artifact(role, film, media_type)
+            for role, film, media_type in zip(
+                (Role.FILM_STRIP, Role.ANIMATION), trajectory_keys(key), ("image/png", "image/webp"), strict=True
+            )
+            if claim.spec.trajectory
+        ]
+        for one in (key, *(film.key for film in films)):
+            self.storage.put(one, data)
         picture = Picture(key, "a" * 64, len(data), 64, 64, WEIGHTS, 1.0)
-        assert self.store.attempts.succeed(claim, picture)
+        assert self.store.attempts.succeed(claim, picture, films)
         return picture
 
     def states(self, job_ids: Sequence[str]) -> list[JobState]:
