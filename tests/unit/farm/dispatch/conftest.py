@@ -159,17 +159,21 @@ class Parts:
         assert claim is not None
         return claim
 
-    def succeed(self, job_id: str, data: bytes = b"a picture", *, stored: bool = True) -> Picture:
-        """Have a worker store a picture, and the animations of a job with a trajectory, and end the job with it."""
+    def succeed(self, job_id: str, data: bytes = b"a picture") -> Picture:
+        """Have a worker store a picture, and the films of a job with a trajectory, and end the job with them."""
         claim = self.claim(job_id)
         key = image_key(claim.batch_id, claim.index, claim.attempt, claim.spec.prompt)
-        others = dict(zip((Role.FILM_STRIP, Role.ANIMATION), trajectory_keys(key), strict=True))
-        artifacts = [Artifact(role, one, "image/png") for role, one in others.items() if claim.spec.trajectory]
-        for one in (key, *(artifact.key for artifact in artifacts)):
-            if stored:
-                self.storage.put(one, data)
+        films = [
+            Artifact(role, film, media_type)
+            for role, film, media_type in zip(
+                (Role.FILM_STRIP, Role.ANIMATION), trajectory_keys(key), ("image/png", "image/webp"), strict=True
+            )
+            if claim.spec.trajectory
+        ]
+        for one in (key, *(film.key for film in films)):
+            self.storage.put(one, data)
         picture = Picture(key, "a" * 64, len(data), 64, 64, WEIGHTS, 1.0)
-        assert self.store.attempts.succeed(claim, picture, artifacts)
+        assert self.store.attempts.succeed(claim, picture, films)
         return picture
 
     def states(self, job_ids: Sequence[str]) -> list[JobState]:

@@ -7,9 +7,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
 from farm.dispatch.copier import Copier
 from farm.errors import DatabaseUnavailable, StorageUnavailable
+from farm.jobs.schema import ArtifactRow
 from farm.jobs.states import JobState, Outcome
 from farm.objects.storage import Storage
 from tests.integration.conftest import wait_until
@@ -58,14 +60,19 @@ def test_a_job_succeeds_with_a_copy_of_its_twins_picture(parts: Parts, copier: C
     assert [attempt.outcome for attempt in parts.store.queries.attempts(job)] == [Outcome.SUCCEEDED]
 
 
-def test_a_trajectory_is_copied_with_its_picture(parts: Parts, copier: Copier) -> None:
+@pytest.mark.parametrize("listed", [True, False], ids=["of this release", "of a release that lists no artifacts"])
+def test_a_trajectory_is_copied_with_its_picture(parts: Parts, copier: Copier, listed: bool) -> None:
     source, (job,) = twins(parts, trajectory=True)
+    if not listed:
+        with parts.db.write() as session:
+            session.execute(sa.delete(ArtifactRow))
     assert copier.copy({job: source}) == 1
-    picture = parts.store.queries.job(job).picture
-    assert picture is not None
-    stem = picture.key.removesuffix(".png")
-    copied = set(parts.storage.keys(stem))
-    assert copied == {picture.key, f"{stem}.trajectory.png", f"{stem}.trajectory.webp"}
+    found = parts.store.queries.job(job)
+    assert found.picture is not None
+    stem = found.picture.key.removesuffix(".png")
+    copied = {found.picture.key, f"{stem}.trajectory.png", f"{stem}.trajectory.webp"}
+    assert set(parts.storage.keys(stem)) == copied
+    assert {artifact.key for artifact in found.artifacts} == copied
 
 
 def test_a_picture_that_is_gone_serves_no_job_any_more(

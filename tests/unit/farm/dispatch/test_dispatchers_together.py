@@ -87,7 +87,7 @@ def test_a_batch_that_several_delete_at_once_is_gone_for_each(several: list[Part
         first.succeed(job)
     batch_id = jobs[0].rpartition("-")[0]
     first.store.deletions.mark(batch_id)
-    deleted = at_once(several, lambda parts: Deletion(parts.store.deletions, parts.storage).carry_out(batch_id))
+    deleted = at_once(several, lambda parts: Deletion(parts.store.deletions, parts.storage).delete(batch_id))
     assert deleted == [True] * COUNT
     assert list(first.storage.keys()) == []
     assert first.store.deletions.marked() == []
