@@ -1,7 +1,9 @@
 """What every test may use."""
 
+import gc
 import importlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -43,6 +45,13 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
         if error.name and error.name.partition(".")[0] in RENDERING:
             return True
     return None
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _garbage_is_collected() -> Iterator[None]:
+    """What the tests of a file leave open is an error there, and not in a later file, whenever garbage is collected."""
+    yield
+    gc.collect()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -3,6 +3,7 @@
 import os
 import sys
 import threading
+from contextlib import closing
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -106,8 +107,10 @@ def migrate(
     from farm.objects.storage import Storage
 
     settings = Settings.load()
-    Database(settings.database_url).migrate()
+    with closing(Database(settings.database_url)) as database:
+        database.migrate()
     out.print("the schema is this version's")
     if bucket:
-        Storage(settings).ensure_bucket()
+        with closing(Storage(settings)) as storage:
+            storage.ensure_bucket()
         out.print(f"bucket {settings.s3_bucket} is there")
