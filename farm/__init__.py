@@ -1,4 +1,4 @@
-"""The farm's client: hand prompts in, watch them, fetch the pictures. No torch in here.
+"""The Python client of a render farm: submit prompts, follow them, download the pictures. It does not need torch.
 
 from farm import Farm
 
@@ -65,7 +65,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # On first use: the lower layers import this package, and the command line should answer at once.
+    # Imported on first use: lower layers import this package, and the command line should start fast.
     if name in _HOMES:
         return getattr(import_module(f"farm.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'farm' has no attribute {name!r}")

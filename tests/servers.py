@@ -198,7 +198,7 @@ def missing(why: str) -> NoReturn:
 
 
 def needs_torch() -> None:
-    """Skip a test that starts a worker, where `pytest --without-torch` leaves such tests out."""
+    """Skip a test that starts a worker, where `pytest --without-torch` runs the others."""
     if importlib.util.find_spec("torch") is None:
         pytest.skip("a worker needs torch")
 

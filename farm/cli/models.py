@@ -29,7 +29,7 @@ _VERSION_CHARS = 12
 def held(context: typer.Context, as_json: Json = False) -> None:
     """Show the models that workers hold and the number of jobs that wait for each."""
     if context.invoked_subcommand is None:
-        _say_held(as_json=as_json)
+        _print_held(as_json=as_json)
 
 
 @models.command()
@@ -107,14 +107,14 @@ def _store() -> Iterator[tuple[ModelStore, Settings]]:
             storage.close()
 
 
-def _say_held(*, as_json: bool) -> None:
+def _print_held(*, as_json: bool) -> None:
     with open_farm() as farm:
         held: dict[str, dict[str, Any]] = {}
-        for one in farm.workers():
-            for model in one.models if one.alive else ():
+        for worker in farm.workers():
+            for model in worker.models if worker.alive else ():
                 entry = held.setdefault(model.name, {"sha256": None, "workers": [], "waiting": 0})
                 entry["sha256"] = model.sha256 or entry["sha256"]  # None while a worker has not loaded it
-                entry["workers"].append(one.name)
+                entry["workers"].append(worker.name)
         for model_name, waiting in farm.waiting().items():
             held.setdefault(model_name, {"sha256": None, "workers": []})["waiting"] = waiting
     if as_json:

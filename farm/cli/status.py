@@ -9,7 +9,7 @@ from farm.cli.console import BatchName, JobId, Json, find, open_farm, out, print
 from farm.cli.notices import print_errors, warn_of_waiting
 from farm.jobs.records import JobInfo
 from farm.jobs.states import JobState
-from farm.show.job_history import story
+from farm.show.job_history import job_history
 from farm.show.json_forms import attempt_json, batch_json, job_json
 from farm.show.tables import batch_table, job_table
 
@@ -79,4 +79,4 @@ def show(job_id: JobId, as_json: Json = False) -> None:
             print_json({**job_json(job.info), "attempts": [attempt_json(attempt) for attempt in attempts]})
         else:
             address = f"s3://{farm.settings.s3_bucket}/{job.picture.key}" if job.picture else None
-            out.print(story(job.info, attempts, address))
+            out.print(job_history(job.info, attempts, address))

@@ -1,4 +1,4 @@
-"""Handles on what was handed in: `Batch`, `Job`, `Owner`, to watch, to steer, and to fetch what comes of them."""
+"""The Python client: `Farm`, and handles of what was submitted: `Batch`, `Job`, `Owner`."""
 
 from farm.client.batch import Batch
 from farm.client.job import Job

@@ -26,7 +26,7 @@ def archive(
     Raises `StorageUnavailable`.
     """
     with atomic_file(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as packed:
-        for job, files in parallel_map(lambda job: (job, pictures.files(storage, job)), jobs):
+        for job, files in parallel_map(lambda job: (job, pictures.fetch_files(storage, job)), jobs):
             for name, data in files:
                 packed.writestr(_entry(name, job), data)
             yield job

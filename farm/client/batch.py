@@ -1,4 +1,4 @@
-"""A batch as whoever handed it in holds it."""
+"""The handle of a batch: follow, download and steer it."""
 
 import html
 import logging
@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 
 class Batch:
-    """One bulk submission: a name, a priority, jobs in their order."""
+    """One bulk submission: a name, a priority, jobs in order."""
 
     def __init__(self, store: JobStore, storage: Storage, settings: Settings, status: BatchStatus) -> None:
         self._store = store
@@ -46,13 +46,13 @@ class Batch:
         self.total = status.total
 
     def status(self) -> BatchStatus:
-        """How far it is, now."""
+        """Its current status."""
         return self._store.queries.batch(self.id)
 
     def jobs(self, *, after: int = 0, states: Sequence[JobState] = ()) -> Iterator[Job]:
-        """Its jobs as they are now, in their order: all, or those from the one after that index, or in those states.
+        """Its jobs in order, optionally only those after an index or in some states.
 
-        Read a thousand at a time, however many there are.
+        Reads a thousand jobs at a time.
         """
         return map(self._job, self._infos(after, states))
 
@@ -68,7 +68,7 @@ class Batch:
         return (info for info in self._infos(states=[JobState.SUCCEEDED]) if info.picture is not None)
 
     def wrong(self, limit: int = 20) -> list[Job]:
-        """Its first jobs with an error: those that failed, and those whose last try did."""
+        """Its first jobs with an error: failed jobs, and jobs whose last try failed."""
         return [self._job(info) for info in self._store.queries.wrong(self.id, limit)]
 
     def _job(self, info: JobInfo) -> Job:
@@ -78,9 +78,9 @@ class Batch:
         return self.total
 
     def wait(self, timeout: float | None = None, *, progress: bool = False) -> BatchStatus:
-        """Wait until every job has ended; with `progress`, behind a bar.
+        """Wait until every job has ended, with `progress` behind a progress bar.
 
-        Raises `TimeoutError` after `timeout` seconds; the batch goes on.
+        Raises `TimeoutError` after `timeout` seconds; the batch continues.
         """
         with progress_bar(self.name, self.total, shown=progress, with_tempo=True) as shown:
             for _ in self._polls(timeout):
@@ -121,17 +121,17 @@ class Batch:
                 last = None
 
     def download(self, folder: str | os.PathLike[str], *, progress: bool = False) -> list[Path]:
-        """Fetch the pictures of all jobs that succeeded so far into a folder, in order; returns their paths.
+        """Download the pictures of all jobs that have succeeded so far into a folder; returns their paths in order.
 
-        The film strips and animations of jobs with a trajectory come to lie beside them. A picture that is there
-        already, with the right SHA-256, is not fetched again. Each is checked and then put in place whole.
+        Film strips and animations of jobs with a trajectory are downloaded too. A picture that exists with the right
+        SHA-256 is not downloaded again. Each file is checked and put in place whole.
 
         Raises `StorageUnavailable`.
         """
         return list(self.fetch(folder, progress=progress))
 
     def fetch(self, folder: str | os.PathLike[str], *, progress: bool = False) -> Iterator[Path]:
-        """The same as `download`, a path at a time as the pictures come: of a million none is kept in memory."""
+        """Like `download`, but yields each path as its picture arrives, in constant memory."""
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
         found = self._pictured()
@@ -139,9 +139,9 @@ class Batch:
         return self._shown(paths, progress=progress)
 
     def archive(self, path: str | os.PathLike[str], *, progress: bool = False) -> int:
-        """Write the pictures of all jobs that succeeded so far, and the manifest, into a ZIP file; returns how many.
+        """Write a ZIP file of the manifest and the pictures of all jobs that have succeeded so far; returns how many.
 
-        With their films, where there are any. Each is checked, and the file is put in place whole.
+        Includes film strips and animations. Each picture is checked, and the file is put in place whole.
 
         Raises `StorageUnavailable`.
         """
@@ -157,14 +157,14 @@ class Batch:
                 yield one
 
     def manifest(self) -> Iterator[dict[str, Any]]:
-        """What became of each of its jobs, in order: state, spec, key, SHA-256, worker, error, and so on.
+        """One entry per job, in order: state, spec, key, SHA-256, worker, error, and so on.
 
-        As it lies in the bucket once it has ended, `{batch}/manifest.jsonl`; as SQL has it until then.
+        Read from `{batch}/manifest.jsonl` in the bucket if the batch has ended, else from SQL.
         """
         return Manifests(self._store.endings, self._storage).read(self.id)
 
     def contact_sheet(self, columns: int | None = None) -> Image.Image:
-        """All its pictures on one page, each with its prompt; a job without one leaves an empty frame.
+        """All its pictures on one page, each with its prompt; a job without a picture leaves an empty frame.
 
         At most the first 200.
         """
@@ -181,10 +181,10 @@ class Batch:
         after: int = 0,
         progress: bool = False,
     ) -> int:
-        """Write it as one HTML file that can be sent to somebody; returns how many pictures are in it.
+        """Write the batch as one self-contained HTML file; returns the number of pictures in it.
 
-        Pictures, specs, times, failures, as they are now; at most `limit` pictures, those of the jobs after the index
-        `after`. They are small WebP images, or with `full` the PNG files themselves. The file is put in place whole.
+        Contains pictures, specs, times and failures; at most `limit` pictures, of the jobs after the index `after`.
+        They are small WebP images, or with `full` the PNG files. The file is put in place whole.
 
         Raises `StorageUnavailable`.
         """
@@ -203,30 +203,30 @@ class Batch:
         return sum(1 for _ in self._shown(written, progress=progress))
 
     def cancel(self) -> int:
-        """Cancel what has not ended; returns how many jobs that were. A running one stops within a beat."""
+        """Cancel all jobs that have not ended; returns how many. Running jobs stop within a beat."""
         return self._store.steering.cancel(batch_id=self.id)
 
     def pause(self) -> int:
-        """Render nothing of it until `resume`; returns how many jobs that holds up.
+        """Pause it until `resume`; returns how many jobs have not ended.
 
-        Running ones stop within a beat and go on later from the step they were at.
+        Running jobs stop within a beat and resume later from their step.
         """
         return self._store.steering.pause(batch_id=self.id)
 
     def resume(self) -> int:
-        """Go on with it; returns how many jobs have not ended."""
+        """Resume it; returns how many jobs have not ended."""
         return self._store.steering.resume(batch_id=self.id)
 
     def retry(self) -> int:
-        """Give its failed jobs all their tries anew; returns how many jobs that were."""
+        """Retry its failed jobs with all tries; returns how many."""
         return self._store.steering.retry(batch_id=self.id)
 
     def delete(self, *, cancel: bool = False) -> bool:
-        """Delete it, its pictures first and its jobs last; from now on it is not there, and its key is free.
+        """Delete it: it disappears at once and its key is free; then its objects and its rows are deleted.
 
-        Whether all of it is gone: else jobs of it are still rendered, or the object store is away, and the dispatcher
-        deletes the rest later, as it does when this is interrupted. Raises `NotEnded` if it has jobs that have not
-        ended, unless they are to be cancelled with it.
+        Returns whether everything is deleted. If jobs still run, the object store does not answer, or this is
+        interrupted, the dispatcher deletes the rest later. Raises `NotEnded` if jobs have not ended, unless `cancel` is
+        set.
         """
         self._store.deletions.mark(self.id, cancel=cancel)
         try:

@@ -1,4 +1,4 @@
-"""The Python client: `Farm`, to hand prompts in and to find what was handed in."""
+"""The Python client: `Farm` submits prompts and finds batches, jobs and workers."""
 
 import getpass
 import logging
@@ -31,12 +31,12 @@ from farm.specs.spec import RenderSpec, shown
 log = logging.getLogger(__name__)
 
 MAX_NAME_CHARS = 200
-"""How long the name, the owner and the key of a batch may be."""
+"""The longest name, owner and key of a batch."""
 _NAMED = f"should be 1 to {MAX_NAME_CHARS} characters of valid Unicode, without NUL"
 
 
 def _is_name(given: object) -> TypeGuard[str]:
-    """Whether both databases can keep it: PostgreSQL has no NUL, and neither has lone surrogates."""
+    """Whether both databases can store it: PostgreSQL has no NUL, and neither stores lone surrogates."""
     if not isinstance(given, str) or len(given) > MAX_NAME_CHARS or "\x00" in given:
         return False
     try:
@@ -47,13 +47,13 @@ def _is_name(given: object) -> TypeGuard[str]:
 
 
 class Farm:
-    """A farm to hand prompts to.
+    """A client of one farm.
 
     `Farm()` finds its settings by itself: `FARM_*` in the environment, or the embedded farm that `farm up` started in
-    this folder. Use it as a context manager, or `close` it. Safe to use from many threads.
+    this folder. Use it as a context manager, or `close` it. Thread-safe.
 
-    Raises `NotConfigured` when there is no farm to be found, `DatabaseUnavailable` when its database does not
-    answer, `SchemaMismatch` when that is of another version.
+    Raises `NotConfigured` if there is no farm, `DatabaseUnavailable` if its database does not answer, and
+    `SchemaMismatch` if its schema is of another version.
     """
 
     def __init__(self, settings: Settings | None = None) -> None:
@@ -65,7 +65,7 @@ class Farm:
         self._broker = Broker(self.settings)
 
     def check(self) -> None:
-        """Raise the `ServiceUnavailable` of the first service that does not answer."""
+        """Raise `ServiceUnavailable` for the first service that does not answer."""
         self._broker.ping()
         self._storage.ping()
 
@@ -85,30 +85,29 @@ class Farm:
         wildcard_seed: int | None = None,
         **defaults: Any,
     ) -> Batch:
-        """Hand in prompts, specs, mappings of a spec's fields, or files of those (`Path`); all are accepted, or none.
+        """Submit prompts, specs, mappings of spec fields, or files of those (`Path`); all are accepted, or none.
 
-        Further keyword arguments are defaults for the fields that a prompt or mapping leaves out, such as
-        `num_inference_steps=30, model="sd15"`; a whole `RenderSpec` stays as it is. `priority` is 0 to 100, the
-        higher the sooner. When this returns, the jobs are safe in SQL, and the first of them in Redis, unless that
-        is away: then they start when it is back, and a warning is logged. Generators are read as they go, a row at a
-        time.
+        Further keyword arguments are defaults for fields that a prompt or mapping leaves out, such as
+        `num_inference_steps=30, model="sd15"`; a whole `RenderSpec` stays as it is. `priority` is 0 to 100, higher is
+        sooner. On return the jobs are durable in SQL, and the first ones are in Redis. If Redis does not answer, a
+        warning is logged and the jobs start when it is back. Iterables are read row by row.
 
-        - `grid={"steps": [20, 30], "guidance": [5, 7.5]}` renders each row with each combination of these, and
-          `seeds=range(10)` each of those with each seed, whatever the row says itself.
-        - `template="a {animal} in {style}"` makes the prompt of the columns of a file, or of a mapping's names.
-        - `wildcards=True` draws one of `{red|blue}` in prompts and a line of `wildcards/animal.txt` for `__animal__`;
-          a folder here is where these files are. The same submission draws the same: from `wildcard_seed`, or else
-          from the spec's own seed, if it has one.
+        - `grid={"steps": [20, 30], "guidance": [5, 7.5]}` renders each row with each combination, and
+          `seeds=range(10)` each of those with each seed. Both override the row's own values.
+        - `template="a {animal} in {style}"` makes prompts from the columns of a file, or the keys of a mapping.
+        - `wildcards=True` draws one of `{red|blue}` in prompts, and a line of `wildcards/animal.txt` for `__animal__`;
+          a path names another folder. The same submission draws the same choices: from `wildcard_seed`, or from the
+          spec's own seed.
 
-        With a `key`, a name for this submission that you choose, it can be handed in again after an error of which it
-        is not clear what it left: the same specs in the same order are the same batch then, and seeds nobody chose
-        are drawn from the key and the place.
+        A `key` names the submission, so that it can be repeated after an error that leaves its result unclear: the same
+        specs in the same order are then the same batch. Seeds that were left out are drawn from the key and the
+        position.
 
-        A job of the same spec, with a seed that was chosen, as one that was rendered by a model of the same weights
-        gets a copy of that picture, and of such jobs at once one is rendered. With `reuse=False` each is rendered.
+        A job whose spec, with a chosen seed, was already rendered by a model with the same weights gets a copy of that
+        picture; of identical jobs in flight one is rendered. `reuse=False` renders every job.
 
-        A sampler that the model of a spec can't use, as the workers hold that now, is refused; a model that none holds
-        is not. Raises `InvalidInput` with everything that is wrong, `KeyUsed` if the key was used for other specs, and
+        A sampler that the spec's model cannot use, according to the live workers, is refused; a model that no worker
+        serves is not. Raises `InvalidInput` with all problems, `KeyUsed` if the key was used for other specs, and
         `DatabaseUnavailable`.
         """
         whose = owner or self.settings.owner or getpass.getuser()
@@ -136,9 +135,9 @@ class Farm:
             raise DatabaseUnavailable(f"batch {batch_id} is handed in, but {error}") from error
 
     def dry_run(self, what: Given | Iterable[Given], **options: Any) -> DryRun:
-        """What `submit` would do with the same arguments: how many pictures, which first, how long; nothing is written.
+        """The number of pictures, first specs and device seconds of a submission; writes nothing.
 
-        Raises what `submit` raises.
+        Takes the arguments of `submit`, and raises the same errors.
         """
         _, made = self._read(what, **options)
         return dry_run(made, speeds(self._db))
@@ -178,25 +177,25 @@ class Farm:
         return name, specs(what, defaults, partial(sampler_problem, kinds=kinds), expansion=expansion)
 
     def batch(self, name_or_id: str) -> Batch:
-        """A batch by its id, or the newest of that name; raises `NotFound`."""
-        if not _is_name(name_or_id):  # no database keeps it, and some refuse the question
+        """A batch by id, or the newest batch of a name; raises `NotFound`."""
+        if not _is_name(name_or_id):  # no database stores such a name, and some refuse the query
             raise NotFound(f"there is no batch {shown(name_or_id)}; `farm status` lists them")
         return Batch(self._store, self._storage, self.settings, self._store.queries.batch(name_or_id))
 
     def batches(self, limit: int = 20) -> list[BatchStatus]:
-        """How far the newest batches are, newest first."""
+        """The status of the newest batches, newest first."""
         return self._store.queries.batches(limit)
 
     def moving(self, limit: int = 20) -> list[BatchStatus]:
-        """How far the batches are that have jobs on their way, in Redis or in a worker."""
+        """The status of the batches with queued or running jobs."""
         return [*self._store.overview.statuses(self._store.overview.moving(limit)).values()]
 
     def tempo(self, batch: BatchStatus) -> Tempo:
-        """How fast a batch goes, and how long it still takes."""
+        """The rate and the ETA of a batch."""
         return self._store.overview.tempo(batch)
 
     def failed(self, batch_id: str, limit: int = 10) -> list[JobInfo]:
-        """The jobs of a batch that failed last, newest first."""
+        """The last failed jobs of a batch, newest first."""
         return self._store.overview.failed(batch_id, limit)
 
     def job(self, job_id: str) -> Job:
@@ -206,9 +205,9 @@ class Farm:
         return Job(self._store, self._storage, self.settings, self._store.queries.job(job_id))
 
     def owner(self, name: str) -> Owner:
-        """Whoever submits under that name, whether or not there is anything of theirs yet.
+        """The owner of that name, whether or not it has any batches.
 
-        Raises `InvalidInput` if nobody can.
+        Raises `InvalidInput` for an invalid name.
         """
         if not _is_name(name):
             raise InvalidInput([Problem("", "owner", _NAMED)])
@@ -219,11 +218,11 @@ class Farm:
         return self._store.workers.all()
 
     def loads(self) -> dict[str, Load]:
-        """What each worker does now, by name; one that does nothing is not among them."""
+        """The current load of each worker by name, without idle workers."""
         return self._store.overview.loads()
 
     def unheld(self, batch_id: str | None = None) -> list[str]:
-        """The models that jobs, or a batch's jobs, wait for and no living worker holds; they start when one does."""
+        """The models that waiting jobs, or a batch's, need and no live worker serves."""
         return self._store.overview.unheld(batch_id)
 
     def too_large(self, batch_id: str | None = None) -> dict[str, int]:
@@ -238,7 +237,7 @@ class Farm:
         return self._store.overview.too_large(batch_id)
 
     def waiting(self) -> dict[str, int]:
-        """How many jobs of each model wait for a worker."""
+        """The number of waiting jobs by model."""
         return self._store.overview.waiting_by_model()
 
     def close(self) -> None:

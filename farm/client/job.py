@@ -85,11 +85,11 @@ class Job:
 
         Raises `JobNotSucceeded`, or `StorageUnavailable` if what is stored is not what was rendered.
         """
-        return pictures.png(self._storage, self._looked_at())
+        return pictures.fetch_png(self._storage, self._looked_at())
 
     def image(self) -> Image.Image:
         """Its picture, waiting for it if need be; raises `JobNotSucceeded`."""
-        return pictures.decoded(self.wait().png())
+        return pictures.decode(self.wait().png())
 
     def trajectory(self) -> list[Image.Image]:
         """How it looked after each of its steps, first to last, as RGB images, waiting for it if need be.
@@ -100,18 +100,18 @@ class Job:
 
     def film_strip(self) -> Image.Image:
         """Its steps on one page, waiting for it if need be; raises as `trajectory` does."""
-        return pictures.decoded(self._film(Role.FILM_STRIP))
+        return pictures.decode(self._film(Role.FILM_STRIP))
 
     def _film(self, role: Role) -> bytes:
         if not self.spec.trajectory:
             raise NotFound(f"job {self.id} kept no trajectory: its spec did not ask for one (trajectory=True)")
         info = self.wait().info
-        return pictures.stored(self._storage, info, pictures.artifact(info, role))
+        return pictures.fetch_artifact(self._storage, info, pictures.find_artifact(info, role))
 
     def previews(self, *, vae: bool = False, timeout: float | None = None) -> Iterator[Preview]:
-        """How it looks on its way: each new preview until it ends, rough from the latents or decoded by the VAE.
+        """Each new preview until the job ends, small, or with `vae` at full size.
 
-        Its worker makes them while somebody watches. Raises `TimeoutError` after `timeout` seconds; the job goes on.
+        The worker makes previews while a client asks. Raises `TimeoutError` after `timeout` seconds; the job continues.
         """
         return watch(
             self._store,
@@ -123,7 +123,7 @@ class Job:
         )
 
     def preview(self, *, vae: bool = False, timeout: float | None = 60) -> Preview:
-        """How it looks now, or its picture if it ends meanwhile.
+        """A current preview, or the picture if the job ends meanwhile.
 
         Raises `TimeoutError` after `timeout` seconds, and `JobNotSucceeded` if it ended without a picture.
         """
@@ -132,11 +132,11 @@ class Job:
         return shown or Preview(self.image(), steps, steps)
 
     def url(self, seconds: int = 3600) -> str:
-        """A presigned address of its picture that anybody can open for that long; raises `JobNotSucceeded`."""
-        return self._storage.url(pictures.succeeded(self._looked_at()).key, seconds)
+        """A presigned URL of its picture, valid for `seconds`; raises `JobNotSucceeded`."""
+        return self._storage.url(pictures.picture_of(self._looked_at()).key, seconds)
 
     def download(self, folder: str | os.PathLike[str]) -> Path:
-        """Fetch its picture, and its film if it has one, into a folder; returns the picture's path."""
+        """Download its picture, and its trajectory if it has one, into a folder; returns the picture's path."""
         return pictures.download(self._storage, self._looked_at(), Path(folder))
 
     def cancel(self) -> bool:
@@ -144,23 +144,23 @@ class Job:
         return bool(self._store.steering.cancel(job_id=self.id))
 
     def pause(self) -> bool:
-        """Do not render it until `resume`; False if it had ended. If it is running, it stops within a beat."""
+        """Pause it until `resume`; False if it had ended. If it is running, it stops within a beat."""
         return bool(self._store.steering.pause(job_id=self.id))
 
     def resume(self) -> bool:
-        """Go on with it, from the step it was at; False if it had ended."""
+        """Resume it from its step; False if it had ended."""
         return bool(self._store.steering.resume(job_id=self.id))
 
     def retry(self) -> bool:
-        """Give it all its tries anew; False unless it had failed."""
+        """Retry it with all tries; False unless it had failed."""
         return bool(self._store.steering.retry(job_id=self.id))
 
     def attempts(self) -> list[AttemptInfo]:
-        """What became of each attempt that has ended: its worker, its times, its outcome and the reason."""
+        """Its attempts that have ended: worker, times, outcome, reason."""
         return self._store.queries.attempts(self.id)
 
     def _looked_at(self) -> JobInfo:
-        """What SQL says of it, again unless it had ended."""
+        """Its state, read again unless it had ended."""
         return self._info if self.state.terminal else self.refresh().info
 
     def __repr__(self) -> str:

@@ -1,29 +1,29 @@
-"""All that somebody has handed in, as they steer it."""
+"""The handle of an owner: steers all of its batches."""
 
 from farm.jobs.steering import Steering
 
 
 class Owner:
-    """Whoever submits under a name: all batches of theirs, those to come included."""
+    """A name under which batches are submitted; pausing it includes future batches."""
 
     def __init__(self, steering: Steering, name: str) -> None:
         self._steering = steering
         self.name = name
 
     def cancel(self) -> int:
-        """Cancel what has not ended of theirs; returns how many jobs that were."""
+        """Cancel all of its jobs that have not ended; returns how many."""
         return self._steering.cancel(owner=self.name)
 
     def pause(self) -> int:
-        """Render nothing of theirs until `resume`; returns how many jobs that holds up now."""
+        """Pause all of its batches until `resume`; returns how many jobs have not ended."""
         return self._steering.pause(owner=self.name)
 
     def resume(self) -> int:
-        """Go on with what is theirs; returns how many jobs have not ended."""
+        """Resume all of its batches; returns how many jobs have not ended."""
         return self._steering.resume(owner=self.name)
 
     def retry(self) -> int:
-        """Give all their failed jobs all their tries anew; returns how many jobs that were."""
+        """Retry all of its failed jobs with all tries; returns how many."""
         return self._steering.retry(owner=self.name)
 
     def __repr__(self) -> str:

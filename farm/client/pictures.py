@@ -1,4 +1,4 @@
-"""What a finished job left in the object store, fetched: its picture, and the pictures of its steps."""
+"""Downloads the objects of a finished job: its picture and its trajectory."""
 
 import hashlib
 import io
@@ -12,15 +12,15 @@ from farm.objects.storage import Storage
 from farm.runtime.atomic_files import write_atomic
 
 
-def succeeded(job: JobInfo) -> Picture:
-    """The picture of a job; raises `JobNotSucceeded` with the reason if it has none."""
+def picture_of(job: JobInfo) -> Picture:
+    """The picture of a job; raises `JobNotSucceeded` with the reason."""
     if job.picture is None:
         why = f": {job.error}" if job.error else ""
         raise JobNotSucceeded(f"job {job.id} has no picture, it is {job.state}{why}")
     return job.picture
 
 
-def stored(storage: Storage, job: JobInfo, artifact: Artifact) -> bytes:
+def fetch_artifact(storage: Storage, job: JobInfo, artifact: Artifact) -> bytes:
     """An artifact of a job, checked against its SHA-256 in SQL.
 
     Raises `StorageUnavailable` if what is stored is not what was rendered.
@@ -35,38 +35,38 @@ def _checked(storage: Storage, job: JobInfo, key: str, sha256: str | None) -> by
     return data
 
 
-def artifact(job: JobInfo, role: Role) -> Artifact:
+def find_artifact(job: JobInfo, role: Role) -> Artifact:
     """The artifact of a job in a role; raises `JobNotSucceeded`, or `NotFound` if it has none."""
-    succeeded(job)
+    picture_of(job)
     found = next((each for each in job.artifacts if each.role == role), None)
     if found is None:
         raise NotFound(f"job {job.id} kept no {role}")
     return found
 
 
-def png(storage: Storage, job: JobInfo) -> bytes:
-    """A job's picture as it is stored, checked against the SHA-256 in SQL.
+def fetch_png(storage: Storage, job: JobInfo) -> bytes:
+    """The PNG of a job's picture, checked against the SHA-256 in SQL.
 
-    Raises `JobNotSucceeded`, or `StorageUnavailable` if what is stored is not what was rendered.
+    Raises `JobNotSucceeded`, or `StorageUnavailable` if the hash differs.
     """
-    picture = succeeded(job)
+    picture = picture_of(job)
     return _checked(storage, job, picture.key, picture.sha256)
 
 
-def decoded(data: bytes) -> Image.Image:
-    """An image from its file's bytes, read to its end."""
+def decode(data: bytes) -> Image.Image:
+    """An image from the bytes of its file, fully loaded."""
     image = Image.open(io.BytesIO(data))
     image.load()
     return image
 
 
 def frames(data: bytes, steps: int) -> list[Image.Image]:
-    """The RGB frames of an animation that has one of equal length for each step, in their order."""
+    """The RGB frames of an animation with `steps` frames of equal length, in order."""
     with Image.open(io.BytesIO(data)) as film:
-        # Converted first: a WebP frame does not know how long it lasts before it is read.
+        # Convert first: a WebP frame knows its duration only after it was read.
         found = [(frame.convert("RGB"), frame.info.get("duration", 0)) for frame in ImageSequence.Iterator(film)]
     if len(found) < steps:
-        # WebP writes equal neighbours as one frame that lasts longer, and a lone one without a length.
+        # WebP merges equal frames into one longer frame, and writes a single frame without a duration.
         length = sum(lasts for _, lasts in found) / steps or 1 / steps
         found = [each for each in found for _ in range(max(1, round((each[1] or 1) / length)))]
     return [frame for frame, _ in found]
@@ -78,11 +78,11 @@ def download(storage: Storage, job: JobInfo, folder: Path) -> Path:
     A file that is there already is not fetched again: it is known by its SHA-256, or by its name, which contains the
     attempt. Each file is put in place whole. Raises `JobNotSucceeded`.
     """
-    picture = succeeded(job)
+    picture = picture_of(job)
     for each in job.artifacts:
         path = folder / Path(each.key).name
         if not _is_there(path, each):
-            write_atomic(path, stored(storage, job, each))
+            write_atomic(path, fetch_artifact(storage, job, each))
     return folder / Path(picture.key).name
 
 
@@ -92,7 +92,7 @@ def _is_there(path: Path, artifact: Artifact) -> bool:
     return artifact.sha256 is None or hashlib.sha256(path.read_bytes()).hexdigest() == artifact.sha256
 
 
-def files(storage: Storage, job: JobInfo) -> list[tuple[str, bytes]]:
+def fetch_files(storage: Storage, job: JobInfo) -> list[tuple[str, bytes]]:
     """The names and bytes of a job's artifacts, its picture first; raises `JobNotSucceeded`."""
-    succeeded(job)
-    return [(Path(each.key).name, stored(storage, job, each)) for each in job.artifacts]
+    picture_of(job)
+    return [(Path(each.key).name, fetch_artifact(storage, job, each)) for each in job.artifacts]

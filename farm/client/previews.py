@@ -1,4 +1,4 @@
-"""How a render that is under way looks: what its worker shows in the object store while somebody watches."""
+"""Previews of running renders, which workers upload while a client asks."""
 
 import time
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from farm.client.pictures import decoded
+from farm.client.pictures import decode
 from farm.errors import NotFound
 from farm.jobs.states import JobState
 from farm.jobs.store import JobStore
@@ -15,27 +15,27 @@ from farm.runtime.polling import polls
 from farm.specs.object_keys import preview_key
 
 _WANTED_SECONDS, _RENEW_SECONDS = 30.0, 10.0
-"""For how long a watcher asks for previews, and how often again."""
+"""How long one request for previews lasts, and how often it is renewed."""
 
 
 @dataclass(frozen=True)
 class Preview:
-    """How a job looks after some of its steps."""
+    """A picture of a job after some of its steps."""
 
     image: Image.Image
-    """Small and rough from the latents, or as the VAE decodes it."""
+    """The VAE's decoding of the latents, shrunk or at full size."""
     step: int
-    """How many steps are done."""
+    """The number of steps done."""
     steps: int
-    """How many there are."""
+    """The number of steps in all."""
 
 
 def watch(
     store: JobStore, storage: Storage, job_id: str, *, vae: bool, timeout: float | None, recent_steps: int
 ) -> Iterator[Preview]:
-    """Each new preview of a job until it ends, waiting for it to begin if need be.
+    """Each new preview of a job until it ends; waits for the job to start.
 
-    The first may be one that lies there from whoever watched before, if it is less than `recent_steps` behind.
+    The first may be one from an earlier request, if it is less than `recent_steps` behind.
     Raises `TimeoutError` after `timeout` seconds, and `NotFound` if there is no such job.
     """
     asked: float | None = None
@@ -50,12 +50,12 @@ def watch(
         if job.state is not JobState.RUNNING:
             continue
         try:
-            found = storage.newer(preview_key(job.batch_id, job.index, job.attempt), etag)
+            found = storage.get_if_changed(preview_key(job.batch_id, job.index, job.attempt), etag)
         except NotFound:
             continue
         if found is not None:
             data, etag = found
-            image = decoded(data)
+            image = decode(data)
             preview = Preview(image, int(image.info["step"]), int(image.info["steps"]))
             if preview.step > job.steps_done - recent_steps:
                 yield preview

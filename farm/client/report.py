@@ -114,9 +114,9 @@ def _moment(moment: datetime) -> str:
 
 
 def _source(storage: Storage, job: JobInfo, *, full: bool) -> str:
-    data, kind = pictures.png(storage, job), "png"
+    data, kind = pictures.fetch_png(storage, job), "png"
     if not full:
-        image = pictures.decoded(data).convert("RGB")
+        image = pictures.decode(data).convert("RGB")
         image.thumbnail((_THUMBNAIL, _THUMBNAIL), Image.Resampling.LANCZOS)
         out = io.BytesIO()
         image.save(out, "WEBP", quality=_QUALITY, lossless=max(image.size) < _THUMBNAIL // 2)
@@ -125,7 +125,7 @@ def _source(storage: Storage, job: JobInfo, *, full: bool) -> str:
 
 
 def _figure(job: JobInfo, source: str) -> str:
-    picture = pictures.succeeded(job)
+    picture = pictures.picture_of(job)
     prompt = _text(job.spec.prompt)
     small = ' class="small"' if max(picture.width, picture.height) < _THUMBNAIL // 2 else ""
     times = f"{picture.render_seconds:.1f} s"

@@ -4,7 +4,7 @@ import time
 from itertools import islice
 
 from farm.jobs.deletions import Deletions
-from farm.objects.large_objects import abort
+from farm.objects.large_objects import abort_uploads
 from farm.objects.storage import Storage
 
 _OBJECTS, _PIECES = 10_000, 20
@@ -25,7 +25,7 @@ class Deletion:
         Raises `StorageUnavailable`.
         """
         # With the slash, since one batch's id may be the beginning of another's.
-        abort(self._storage, f"{batch_id}/")
+        abort_uploads(self._storage, f"{batch_id}/")
         keys = list(islice(self._storage.keys(f"{batch_id}/"), _OBJECTS))
         self._storage.delete_many(keys)
         if len(keys) == _OBJECTS:

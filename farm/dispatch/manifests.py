@@ -7,7 +7,7 @@ from typing import Any
 
 from farm.errors import NotFound
 from farm.jobs.endings import Endings
-from farm.objects.large_objects import abort
+from farm.objects.large_objects import abort_uploads
 from farm.objects.storage import Storage
 from farm.specs.object_keys import manifest_key
 
@@ -31,7 +31,7 @@ class Manifests:
         if ended_at is None:
             return False
         key = manifest_key(batch_id)
-        abort(self._storage, key)  # a dispatcher that died while it wrote a long one left parts that no listing shows
+        abort_uploads(self._storage, key)  # of a dispatcher that died while it wrote: no listing shows those parts
         self._storage.put_stream(key, self.lines(batch_id), "application/jsonl")
         return self._endings.note(batch_id, ended_at)
 

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_AT_COMMIT = "at commit"
 CONNECT_SECONDS = 5
 _SILENT_SECONDS, _PROBE_SECONDS = 15, 5
 _FROZEN_SECONDS = 5
@@ -55,6 +56,12 @@ def _now_plus_sqlite(element: Any, compiler: Any, **kw: Any) -> str:
     # The format SQLAlchemy itself stores, so that text compares as time.
     seconds = compiler.process(element.clauses, **kw)
     return f"strftime('%Y-%m-%d %H:%M:%f000', 'now', ({seconds}) || ' seconds')"
+
+
+def at_commit(session: Session, call: Callable[[], None]) -> None:
+    """Call a function once a session of `Database.write` has committed; never if it does not."""
+    # SQLAlchemy's event of the same name takes as long to register as a small transaction.
+    session.info.setdefault(_AT_COMMIT, []).append(call)
 
 
 def now() -> now_plus:
@@ -100,9 +107,12 @@ class Database:
     @contextmanager
     def write(self) -> Iterator[Session]:
         """A session that commits at the end of its block; any error undoes all of it."""
-        with self._reached(), Session(self.engine) as session, session.begin():
-            session.connection(execution_options={"writes": True})
-            yield session
+        with self._reached():
+            with Session(self.engine) as session, session.begin():
+                session.connection(execution_options={"writes": True})
+                yield session
+            for call in session.info.get(_AT_COMMIT, ()):
+                call()
 
     def written(self, change: Callable[[Session], T]) -> T:
         """What `change` returns of a session that then commits; done anew if PostgreSQL undid it to end a deadlock.

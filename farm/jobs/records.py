@@ -100,6 +100,8 @@ class Picture:
     warnings: Sequence[str] = ()
     device_seconds: float | None = None
     """Its own share of the device's time."""
+    dtype: str | None = None
+    """The precision in which the denoiser computed, such as `bfloat16`; None if it is unknown."""
 
 
 @dataclass(frozen=True)

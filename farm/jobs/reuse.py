@@ -16,6 +16,7 @@ from sqlalchemy.orm import Session, aliased, selectinload
 from farm.jobs.artifacts import artifacts_of, copy_artifacts
 from farm.jobs.conditions import JOB_PAUSED, in_state
 from farm.jobs.database import Database, now
+from farm.jobs.leadership import DISPATCHER
 from farm.jobs.schema import AttemptRow, BatchRow, JobRow, LeaderRow
 from farm.jobs.states import JobState, Outcome
 from farm.jobs.transitions import UNQUEUE, Ending, Move, finalize
@@ -23,9 +24,6 @@ from farm.jobs.workers import live_models
 from farm.specs.object_keys import beside, image_key
 
 log = logging.getLogger(__name__)
-
-_LEADER = "dispatcher"
-"""Under which name the standing dispatchers elect the one that acts."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +122,7 @@ class Works:
 
     @cached_property
     def _led(self) -> bool:
-        leader = sa.select(LeaderRow.holder).where(LeaderRow.name == _LEADER, LeaderRow.until > now())
+        leader = sa.select(LeaderRow.holder).where(LeaderRow.name == DISPATCHER, LeaderRow.until > now())
         return self._session.scalar(leader) is not None
 
     @cached_property

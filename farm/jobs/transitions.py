@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from farm.jobs.conditions import in_state
-from farm.jobs.database import now
+from farm.jobs.database import at_commit, now
 from farm.jobs.schema import AttemptRow, JobRow
 from farm.jobs.states import TRANSITIONS, JobState, Outcome
 
@@ -177,7 +177,7 @@ def _complete_attempts(connection: sa.Connection, ending: Ending, moved: Sequenc
 def _log_at_commit(session: Session, moved: Sequence[Moved], *, attempts: bool, note: str) -> None:
     """Log the attempts that end with a move, or, where none does, the jobs that end with it."""
 
-    def log_endings(_session: Session) -> None:
+    def log_endings() -> None:
         for job in moved:
             if attempts:
                 log.info("ended job_id=%s attempt=%d now=%s%s", job.job_id, job.attempt, job.state, note)
@@ -185,7 +185,7 @@ def _log_at_commit(session: Session, moved: Sequence[Moved], *, attempts: bool, 
                 log.info("ended job_id=%s now=%s%s", job.job_id, job.state, note)
 
     if moved:
-        sa.event.listen(session, "after_commit", log_endings, once=True)
+        at_commit(session, log_endings)
 
 
 _ATTEMPT_COLUMNS = [column.name for column in AttemptRow.__table__.columns]

@@ -57,7 +57,7 @@ class _Part:
         return self.start + self.length == self.file.bytes
 
 
-def send(storage: Storage, files: Sequence[Outgoing], report: Report = lambda _: None) -> int:
+def upload_files(storage: Storage, files: Sequence[Outgoing], report: Report = lambda _: None) -> int:
     """Upload files into the bucket, several parts at once; returns the number of bytes that were not stored before.
 
     An object is stored whole or not at all. After an interruption the next call sends only the missing parts. Raises
@@ -66,7 +66,7 @@ def send(storage: Storage, files: Sequence[Outgoing], report: Report = lambda _:
     sent = 0
     etags: list[CompletedPartTypeDef] = []
     parts = (part for file in files for part in _missing_parts(storage, file, report))
-    with closing(parallel_map(partial(_send, storage), parts)) as stored:
+    with closing(parallel_map(partial(_upload_part, storage), parts)) as stored:
         for part, etag in stored:
             sent += part.length if etag != part.stored_etag else 0
             report(part.length)
@@ -78,23 +78,23 @@ def send(storage: Storage, files: Sequence[Outgoing], report: Report = lambda _:
     return sent
 
 
-def abort(storage: Storage, prefix: str) -> None:
+def abort_uploads(storage: Storage, prefix: str) -> None:
     """Delete the parts of interrupted uploads whose keys have a prefix."""
-    with storage.reaching(prefix) as s3:
+    with storage.client(prefix) as s3:
         for page in s3.get_paginator("list_multipart_uploads").paginate(Bucket=storage.bucket, Prefix=prefix):
             for found in page.get("Uploads", ()):
                 if found["Key"].startswith(prefix):
                     s3.abort_multipart_upload(Bucket=storage.bucket, Key=found["Key"], UploadId=found["UploadId"])
 
 
-def read(storage: Storage, bucket: str, key: str, start: int, length: int, etag: str | None = None) -> bytes:
+def read_range(storage: Storage, bucket: str, key: str, start: int, length: int, etag: str | None = None) -> bytes:
     """A range of an object's bytes, in any bucket; only if the object still has the ETag, where that is given.
 
     Raises `NotFound`, and `StorageUnavailable` for an answer that is too short.
     """
     if not length:
         return b""
-    with storage.reaching(f"s3://{bucket}/{key}") as s3:
+    with storage.client(f"s3://{bucket}/{key}") as s3:
         span = f"bytes={start}-{start + length - 1}"
         found = (
             s3.get_object(Bucket=bucket, Key=key, Range=span, IfMatch=etag)
@@ -113,7 +113,7 @@ def _missing_parts(storage: Storage, file: Outgoing, report: Report) -> Iterator
     elif file.bytes <= _PART_BYTES:
         yield _Part(file, 0, file.bytes)
     else:
-        upload_id, etags = _open_upload(storage, file)
+        upload_id, etags = _resume_upload(storage, file)
         length = max(_PART_BYTES, -(-file.bytes // _MOST_PARTS))
         for number, start in enumerate(range(0, file.bytes, length), 1):
             yield _Part(file, start, min(length, file.bytes - start), number, upload_id, etags.get(number))
@@ -121,16 +121,16 @@ def _missing_parts(storage: Storage, file: Outgoing, report: Report) -> Iterator
 
 def _is_stored(storage: Storage, file: Outgoing) -> bool:
     try:
-        with storage.reaching(file.key) as s3:
+        with storage.client(file.key) as s3:
             found = s3.head_object(Bucket=storage.bucket, Key=file.key)
     except NotFound:
         return False
     return found["ContentLength"] == file.bytes and found["Metadata"].get(_HASH) == file.sha256
 
 
-def _open_upload(storage: Storage, file: Outgoing) -> tuple[str, dict[int, str]]:
+def _resume_upload(storage: Storage, file: Outgoing) -> tuple[str, dict[int, str]]:
     """The id of an object's interrupted upload, and the ETags of its parts by number; of a new one if there is none."""
-    with storage.reaching(file.key) as s3:
+    with storage.client(file.key) as s3:
         interrupted = [
             found["UploadId"]
             for page in s3.get_paginator("list_multipart_uploads").paginate(Bucket=storage.bucket, Prefix=file.key)
@@ -146,13 +146,13 @@ def _open_upload(storage: Storage, file: Outgoing) -> tuple[str, dict[int, str]]
 
 
 def _complete(storage: Storage, key: str, upload_id: str, etags: "list[CompletedPartTypeDef]") -> None:
-    with storage.reaching(key) as s3:
+    with storage.client(key) as s3:
         s3.complete_multipart_upload(
             Bucket=storage.bucket, Key=key, UploadId=upload_id, MultipartUpload={"Parts": etags}
         )
 
 
-def _send(storage: Storage, part: _Part) -> tuple[_Part, str]:
+def _upload_part(storage: Storage, part: _Part) -> tuple[_Part, str]:
     """Upload a part, unless the store has it; returns it with its ETag in the store."""
     with part.file.path.open("rb") as stream:
         stream.seek(part.start)
@@ -162,7 +162,7 @@ def _send(storage: Storage, part: _Part) -> tuple[_Part, str]:
     if part.stored_etag is not None and part.stored_etag.strip('"') == digest.hexdigest():
         return part, part.stored_etag
     md5 = base64.b64encode(digest.digest()).decode()
-    with storage.reaching(part.file.key) as s3:
+    with storage.client(part.file.key) as s3:
         if part.upload_id is None:
             found = s3.put_object(
                 Bucket=storage.bucket,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from farm.errors import ModelError, NotFound, StorageUnavailable
-from farm.objects.large_objects import Outgoing, Report, abort, send
+from farm.objects.large_objects import Outgoing, Report, abort_uploads, upload_files
 from farm.objects.model_files import (
     INDEX,
     MANIFEST,
@@ -95,7 +95,7 @@ class ModelStore:
             Outgoing(folder / file.path, f"{place}/{file.path}", file.bytes, file.sha256) for file in manifest.files
         ]
         with bar(f"sending {name}", total) as report:
-            sent = send(self._storage, files, report)
+            sent = upload_files(self._storage, files, report)
         for path, stat in before.items():
             after = (folder / path).stat()
             if (after.st_size, after.st_mtime_ns) != (stat.st_size, stat.st_mtime_ns):
@@ -133,7 +133,7 @@ class ModelStore:
 
     def models(self) -> Iterator[Stored]:
         """The pushed models, by name, without incomplete ones."""
-        with self._storage.reaching(PREFIX) as s3:
+        with self._storage.client(PREFIX) as s3:
             pages = s3.get_paginator("list_objects_v2").paginate(
                 Bucket=self._storage.bucket, Prefix=PREFIX, Delimiter="/"
             )
@@ -161,7 +161,7 @@ class ModelStore:
         # The manifest first, so that no worker starts to fetch it.
         self._storage.delete(f"{prefix}{MANIFEST}")
         self._storage.delete_many(self._storage.keys(prefix))
-        abort(self._storage, prefix)
+        abort_uploads(self._storage, prefix)
         return manifest
 
     def _current(self, name: str) -> tuple[Manifest | None, str | None]:
@@ -179,7 +179,7 @@ class ModelStore:
 
     def _versions(self, name: str) -> list[str]:
         """The complete versions of a model."""
-        with self._storage.reaching(PREFIX) as s3:
+        with self._storage.client(PREFIX) as s3:
             pages = s3.get_paginator("list_objects_v2").paginate(
                 Bucket=self._storage.bucket, Prefix=f"{PREFIX}{name}/", Delimiter="/"
             )
@@ -211,7 +211,7 @@ def read_manifest(storage: Storage, bucket: str, key: str) -> Manifest:
 
 def _read(storage: Storage, bucket: str, key: str) -> tuple[Manifest, str]:
     where = f"s3://{bucket}/{key}"
-    with storage.reaching(where) as s3:
+    with storage.client(where) as s3:
         found = s3.get_object(Bucket=bucket, Key=key)
         data = found["Body"].read(_MANIFEST_BYTES + 1)
     if len(data) > _MANIFEST_BYTES:

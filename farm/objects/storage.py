@@ -175,7 +175,7 @@ class Storage:
         with self._reached(key):
             return self._s3.get_object(Bucket=self.bucket, Key=key)["Body"].read()
 
-    def newer(self, key: str, etag: str | None = None) -> tuple[bytes, str] | None:
+    def get_if_changed(self, key: str, etag: str | None = None) -> tuple[bytes, str] | None:
         """The bytes and the ETag of an object, or None if its ETag has not changed. Raises `NotFound`."""
         with self._reached(key):
             try:
@@ -218,7 +218,7 @@ class Storage:
                 yield from (found["Key"] for found in page.get("Contents", ()))
 
     @contextmanager
-    def reaching(self, what: str) -> Iterator["S3Client"]:
+    def client(self, what: str) -> Iterator["S3Client"]:
         """The boto3 client, for operations of several calls; its errors become the farm's and name `what`."""
         with self._reached(what):
             yield self._s3
@@ -240,12 +240,12 @@ class Storage:
             if code == "NoSuchKey" or (code == "404" and error.operation_name == "HeadObject"):
                 raise NotFound(f"{shown} has no {what}") from error
             self.outages += 1
-            raise StorageUnavailable(f"{shown}: {self._told(error)}") from error
+            raise StorageUnavailable(f"{shown}: {self._message(error)}") from error
         except (BotoCoreError, boto3.exceptions.Boto3Error, ValueError) as error:  # ValueError: an invalid URL
             self.outages += 1
-            raise StorageUnavailable(f"{shown}: {self._told(error)}") from error
+            raise StorageUnavailable(f"{shown}: {self._message(error)}") from error
 
-    def _told(self, error: Exception) -> str:
+    def _message(self, error: Exception) -> str:
         # boto3 quotes the URL with its login.
         return str(error).replace(self._endpoint, without_login(self._endpoint)) if self._endpoint else str(error)
 

@@ -22,7 +22,7 @@ _OUTCOMES = {
 }
 
 
-def story(job: JobInfo, attempts: Sequence[AttemptInfo], place: str | None) -> RenderableType:
+def job_history(job: JobInfo, attempts: Sequence[AttemptInfo], place: str | None) -> RenderableType:
     """A job with all its attempts; `place` is the address of its picture."""
     facts = Table(box=None, show_header=False)
     facts.add_column(style="bold", no_wrap=True)

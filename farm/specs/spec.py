@@ -183,6 +183,7 @@ _FIRST_FIELDS = frozenset(
 )
 _LATER_FIELDS = {name: field.default for name, field in RenderSpec.model_fields.items() if name not in _FIRST_FIELDS}
 """The defaults of the fields that release 0.1 does not know."""
+
 SHORT_NAMES: Mapping[str, str] = MappingProxyType(
     {
         short.name: name

@@ -34,12 +34,7 @@ _BETWEEN_SECONDS = 2.0
 """How long the farm is left alone between two strokes, at most."""
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-def kind(request: pytest.FixtureRequest) -> str:
-    """The database."""
-    return str(request.param)
-
-
+@pytest.mark.parametrize("kind", ["postgresql", pytest.param("sqlite", marks=pytest.mark.long)])
 def test_a_farm_under_fire_loses_no_job_and_does_none_twice(
     kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -49,6 +44,7 @@ def test_a_farm_under_fire_loses_no_job_and_does_none_twice(
 
 @pytest.mark.chaos
 @pytest.mark.timeout(3 * 3600)
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
 def test_ten_thousand_jobs_under_fire_for_long(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     minutes = float(os.environ.get("CHAOS_MINUTES", "20"))
     replay = f"CHAOS_JOBS={LONG.jobs} CHAOS_MINUTES={minutes:g} make chaos ARGS='-k {{kind}}'"

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from farm.errors import ErrorClass
 from farm.jobs import backlog, charges, waiting
 from farm.jobs.database import Database, now_plus
-from farm.jobs.records import Picture
+from farm.jobs.records import Picture, Success
 from farm.jobs.schema import BatchRow, JobRow, OwnerRow
 from farm.jobs.states import JobState
 from farm.jobs.store import JobStore
@@ -205,7 +205,7 @@ def test_many_charges_are_corrected_some_at_a_time(
 ) -> None:
     batch_id = store.submissions.submit("a", "me", 50, some(10))
     claims = [store.leases.claim(bell.job_id, "w1@host") for bell in store.backlog.enqueue(10).queued]
-    store.attempts.succeed_many([(claim, replace(PICTURE, render_seconds=3.0)) for claim in claims if claim])
+    store.attempts.succeed_many([Success(claim, replace(PICTURE, render_seconds=3.0)) for claim in claims if claim])
     monkeypatch.setattr(charges, "MOST", 4)
     store.backlog.enqueue(1)
     assert charged(database, batch_id) == pytest.approx((30.0, 30.0))

@@ -15,7 +15,7 @@ from farm import __version__
 from farm.errors import DatabaseUnavailable, NotConfigured, SchemaMismatch
 from farm.jobs.charges import CORRECTABLE
 from farm.jobs.conditions import VISIBLE, in_state
-from farm.jobs.database import Database, _alembic, now, now_plus
+from farm.jobs.database import Database, _alembic, at_commit, now, now_plus
 from farm.jobs.leftovers import STALE, STALE_OF_OLD_WORKERS
 from farm.jobs.records import Pace
 from farm.jobs.schema import Base, BatchRow, JobCountRow, JobRow, ReleaseRow
@@ -310,6 +310,22 @@ def test_a_transaction_that_fails_changes_nothing(database: Database) -> None:
     with pytest.raises(ZeroDivisionError):
         fail()
     database.check_schema()
+
+
+def test_what_follows_a_commit_does_not_follow_a_transaction_that_failed(database: Database) -> None:
+    called: list[str] = []
+
+    def fail() -> None:
+        with database.write() as session:
+            at_commit(session, lambda: called.append("failed"))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    with database.write() as session:
+        at_commit(session, lambda: called.append("committed"))
+        assert called == []
+    assert called == ["committed"]
 
 
 def test_the_databases_clock_is_utc_and_adds_seconds(database: Database) -> None:

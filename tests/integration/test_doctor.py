@@ -42,6 +42,12 @@ def only(settings: Settings, part: str) -> Finding:
 
 
 @pytest.fixture
+def settings(settings: Settings) -> Settings:
+    """A farm whose workers stay alive for as long as a test takes."""
+    return settings.model_copy(update={"lease_seconds": 600.0})
+
+
+@pytest.fixture
 def on_sqlite(on_sqlite: Settings) -> Settings:
     """Settings of a farm with a dispatcher, for the tests to which the database does not matter."""
     database = Database(on_sqlite.database_url)

@@ -96,10 +96,12 @@ def crew(
         }
     )
     crew = Crew(settings, folder)
-    crew.dispatcher()
-    crew.worker(models="slowly=null:?seconds_per_step=0.1,swiftly=null:", slots=4)
-    yield crew
-    crew.end()
+    try:
+        crew.dispatcher()
+        crew.worker(models="slowly=null:?seconds_per_step=0.1,swiftly=null:", slots=4)
+        yield crew
+    finally:
+        crew.end()
 
 
 @pytest.fixture(scope="module")

@@ -376,7 +376,7 @@ def test_after_a_kill_in_the_middle_of_a_fetch_the_next_one_goes_on(
     got = sum(path.stat().st_size for path in part.rglob("*") if path.is_file())
     assert got < ModelStore(storage).find("large").bytes
     asked = []
-    real = model_fetching.read
+    real = model_fetching.read_range
     cache = ModelCache(tmp_path / "cache", storage)
 
     def read(*args: object) -> bytes:
@@ -384,7 +384,7 @@ def test_after_a_kill_in_the_middle_of_a_fetch_the_next_one_goes_on(
         return real(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model_fetching, "read", read)
+        patch.setattr(model_fetching, "read_range", read)
         assert cache.load("farm:large", Loaded).sha256 == version
     assert sum(asked) == ModelStore(storage).find("large").bytes - got
     assert versions(cache) == {version}
@@ -411,7 +411,7 @@ def test_a_store_that_is_away_makes_no_wrong_model_and_what_came_is_kept(
     version = large(storage, folder)
     monkeypatch.setattr(model_fetching, "_OUTAGE_SECONDS", 0.0)
     monkeypatch.setattr(model_fetching, "_PIECE_BYTES", 2**18)
-    real = model_fetching.read
+    real = model_fetching.read_range
     part = cache._part(version)
 
     def here() -> int:
@@ -422,7 +422,7 @@ def test_a_store_that_is_away_makes_no_wrong_model_and_what_came_is_kept(
             raise StorageUnavailable("it is away")
         return real(*args)
 
-    monkeypatch.setattr(model_fetching, "read", read)
+    monkeypatch.setattr(model_fetching, "read_range", read)
     with pytest.raises(ModelUnavailable, match="can't fetch farm:large: it is away"):
         cache.load("farm:large", Loaded)
     assert here() > 2**20

@@ -14,7 +14,7 @@ import pytest
 
 from farm.errors import ModelError, NotFound, StorageUnavailable
 from farm.objects import large_objects
-from farm.objects.large_objects import Outgoing, send
+from farm.objects.large_objects import Outgoing, upload_files
 from farm.objects.model_store import PREFIX, ModelStore, check_name
 from farm.objects.storage import Storage
 from workers import tiny
@@ -208,7 +208,7 @@ def test_a_delete_leaves_no_part_of_a_push_that_broke_off(
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        send(storage, [Outgoing(path, key, path.stat().st_size, "0" * 64)], break_off)
+        upload_files(storage, [Outgoing(path, key, path.stat().st_size, "0" * 64)], break_off)
     assert re.findall("large", str(uploads(storage)))
     store.delete("small")
     assert uploads(storage) == []
@@ -216,5 +216,5 @@ def test_a_delete_leaves_no_part_of_a_push_that_broke_off(
 
 
 def uploads(storage: Storage) -> list[str]:
-    with storage.reaching("uploads") as s3:
+    with storage.client("uploads") as s3:
         return [one["Key"] for one in s3.list_multipart_uploads(Bucket=storage.bucket).get("Uploads", ())]

@@ -193,9 +193,8 @@ def test_a_picture_of_another_size_than_sql_says_serves_nobody(store: JobStore, 
     storage.put(store.queries.job(source).picture.key, b"half a")
     job_id = f"{store.submissions.submit('copy', 'me', 50, [SPEC])}-1"
     assert Copier(store.reuse, storage).copy({job_id: source}) == 0
-    copies: dict[str, str] = {}
-    assert [bell.job_id for bell in store.backlog.enqueue(10, copies=copies).queued] == [job_id]
-    assert copies == {}
+    found = store.backlog.enqueue(10, copy=True)
+    assert ([bell.job_id for bell in found.queued], found.copies) == ([job_id], {})
 
 
 def test_while_the_object_store_is_away_what_could_be_copied_is_rendered(

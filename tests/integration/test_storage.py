@@ -30,15 +30,15 @@ def test_a_bulk_delete_without_a_bucket_is_an_error(storage: Storage) -> None:
 
 def test_an_object_is_fetched_again_only_when_it_has_changed(storage: Storage) -> None:
     with pytest.raises(NotFound):
-        storage.newer("p.png")
+        storage.get_if_changed("p.png")
     storage.put("p.png", b"one")
-    found = storage.newer("p.png")
+    found = storage.get_if_changed("p.png")
     assert found is not None
     data, etag = found
     assert data == b"one"
-    assert storage.newer("p.png", etag) is None
+    assert storage.get_if_changed("p.png", etag) is None
     storage.put("p.png", b"two")
-    changed = storage.newer("p.png", etag)
+    changed = storage.get_if_changed("p.png", etag)
     assert changed is not None
     assert changed[0] == b"two"
 

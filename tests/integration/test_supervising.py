@@ -19,6 +19,7 @@ from farm.jobs.schema import ReleaseRow
 from farm.jobs.states import JobState
 from farm.settings import Settings
 from tests.integration.conftest import Crew, environment, wait_until
+from tests.servers import needs_torch
 from workers.service.supervisor import REFUSED, _only_one
 
 HOST = socket.gethostname()
@@ -214,6 +215,7 @@ def test_two_workers_of_one_name_on_one_machine_are_refused() -> None:
 
 
 def test_a_schema_that_does_not_fit_is_refused_in_one_line(sqlite_url: str, tmp_path: Path) -> None:
+    needs_torch()
     file = tmp_path / "farm.env"
     file.write_text(f"FARM_DATABASE_URL={sqlite_url}\nFARM_BROKER_URL=redis://:x@127.0.0.1:1/0\nFARM_S3_BUCKET=b\n")
     file.chmod(0o600)

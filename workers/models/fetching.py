@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from farm.errors import ModelError, ModelUnavailable
-from farm.objects.large_objects import Report, read
+from farm.objects.large_objects import Report, read_range
 from farm.objects.storage import Storage
 from farm.runtime.parallel import parallel_map
 from farm.runtime.retrying import insist
@@ -114,7 +114,7 @@ def _getter(storage: Storage, remote: RemoteModel, stopping: threading.Event) ->
         def read_piece() -> bytes:
             if stopping.is_set():
                 raise ModelUnavailable(f"this worker stops, and fetches no more of {remote.source}")
-            return read(storage, remote.bucket, f"{remote.prefix}{file.path}", start, length, file.etag)
+            return read_range(storage, remote.bucket, f"{remote.prefix}{file.path}", start, length, file.etag)
 
         return insist(read_piece, _OUTAGE_SECONDS, stopping)
 

@@ -65,7 +65,7 @@ def find_remote(storage: Storage, source: str) -> RemoteModel:
     except NotFound:
         return _listed(storage, source, bucket, prefix)
     try:
-        with storage.reaching(source) as s3:
+        with storage.client(source) as s3:
             s3.head_object(Bucket=bucket, Key=f"{prefix}{INDEX}")
     except NotFound:
         prefix += f"{manifest.version}/"  # in the farm's store, the current manifest is beside the versions
@@ -80,7 +80,7 @@ def _of(source: str, manifest: Manifest, bucket: str, prefix: str) -> RemoteMode
 def _listed(storage: Storage, source: str, bucket: str, prefix: str) -> RemoteModel:
     """The model under a prefix: of its objects, only files that checkpoints consist of, and none outside its folder."""
     files = []
-    with storage.reaching(source) as s3:
+    with storage.client(source) as s3:
         for page in s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
             for found in page.get("Contents", ()):
                 path = found["Key"].removeprefix(prefix)

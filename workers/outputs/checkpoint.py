@@ -20,7 +20,7 @@ def pack(snapshot: Snapshot) -> bytes:
     tensors |= {f"history.{place}": tensor for place, tensor in enumerate(snapshot.history)}
     header = {
         "version": VERSION,
-        "spec": snapshot.spec.model_dump(mode="json"),
+        "spec": json.loads(snapshot.spec.to_json()),
         "model_sha256": snapshot.model_sha256,
         "step_index": snapshot.step_index,
         "steps_done": snapshot.steps_done,

@@ -52,6 +52,7 @@ def delivery(claim: Claim, rendered: Rendered, worker: str) -> Delivery:
         render_seconds=rendered.render_seconds,
         warnings=rendered.warnings,
         device_seconds=rendered.device_seconds,
+        dtype=rendered.dtype,
     )
     trajectory = list(_trajectory(picture.key, rendered))
     objects = [StoredObject(picture.key, data, "image/png"), *(stored for _, stored in trajectory)]

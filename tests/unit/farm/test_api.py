@@ -8,6 +8,7 @@ import pytest
 
 import farm
 from farm import errors
+from tests.servers import needs_torch
 
 
 def test_all_is_complete_sorted_and_there() -> None:
@@ -45,6 +46,7 @@ def test_importing_the_client_loads_no_torch_and_nothing_that_renders(module: st
 
 
 def test_a_worker_loads_diffusers_with_its_first_model_and_not_before() -> None:
+    needs_torch()
     code = (
         "import sys, workers.consumer.serve; sys.exit(', '.join({'diffusers', 'transformers'} & set(sys.modules)) or 0)"
     )
@@ -52,6 +54,7 @@ def test_a_worker_loads_diffusers_with_its_first_model_and_not_before() -> None:
 
 
 def test_a_model_is_loaded_without_a_word_of_what_its_libraries_lack() -> None:
+    needs_torch()
     code = (
         "import torch; from workers import tiny; from workers.pipelines import load; "
         "load(str(tiny.WEIGHTS), torch.device('cpu'), torch.bfloat16)"

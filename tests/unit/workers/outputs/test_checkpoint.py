@@ -114,3 +114,11 @@ def test_another_version_is_refused_by_name() -> None:
 def test_a_header_that_does_not_fit_is_refused(header: dict[str, Any]) -> None:
     with pytest.raises(ValueError):
         checkpoint.unpack(rewritten(checkpoint.pack(snapshot()), **header))
+
+
+def test_a_spec_is_packed_in_the_form_that_workers_of_the_previous_release_read() -> None:
+    state = snapshot()
+    data = checkpoint.pack(state)
+    header = json.loads(json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]["state"])
+    assert header["spec"] == json.loads(state.spec.to_json())
+    assert "max_sequence_length" not in header["spec"]

@@ -19,7 +19,6 @@ from workers import pipelines
 from workers.models.checkpoints import open_checkpoint
 from workers.models.memory_limit import memory_limit
 from workers.pipelines import families, load
-from workers.pipelines.stable_diffusion import StableDiffusion
 from workers.render.pipeline import Pipeline
 from workers.render.request import RenderRequest
 
@@ -30,6 +29,11 @@ BUILDERS: dict[str, Callable[[Path], Path]] = {
     "StableDiffusion3Pipeline": build_sd3,
     "FluxPipeline": build_flux,
 }
+
+TRACED = [
+    name if name == "StableDiffusionPipeline" else pytest.param(name, marks=pytest.mark.long) for name in BUILDERS
+]
+"""Tracing the memory of a forward takes seconds, so `make test` does it with a single family."""
 
 
 @pytest.fixture(scope="module")
@@ -257,7 +261,7 @@ def test_a_family_that_fails_to_load_is_a_model_error_that_names_it(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(StableDiffusion, "amended", fail)
+    monkeypatch.setattr(families()["StableDiffusionPipeline"].StableDiffusion, "amended", fail)
     with pytest.raises(ModelError, match=message) as caught:
         load(str(folders["StableDiffusionPipeline"]), CPU, torch.float32)
     assert error in (caught.value, caught.value.__cause__)
@@ -269,7 +273,7 @@ def test_a_device_without_memory_for_a_model_is_told_from_other_errors(
     def fail(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(StableDiffusion, "amended", fail)
+    monkeypatch.setattr(families()["StableDiffusionPipeline"].StableDiffusion, "amended", fail)
     with pytest.raises(torch.OutOfMemoryError):
         load(str(folders["StableDiffusionPipeline"]), CPU, torch.float32)
 
@@ -292,7 +296,7 @@ def test_latents_of_flux_lie_packed_as_diffusers_has_them(loaded: dict[str, Any]
     assert torch.equal(ours.flatten(1, 2), theirs)
 
 
-@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("name", TRACED)
 def test_what_a_forward_takes_is_known_before_it_takes_it(loaded: dict[str, Any], name: str) -> None:
     pipeline, request = loaded[name], encoded(loaded[name], width=192, height=192)
     with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
@@ -307,7 +311,7 @@ def test_what_a_forward_takes_is_known_before_it_takes_it(loaded: dict[str, Any]
     assert 0.75 * peak <= pipeline.forward_bytes(request.spec) <= peak
 
 
-@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("name", TRACED)
 def test_the_configs_alone_say_what_a_forward_takes_at_least(
     loaded: dict[str, Any], folders: dict[str, Path], tmp_path: Path, name: str
 ) -> None:
@@ -321,7 +325,7 @@ def test_the_configs_alone_say_what_a_forward_takes_at_least(
     assert (halved.nbytes, halved.dtype) == (outline.nbytes // 2, torch.bfloat16)
 
 
-@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("name", TRACED)
 def test_the_limit_is_the_next_size_that_surely_does_not_fit(loaded: dict[str, Any], name: str) -> None:
     pipeline: Any = loaded[name]
     total = pipeline.nbytes + pipeline.forward_bytes(RenderSpec(prompt="", seed=0, width=320, height=320))
@@ -357,7 +361,7 @@ def test_a_unet_with_distilled_guidance_takes_one_row(tmp_path: Path) -> None:
 
 
 def test_a_family_can_take_more_rows_and_combine_them_in_its_own_way(folders: dict[str, Path]) -> None:
-    class Averaged(StableDiffusion):
+    class Averaged(families()["StableDiffusionPipeline"].StableDiffusion):
         def rows(self, spec: RenderSpec) -> int:
             return 2
 

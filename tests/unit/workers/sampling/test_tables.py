@@ -72,13 +72,15 @@ def as_object(table: Sampling) -> Sampling:
     return Sampling(table.name, table.timesteps, table.init_noise_sigma, table.make, table.step_kwargs)
 
 
+@pytest.mark.parametrize("most_steps", [10, pytest.param(25, marks=pytest.mark.long)])
 @pytest.mark.parametrize(("recipe", "kind"), RECIPES)
-def test_a_table_steps_as_its_scheduler_and_draws_the_same_noise(recipe: Recipe, kind: str) -> None:
-    for steps in (1, 2, 3, 10, 25):
+def test_a_table_steps_as_its_scheduler_and_draws_the_same_noise(recipe: Recipe, kind: str, most_steps: int) -> None:
+    for steps in (1, 2, 3, most_steps):
         table = tables.tabulate(maker(recipe, kind, steps), eta=0.5)
         ours, theirs = started(table), started(as_object(table))
         assert theirs.scheduler is not None
         for mine, own in zip(walk(ours), walk(theirs), strict=True):
+            # Single operations in float32 round alike on every CPU: this is 7 times what the tables are off.
             assert (mine - own).abs().max() <= 1e-5 * own.abs().max().clamp_min(1.0), steps
         assert torch.equal(ours.generator.get_state(), theirs.generator.get_state())
 

@@ -62,6 +62,7 @@ def test_a_finished_picture_is_stored_recorded_and_counted(worker: Worker, gated
     assert info.state is JobState.SUCCEEDED
     assert outcome == Succeeded(f"s3://farm/{info.picture.key}")
     assert list(stored(worker)) == [info.picture.key]
+    assert info.picture.dtype == "float32"
     assert counted(worker, Outcome.SUCCEEDED) == 1
     with worker.leases.renders() as renders:
         assert renders == {}
