@@ -31,10 +31,8 @@ CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
     "sd3-without-t5": partial(build_sd3, t5=False),
     "flux": build_flux,
 }
-LONG = ("sd-v", "sdxl")
-"""With all samplers, of which those of Stable Diffusion say nearly as much: only in `make test-long`."""
-SOME = {"sdxl-some": "sdxl"}
-"""With every third sampler, in its place."""
+SHARES = {"sd": (0, 3), "sdxl": (1, 3), "sd-v": (2, 3), "sd3": (0, 2), "sd3-without-t5": (1, 2), "flux": (0, 2)}
+"""(first, every): of each checkpoint's samplers, those in `make test`; `make test-long` has all."""
 PROMPTS = ("a red circle on a blue square", "", "an OLD house, über the water", "a long prompt, " * 8, "two cats")
 STEPS = ((1, 2), (3, 2), (5, 2), (1, 4))
 
@@ -75,7 +73,7 @@ def specs_of(place: int, sampler: str | None, family: str) -> list[RenderSpec]:
 class Sides:
     """A checkpoint loaded by the farm and by diffusers, with values that an engine does not return."""
 
-    def __init__(self, folder: Path, every: int = 1) -> None:
+    def __init__(self, folder: Path, first: int = 0, every: int = 1) -> None:
         self.references = References(folder)
         self.pipeline: Any = load(str(folder), torch.device("cpu"), torch.float32)
         self.forwards: list[list[tuple[str | None, int, int]]] = []
@@ -85,7 +83,7 @@ class Sides:
         kind, family = self.pipeline.samplers, self.pipeline.family
         recipes = {name: getattr(sampler, kind) for name, sampler in SAMPLERS.items()}
         fitting = [name for name, recipe in recipes.items() if recipe and recipe.fits(family)]
-        self.samplers = [None, *fitting[::every]]
+        self.samplers = [None, *fitting[first::every]]
         self.specs = [spec for place, name in enumerate(self.samplers) for spec in specs_of(place, name, family)]
 
     def denoise(self, requests: list[RenderRequest], rows: int | None = None) -> torch.Tensor:
@@ -128,12 +126,12 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(name, marks=pytest.mark.long) if name in LONG else name for name in (*CHECKPOINTS, *SOME)],
+    params=[*CHECKPOINTS, *(pytest.param(f"{name}-all", marks=pytest.mark.long) for name in CHECKPOINTS)],
 )
 def sides(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Sides:
-    some = SOME.get(request.param)
-    build = CHECKPOINTS[some or request.param]
-    return Sides(build(tmp_path_factory.mktemp(request.param)), every=3 if some else 1)
+    name = request.param.removesuffix("-all")
+    folder = CHECKPOINTS[name](tmp_path_factory.mktemp(name))
+    return Sides(folder) if name != request.param else Sides(folder, *SHARES[name])
 
 
 def test_a_request_alone_is_the_pipelines_picture(sides: Sides) -> None:
