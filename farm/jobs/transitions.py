@@ -175,14 +175,14 @@ def _complete_attempts(connection: sa.Connection, ending: Ending, moved: Sequenc
 
 
 def _log_at_commit(session: Session, moved: Sequence[Moved], *, attempts: bool, note: str) -> None:
-    """Log the attempts that end with a move, or, where none does, the jobs that end with it."""
+    """Log the attempts that end with a move. Jobs that end without one can be a million at once: for debugging only."""
 
     def log_endings() -> None:
         for job in moved:
             if attempts:
                 log.info("ended job_id=%s attempt=%d now=%s%s", job.job_id, job.attempt, job.state, note)
             elif job.state.terminal:
-                log.info("ended job_id=%s now=%s%s", job.job_id, job.state, note)
+                log.debug("ended job_id=%s now=%s%s", job.job_id, job.state, note)
 
     if moved:
         at_commit(session, log_endings)

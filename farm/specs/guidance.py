@@ -9,8 +9,8 @@ from farm.specs.spec import RenderSpec
 class Guidance:
     """The classifier-free guidance of a model family (Ho & Salimans 2022).
 
-    A guided picture has several rows in each forward, so it takes several times the memory and time. By default no
-    picture is guided.
+    A family publishes it, so that programs without the model can estimate memory and time. By default no picture is
+    guided.
     """
 
     field: str = ""
@@ -20,7 +20,7 @@ class Guidance:
     requires: str = ""
     """A text field that must not be empty either, such as `negative_prompt`."""
     factor: int = 2
-    """How many rows a guided picture has in a forward."""
+    """By how much guidance multiplies the memory and the time of a picture."""
 
     def factor_of(self, spec: RenderSpec) -> int:
         """The factor of a picture's memory and time: 1 without guidance, and for fields that this version lacks."""

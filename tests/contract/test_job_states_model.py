@@ -330,7 +330,7 @@ def logged_lines() -> Iterator[list[str]]:
     log = logging.getLogger("farm.jobs.transitions")
     before = log.level
     log.addHandler(handler)
-    log.setLevel(logging.INFO)
+    log.setLevel(logging.DEBUG)
     try:
         yield lines
     finally:
