@@ -1,4 +1,4 @@
-"""Runs each side in a separate process, with its own threads, models and peak memory; the results of a run."""
+"""Runs each side in a separate process, with its own threads, models and peak memory; defines a run's results."""
 
 import multiprocessing
 import re

@@ -31,7 +31,7 @@ class Diffusers:
         self._device, self._own_scheduler = device, self._pipe.scheduler
 
     def render(self, specs: Sequence[RenderSpec], batch: int = 1) -> Run:
-        """Equal specs but for prompt and seed, so many a call."""
+        """Render specs that differ only in prompt and seed, that many per call."""
         peak, began = Peak(self._device), time.monotonic()
         for start in range(0, len(specs), batch):
             self._draw(specs[start : start + batch])

@@ -91,7 +91,7 @@ class Cases:
         )
 
     def ceiling(self) -> list[str]:
-        """What stands under the table about the first row, if that was measured. For a CPU."""
+        """The note under the table about the first row, if measured; for a CPU."""
         if self._serial_rate is None:
             return []
         forward = self._farm.full_forward(self._uniform(self._counts.farm, steps=_CEILING_STEPS))
@@ -256,7 +256,7 @@ class Cases:
     # --- shared
 
     def _enough(self, call: Callable[[int], Run], least: int) -> int:
-        """How many pictures make a run long enough to rise above the noise."""
+        """The number of pictures that makes a run long enough to exceed the noise."""
         return max(least, math.ceil(call(least).rate * self._counts.few_seconds))
 
     def _serially(self, side: int, steps: int, count: int) -> Run:

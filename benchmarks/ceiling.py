@@ -23,8 +23,8 @@ class FullForward:
 
 
 def ceiling(forward: FullForward, steps: int, serial_rate: float, goal: float, product_rate: float) -> str:
-    """One line: the throughput of the forward, of torch's own product, and the one that `goal` times serial needs."""
-    # Assuming that everything but the forwards costs nothing.
+    """A line with the throughput of the forward, of torch's matrix product, and of `goal` times serial."""
+    # Assumes that only forwards cost time.
     longest = forward.requests / (goal * serial_rate * steps)
     return (
         f"ceiling of row 1: a full forward ({forward.rows} rows) is at least {forward.flop / 1e9:.2f} GFLOP and took "

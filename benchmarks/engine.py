@@ -1,7 +1,7 @@
 """Compares the engine with diffusers' own pipeline: `python -m benchmarks.engine` prints a table at the end.
 
 Both sides have the same checkpoint, specs and threads, take turns, and run in separate processes. The farm's side is
-what a worker runs, without Celery and SQL, and without S3 except for the cost of checkpoints.
+a worker without Celery and SQL, and without S3 except for the cost of checkpoints.
 """
 
 import argparse
@@ -85,7 +85,7 @@ def measure(options: argparse.Namespace, place: Path) -> tuple[list[Row], list[s
 
 
 def sweep(side: int) -> tuple[int, ...]:
-    """Three sizes: upwards from the small model's own, or up to a large model's own."""
+    """Three sizes: from the small model's native size up, or up to a large model's native size."""
     base = side if side < 512 else side // 2
     return base, base * 3 // 2 // 8 * 8, base * 2
 

@@ -1,4 +1,4 @@
-"""The checkpoint to measure: the small one that ships, a folder, or a published size with random weights."""
+"""The checkpoint to measure: the model that ships, a folder, or a published architecture with random weights."""
 
 import json
 from collections.abc import Mapping
@@ -31,7 +31,7 @@ def find(model: str, folder: Path, device: str, dtype: str) -> Path:
     torch.manual_seed(0)
     torch.set_default_dtype(getattr(torch, dtype))
     try:
-        with torch.device(device):  # drawing billions of random numbers elsewhere is slow
+        with torch.device(device):  # drawing billions of random numbers on the CPU is slow
             pipe = build(int(narrow or 1))
     finally:
         torch.set_default_dtype(torch.float32)

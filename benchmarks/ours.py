@@ -48,7 +48,7 @@ class Forward:
 
 
 class Watched:
-    """A pipeline that records encodings and forwards; everything else is passed on."""
+    """A pipeline that records encodings and forwards; all else is delegated."""
 
     def __init__(self, pipeline: Any) -> None:
         self._pipeline = pipeline

@@ -1,4 +1,4 @@
-"""How close a picture of the farm is to diffusers' own, with a tolerance measured on the machine that runs.
+"""Compares the farm's pictures with diffusers' own, with a tolerance measured on the same machine.
 
 Rounding in float32 depends on the kernels of the CPU or GPU, so an absolute tolerance holds on some machines only. Both
 sides approximate diffusers' picture in float64; diffusers' own distance from it sets the tolerance.
@@ -95,7 +95,7 @@ class References:
 
 
 class _NoiseInFloat32(TorchFunctionMode):
-    """A generator's numbers in float64 are others than in float32: draws them in float32 and converts them."""
+    """Draws random numbers in float32 and converts them: a generator draws other numbers in float64."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

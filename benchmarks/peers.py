@@ -1,4 +1,4 @@
-"""Other task queues on the same Redis: how fast each accepts many jobs, in its fastest documented way."""
+"""Other task queues on the same Redis: each submits many jobs in its fastest documented way."""
 
 import io
 import os

@@ -1,4 +1,4 @@
-"""The wait of a benchmark for a condition."""
+"""Waits for a condition."""
 
 import time
 from collections.abc import Callable

@@ -118,13 +118,13 @@ class Side:
         time.sleep(seconds)
         rows, took = self._rows() - rows, time.monotonic() - began
         mine, used = _cpu_seconds([self._renders]) - mine, _cpu_seconds() - used
-        self._gate.acquire()  # no monitor waits for an answer now
+        self._gate.acquire()  # no monitor is waiting for an answer now
         self._signal(signal.SIGSTOP)
         self._stopped = True
         return Turn(rows / took, used / took, (used - mine) / took)
 
     def resume(self) -> None:
-        """Let it run on."""
+        """Resume its processes."""
         if self._stopped:
             self._signal(signal.SIGCONT)
             self._gate.release()
@@ -275,7 +275,7 @@ class Turns:
                 stdin=subprocess.DEVNULL,
                 stdout=stream,
                 stderr=stream,
-                start_new_session=True,  # when a shell ends, its process group gets SIGHUP if one of it is stopped
+                start_new_session=True,  # when a shell ends, its process group gets SIGHUP if a member is stopped
             )
             if terminal is not None:
                 os.close(stream)

@@ -2,7 +2,7 @@
 
     FarmError
     ├── InvalidInput            prompts or specs that can't be accepted; nothing was submitted
-    ├── NotFound                no batch or job of that name
+    ├── NotFound                no batch or job has that name
     ├── NotConfigured           no settings in the environment, no embedded farm in this home
     ├── AlreadyRunning          a second embedded farm in the same home
     ├── PartFailed              a part of the embedded farm did not come up
@@ -12,19 +12,19 @@
     │   ├── BrokerUnavailable
     │   └── StorageUnavailable
     ├── ModelError              a checkpoint can't be found, read, or used
-    │   └── ModelUnavailable    not just now: where it lies does not answer
+    │   └── ModelUnavailable    a checkpoint is temporarily unavailable
     ├── RenderError             one render went wrong
-    │   ├── BadRequest          the request itself is at fault: another try can't help
-    │   ├── BadImage            NaN or nothing in the latents
-    │   ├── OutOfMemory         it does not fit on this device even alone
-    │   └── EngineFailed        the loop broke under the request
+    │   ├── BadRequest          the request is invalid: a retry can't help
+    │   ├── BadImage            the latents contain NaN or infinity
+    │   ├── OutOfMemory         the request does not fit on this device even alone
+    │   └── EngineFailed        the engine's loop failed
     ├── RenderCancelled         the render was stopped because its job was cancelled
     ├── RenderHandedBack        the render was stopped because its worker drains
-    ├── JobNotSucceeded         a picture was asked of a job that has none
-    ├── NotEnded                a batch that is to be deleted and has jobs which have not ended
-    └── KeyUsed                 a submission's key that belongs to another one
+    ├── JobNotSucceeded         the job has no picture
+    ├── NotEnded                a batch with unfinished jobs can't be deleted
+    └── KeyUsed                 the key belongs to another submission
 
-Whether and where another try can help is `error_class` on the class; no code reads messages to decide.
+`error_class` on the class says whether and where a retry can help; no code reads messages to decide.
 """
 
 from collections.abc import Sequence
@@ -36,18 +36,18 @@ from typing import ClassVar
 class ErrorClass(StrEnum):
     """What a failed render needs to succeed."""
 
-    # Time: a service was away, a device or the render loop broke.
+    # Time: a service was unavailable, or a device or the render loop failed.
     TRANSIENT = "transient"
-    # Another worker, one with more memory.
+    # A worker with more memory.
     OUT_OF_MEMORY = "out_of_memory"
-    # Another spec, or another model: tried again, unchanged, it fails again.
+    # Another spec or another model: an unchanged retry fails again.
     BAD_INPUT = "bad_input"
-    # A person's look: it kept losing its workers, and may be what kills them.
+    # An investigation: the job lost its worker repeatedly, and may have killed it.
     POISON = "poison"
 
     @property
     def retryable(self) -> bool:
-        """Whether the same thing may succeed when tried again, unchanged."""
+        """Whether an unchanged retry may succeed."""
         return self in (ErrorClass.TRANSIENT, ErrorClass.OUT_OF_MEMORY)
 
 
@@ -58,16 +58,16 @@ class FarmError(Exception):
 
     @property
     def retryable(self) -> bool:
-        """Whether the same thing may succeed when tried again, unchanged."""
+        """Whether an unchanged retry may succeed."""
         return self.error_class.retryable
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong with one prompt of a submission.
+    """One error in one prompt of a submission.
 
-    `where` is what a person can go to: `prompts.csv:12` or `spec 3`; `field` is the column or the
-    spec's field, empty when the whole line is at fault.
+    `where` locates the prompt: `prompts.csv:12` or `spec 3`. `field` is the column or the spec's field, empty if the
+    error concerns the whole line.
     """
 
     where: str
@@ -79,7 +79,7 @@ class Problem:
 
 
 class InvalidInput(FarmError):
-    """Raised when prompts or specs can't be accepted: all problems at once, and nothing submitted."""
+    """Raised when prompts or specs can't be accepted; lists all problems, and nothing was submitted."""
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         self.problems = tuple(problems)
@@ -91,7 +91,7 @@ class NotFound(FarmError):
 
 
 class NotConfigured(FarmError):
-    """Raised when there are neither `FARM_*` settings nor an embedded farm to talk to."""
+    """Raised when the environment has no `FARM_*` settings and this home has no embedded farm."""
 
 
 class AlreadyRunning(FarmError):
@@ -99,7 +99,7 @@ class AlreadyRunning(FarmError):
 
 
 class PartFailed(FarmError):
-    """Raised when a part of the embedded farm does not come up; carries its last lines."""
+    """Raised when a part of the embedded farm does not come up; contains its last output lines."""
 
 
 class SchemaMismatch(FarmError):
@@ -107,7 +107,7 @@ class SchemaMismatch(FarmError):
 
 
 class ServiceUnavailable(FarmError):
-    """Raised when a service the farm stands on does not answer."""
+    """Raised when a service that the farm depends on does not answer."""
 
     error_class = ErrorClass.TRANSIENT
 
@@ -129,40 +129,40 @@ class ModelError(FarmError):
 
 
 class ModelUnavailable(ModelError):
-    """Raised when a checkpoint can't be had just now: where it lies does not answer, or a device is out of memory."""
+    """Raised when a checkpoint is temporarily unavailable: its store does not answer, or a device is out of memory."""
 
     error_class = ErrorClass.TRANSIENT
 
 
 class RenderError(FarmError):
-    """Raised when one render goes wrong."""
+    """Raised when a render fails."""
 
     error_class = ErrorClass.TRANSIENT
 
 
 class BadRequest(RenderError):
-    """Raised when the request itself is at fault, such as a sampler its model can't use."""
+    """Raised when the request is invalid, for example a sampler that its model can't use."""
 
     error_class = ErrorClass.BAD_INPUT
 
 
 class BadImage(RenderError):
-    """Raised when a request's latents hold NaN or infinity; names the step."""
+    """Raised when a request's latents contain NaN or infinity; names the step."""
 
     error_class = ErrorClass.BAD_INPUT
 
 
 class OutOfMemory(RenderError):
-    """Raised when a request does not fit on its device even alone; says what it would need.
+    """Raised when a request does not fit on its device even alone; states the memory it needs.
 
-    Another worker may have more.
+    Another worker may have more memory.
     """
 
     error_class = ErrorClass.OUT_OF_MEMORY
 
 
 class EngineFailed(RenderError):
-    """Raised for every request in the engine when its loop breaks under them."""
+    """Raised for every request in the engine when its loop fails."""
 
 
 class RenderCancelled(FarmError):
@@ -174,12 +174,12 @@ class RenderHandedBack(FarmError):
 
 
 class JobNotSucceeded(FarmError):
-    """Raised when the picture of a job is asked for that did not succeed; says why."""
+    """Raised when the picture of an unsuccessful job is requested; states why the job has none."""
 
 
 class NotEnded(FarmError):
-    """Raised when a batch is to be deleted while some of its jobs have not ended."""
+    """Raised when a batch with unfinished jobs is deleted."""
 
 
 class KeyUsed(FarmError):
-    """Raised when a submission's key was used before, for something else."""
+    """Raised when a submission's key was already used for a different submission."""

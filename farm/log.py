@@ -1,4 +1,4 @@
-"""How the farm's processes log: one line an event, to standard error."""
+"""Logging of the farm's processes: one line per event, to standard error."""
 
 import logging
 import sys
@@ -6,26 +6,26 @@ from types import TracebackType
 
 FORMAT = "%(asctime)s %(levelname)-7s %(name)s %(message)s"
 MOST_CHARS = 4000
-"""Of a line; what a message from Redis holds can be megabytes."""
+"""The maximum length of a line; a message from Redis can contain megabytes."""
 _CHATTY = ("alembic", "botocore", "boto3", "urllib3", "kombu", "amqp", "httpx", "PIL", "diffusers", "transformers")
 
 
 class Plain(logging.Formatter):
-    """Writes line breaks, terminal commands and the like as escapes.
+    """Escapes line breaks, terminal commands and other control characters.
 
-    What is quoted in an event, from a prompt or a message, can neither pass for another event nor steer the terminal
-    that shows it, nor fill the disk.
+    Text from a prompt or a message in an event can neither imitate another event nor control the terminal nor fill the
+    disk.
     """
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  (logging's own name)
-        """The event in one line."""
+        """The event on one line."""
         return _escaped(super().formatMessage(record))
 
     def formatException(  # noqa: N802
         self,
         ei: tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None],
     ) -> str:
-        """The traceback, which keeps its lines."""
+        """The traceback, with its line breaks."""
         return "\n".join(map(_escaped, super().formatException(ei).split("\n")))
 
 
@@ -35,7 +35,7 @@ def _escaped(text: str) -> str:
 
 
 def configure(*, verbose: bool = False) -> None:
-    """Set up logging for a process of its own; libraries are heard from WARNING on."""
+    """Configure the logging of a farm process; libraries log at WARNING and above."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(Plain(FORMAT))
     logging.basicConfig(handlers=[handler], level=logging.DEBUG if verbose else logging.INFO, force=True)

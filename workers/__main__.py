@@ -1,4 +1,4 @@
-"""`python -m workers`, which `farm worker` becomes: one worker here, or with `--gpus` one a GPU, each kept running."""
+"""`python -m workers`, run by `farm worker`: one worker here, or with `--gpus` a supervised worker per GPU."""
 
 import argparse
 import os
@@ -21,7 +21,7 @@ def main() -> None:
     given = {option: value for option, value in args.items() if value is not None}
     if env_file is not None:
         os.environ["FARM_ENV_FILE"] = env_file
-    # Torch comes with the one, and must not come with the other, which would hold memory on every GPU.
+    # `serve` imports torch. The supervisor must not: torch would take memory on every GPU.
     if gpus is not None or workers is not None:
         from workers.service.supervisor import supervise
 

@@ -1,4 +1,4 @@
-"""What the commands share: the terminal, JSON output, the farm they talk to, and how a batch or job is found."""
+"""Shared by the commands: terminal and JSON output, the connection to the farm, and batch and job lookup."""
 
 import json
 from typing import Annotated, Any
@@ -39,12 +39,12 @@ def print_json(value: Any) -> None:
 
 
 def plural(noun: str, count: int) -> str:
-    """The noun as it follows the count."""
+    """The noun in singular or plural, according to the count."""
     return noun + "s" * (count != 1)
 
 
 def open_farm() -> Farm:
-    """Connect to the configured farm; raises `ServiceUnavailable` if it is an embedded farm that does not run."""
+    """Connect to the configured farm; raises `ServiceUnavailable` if it is an embedded farm that is not running."""
     from farm.local import running
 
     settings = Settings.load()
@@ -54,7 +54,7 @@ def open_farm() -> Farm:
 
 
 def find(farm: Farm, which: str) -> Batch | JobInfo:
-    """The batch of that name or id, or the job of that id; raises `NotFound`."""
+    """The batch with this name or id, or the job with this id; raises `NotFound`."""
     try:
         return farm.batch(which)
     except NotFound:

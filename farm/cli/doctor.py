@@ -42,7 +42,7 @@ def check(settings: Settings, *, embedded: bool = False) -> Iterator[Finding]:
         state = check_database(database)
         yield state
         if origin.level == "bad":
-            return  # an embedded farm that does not run: no other part can answer
+            return  # the embedded farm is not running: no other part can answer
         yield from check_broker(settings)
         yield check_storage(settings)
         yield from check_flower(settings)
@@ -57,7 +57,7 @@ def check(settings: Settings, *, embedded: bool = False) -> Iterator[Finding]:
 
 
 def line(finding: Finding) -> Text:
-    """A finding as it is printed on a terminal."""
+    """A finding, formatted for a terminal."""
     mark, style = {"ok": ("✓", "green"), "warn": ("!", "yellow"), "bad": ("✗", "bold red")}[finding.level]
     text = Text.assemble((mark, style), f" {finding.part}: {finding.what}")
     return text.append(f" → {finding.do}") if finding.do else text

@@ -1,4 +1,4 @@
-"""The settings with which other processes join the farm, as variables in a file or for a shell."""
+"""The settings for other processes of the farm, as variables in a file or for a shell."""
 
 import ipaddress
 import re
@@ -32,7 +32,7 @@ SHARED = (
     "retry_max_seconds",
     "max_lost_leases",
 )
-"""The settings that are the same in all processes of a farm; the others belong to one process."""
+"""The settings that are the same in all processes of a farm; the others are per process."""
 _BARE = re.compile(r"[\w@%+=:,./?\[\]-]*", re.ASCII)
 
 
@@ -50,7 +50,7 @@ def variables(settings: Settings) -> dict[str, str]:
 def as_file(values: dict[str, str]) -> str:
     """A file that dotenv readers, systemd's `EnvironmentFile=`, `docker --env-file` and shells read in the same way.
 
-    A value is quoted only if it must be: Docker takes quotes literally, and does not work with such a value. Raises
+    A value is quoted only if necessary, because Docker takes quotes literally and does not support such values. Raises
     `NotConfigured` for a value that not every reader understands.
     """
     return "".join(f"{name}={_written(name, value)}\n" for name, value in values.items())
@@ -62,7 +62,7 @@ def as_shell(values: dict[str, str]) -> str:
 
 
 def reach(settings: Settings) -> Iterator[str]:
-    """Yield the reasons why other machines can not join this farm, each with its remedy."""
+    """Yield the reasons why other machines cannot join this farm, each with its remedy."""
     database = database_url(settings.database_url)
     if database.get_backend_name() == "sqlite":
         yield (
@@ -95,7 +95,7 @@ def _loopback(host: str | None) -> bool:
 def _written(name: str, value: str) -> str:
     if _BARE.fullmatch(value):
         return value
-    # dotenv readers look for ${…} even between single quotes, and no two of the readers agree on escapes.
+    # dotenv readers expand ${…} even between single quotes, and every reader has different escapes.
     if any(text in value for text in ("'", "\\", "${", "\n", "\r", "\0")):
         raise NotConfigured(
             f"{name} holds a quote, a backslash, a line break or ${{, which programs read in different ways from a "

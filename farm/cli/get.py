@@ -1,4 +1,4 @@
-"""The commands that save files here: `get` for pictures, `report` for a page about a batch, `preview` for a render."""
+"""The commands that save files: `get` for pictures, `report` for an HTML page, `preview` for a running render."""
 
 import json
 from pathlib import Path
@@ -133,7 +133,7 @@ def _manifest(batch: Batch, folder: Path) -> Path:
 
 
 def _save_preview(shown: Preview, path: Path) -> None:
-    # An image viewer may read the file meanwhile.
+    # Atomic, because an image viewer may read the file at the same time.
     with atomic_file(path) as file:
         shown.image.save(file, "PNG")
     print_line(f"step {shown.step} of {shown.steps} in {path}")

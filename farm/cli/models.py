@@ -113,7 +113,7 @@ def _print_held(*, as_json: bool) -> None:
         for worker in farm.workers():
             for model in worker.models if worker.alive else ():
                 entry = held.setdefault(model.name, {"sha256": None, "workers": [], "waiting": 0})
-                entry["sha256"] = model.sha256 or entry["sha256"]  # None while a worker has not loaded it
+                entry["sha256"] = model.sha256 or entry["sha256"]  # None until a worker has loaded it
                 entry["workers"].append(worker.name)
         for model_name, waiting in farm.waiting().items():
             held.setdefault(model_name, {"sha256": None, "workers": []})["waiting"] = waiting

@@ -1,4 +1,4 @@
-"""What several commands print about a batch: jobs with errors, jobs that wait in vain, and how to wait again."""
+"""Messages about a batch that several commands print: errors, jobs without a suitable worker, how to wait again."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ def print_errors(batch: Batch) -> None:
 
 
 def warn_of_waiting(farm: Farm, batch_id: str | None = None) -> None:
-    """Warn of jobs whose model no worker holds, or which are too large for every worker."""
+    """Warn of jobs whose model no worker serves, or that are too large for every worker."""
     if missing := farm.unheld(batch_id):
         complain(f"no worker holds {', '.join(missing)} now; its jobs wait until one does (farm worker --models …)")
     for model, limit in farm.exceeded_limits(batch_id).items():
@@ -31,7 +31,7 @@ def warn_of_waiting(farm: Farm, batch_id: str | None = None) -> None:
 
 @contextmanager
 def announce_interrupt(batch: Batch) -> Iterator[None]:
-    """Say on Ctrl-C that the batch goes on."""
+    """Print on Ctrl-C that the batch continues."""
     try:
         yield
     except KeyboardInterrupt:

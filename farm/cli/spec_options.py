@@ -14,10 +14,10 @@ _PANEL = "What to render"
 
 
 def with_spec_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Replace a command's `**fields` by an option for each field of a spec that has a default.
+    """Replace a command's `**fields` with an option for each field of a spec that has a default.
 
-    The command receives only the fields whose options were given. Text, numbers and flags are parsed by Typer; a field
-    of any other type is passed on as text, which the spec parses as it parses a cell of a CSV file.
+    The command receives only the fields whose options were given. Typer parses text, numbers and flags; a field of any
+    other type is passed as text, which the spec parses like a cell of a CSV file.
     """
     own = [
         parameter
@@ -52,7 +52,7 @@ def _names(name: str, field: FieldInfo) -> Iterator[str]:
 
 
 def _default(field: FieldInfo) -> str | bool:
-    """The default as the help shows it; False for one that says nothing by itself."""
+    """The default in the help text; False hides an uninformative default."""
     silent = field.default_factory is not None or field.default in (None, "") or isinstance(field.default, bool)
     return False if silent else str(field.default)
 

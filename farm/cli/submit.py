@@ -89,7 +89,7 @@ def submit(
     file and line, and then nothing is submitted.
     """
     if grid is not None:
-        # The shell has split `--grid steps=20,30 guidance=5,7.5` into an option and an argument.
+        # The shell splits `--grid steps=20,30 guidance=5,7.5` into an option and an argument.
         grid += [text for text in what if is_axis(text) and not is_file(text)]
         what = [text for text in what if text not in grid]
         fields["grid"] = grid
@@ -108,7 +108,7 @@ def submit(
         if dry_run:
             _print_dry_run(farm.dry_run(read, **fields), as_json=as_json)
             return
-        farm.check()  # before the batch is in SQL: after an error nothing must have been submitted
+        farm.check()  # before the batch is in SQL: after an error, nothing may be submitted
         with err.status("submitting …"):
             batch = farm.submit(read, **fields)
         if not as_json:
@@ -139,7 +139,7 @@ def _print_dry_run(result: DryRun, *, as_json: bool) -> None:
 
 
 def _spec_table(specs: Sequence[RenderSpec]) -> Table:
-    """A row for each spec with the fields that were set, and first those in which the specs differ."""
+    """A row for each spec with the fields that were set; fields that differ between specs come first."""
     dumped = [spec.model_dump(exclude_unset=True) for spec in specs]
     names = [name for name in RenderSpec.model_fields if any(name in fields for fields in dumped)]
     names.sort(key=lambda name: all(fields.get(name) == dumped[0].get(name) for fields in dumped))
@@ -151,7 +151,7 @@ def _spec_table(specs: Sequence[RenderSpec]) -> Table:
 
 
 def _wait(batch: Batch, folder: Path | None, *, as_json: bool) -> None:
-    """Wait for a batch, fetch its pictures and print its end; exits with 1 unless every job succeeded."""
+    """Wait for a batch, fetch its pictures and print its outcome; exits with 1 unless every job succeeded."""
     with announce_interrupt(batch):
         ended = batch.wait(progress=not as_json)
     count, files = 0, list[str]()

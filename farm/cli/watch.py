@@ -54,7 +54,7 @@ def watch(
 
 @dataclass
 class Watcher:
-    """Reads the state of a farm, or of one of its batches, again and again, and collects the failures it has seen."""
+    """Reads the state of a farm or of a batch repeatedly, and collects the failures."""
 
     farm: Farm
     which: str | None = None
@@ -129,7 +129,7 @@ def _print(watcher: Watcher, *, once: bool) -> None:
 
 
 def _wait_for(batch: Batch) -> bool:
-    """Wait for a batch behind a bar and print its end; returns whether every job succeeded."""
+    """Wait for a batch with a progress bar and print its outcome; returns whether every job succeeded."""
     with announce_interrupt(batch):
         ended = batch.wait(progress=True)
     out.print(batch_table([ended]))

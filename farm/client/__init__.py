@@ -1,4 +1,4 @@
-"""The Python client: `Farm`, and handles of what was submitted: `Batch`, `Job`, `Owner`."""
+"""The Python client: `Farm`, and the handles `Batch`, `Job` and `Owner`."""
 
 from farm.client.batch import Batch
 from farm.client.job import Job

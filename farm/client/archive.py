@@ -18,10 +18,10 @@ _MANIFEST = "manifest.jsonl"
 def archive(
     storage: Storage, jobs: Iterable[JobInfo], manifest: Iterable[Mapping[str, Any]], path: Path
 ) -> Iterator[JobInfo]:
-    """Write the pictures of jobs that succeeded, their films, and then the manifest; yields each job that is in it.
+    """Write the pictures and films of succeeded jobs, then the manifest; yields each job after writing it.
 
-    What is compressed already is stored as it is. The file comes to stand under its name when it is complete; until
-    then, and after any error, what was there before still is. Each picture is checked against the SHA-256 in SQL.
+    Pictures are stored without further compression. The file replaces `path` atomically when it is complete; after an
+    error the previous file is unchanged. Each picture is checked against the SHA-256 in SQL.
 
     Raises `StorageUnavailable`.
     """

@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 
 class Batch:
-    """One bulk submission: a name, a priority, jobs in order."""
+    """A submitted batch: a name, a priority, jobs in order."""
 
     def __init__(self, store: JobStore, storage: Storage, settings: Settings, status: BatchStatus) -> None:
         self._store = store
@@ -50,7 +50,7 @@ class Batch:
         return self._store.queries.batch(self.id)
 
     def jobs(self, *, after: int = 0, states: Sequence[JobState] = ()) -> Iterator[Job]:
-        """Its jobs in order, optionally only those after an index or in some states.
+        """Its jobs in order, optionally only jobs after an index or in some states.
 
         Reads a thousand jobs at a time.
         """
@@ -100,9 +100,9 @@ class Batch:
         return sum(min(1.0, info.steps_done / info.spec.num_inference_steps) for info in running)
 
     def as_completed(self, timeout: float | None = None) -> Iterator[Job]:
-        """Its jobs as they end, each once: succeeded, failed and cancelled ones.
+        """Yield each job once as it ends, whether it succeeded, failed or was cancelled.
 
-        Raises `TimeoutError` after `timeout` seconds; the batch goes on.
+        Raises `TimeoutError` after `timeout` seconds; the batch continues.
         """
         seen, left = bytearray(self.total + 1), self.total
         last = None
@@ -117,14 +117,14 @@ class Batch:
             if not left:
                 return
             if self.status().done:
-                # Another transaction's earlier time can become visible after a later one's: look at all once more.
+                # A transaction with an earlier time can become visible after a later one: read all jobs once more.
                 last = None
 
     def download(self, folder: str | os.PathLike[str], *, progress: bool = False) -> list[Path]:
         """Download the pictures of all jobs that have succeeded so far into a folder; returns their paths in order.
 
         Film strips and animations of jobs with a trajectory are downloaded too. A picture that exists with the right
-        SHA-256 is not downloaded again. Each file is checked and put in place whole.
+        SHA-256 is not downloaded again. Each file is checked and written atomically.
 
         Raises `StorageUnavailable`.
         """
@@ -141,7 +141,7 @@ class Batch:
     def archive(self, path: str | os.PathLike[str], *, progress: bool = False) -> int:
         """Write a ZIP file of the manifest and the pictures of all jobs that have succeeded so far; returns how many.
 
-        Includes film strips and animations. Each picture is checked, and the file is put in place whole.
+        Includes film strips and animations. Each picture is checked, and the file is written atomically.
 
         Raises `StorageUnavailable`.
         """
@@ -157,7 +157,7 @@ class Batch:
                 yield one
 
     def manifest(self) -> Iterator[dict[str, Any]]:
-        """One entry per job, in order: state, spec, key, SHA-256, worker, error, and so on.
+        """The result of each job, in order: state, spec, key, SHA-256, worker, error, and so on.
 
         Read from `{batch}/manifest.jsonl` in the bucket if the batch has ended, else from SQL.
         """
@@ -184,7 +184,7 @@ class Batch:
         """Write the batch as one self-contained HTML file; returns the number of pictures in it.
 
         Contains pictures, specs, times and failures; at most `limit` pictures, of the jobs after the index `after`.
-        They are small WebP images, or with `full` the PNG files. The file is put in place whole.
+        They are small WebP images, or with `full` the PNG files. The file is written atomically.
 
         Raises `StorageUnavailable`.
         """
@@ -222,9 +222,9 @@ class Batch:
         return self._store.steering.retry(batch_id=self.id)
 
     def delete(self, *, cancel: bool = False) -> bool:
-        """Delete it: it disappears at once and its key is free; then its objects and its rows are deleted.
+        """Delete it: it disappears at once and its key becomes free; then its objects and its rows are deleted.
 
-        Returns whether everything is deleted. If jobs still run, the object store does not answer, or this is
+        Returns whether everything is deleted. If jobs still run, the object store does not answer, or the call is
         interrupted, the dispatcher deletes the rest later. Raises `NotEnded` if jobs have not ended, unless `cancel` is
         set.
         """

@@ -49,11 +49,11 @@ def _is_name(given: object) -> TypeGuard[str]:
 class Farm:
     """A client of one farm.
 
-    `Farm()` finds its settings by itself: `FARM_*` in the environment, or the embedded farm that `farm up` started in
+    `Farm()` reads its settings from `FARM_*` in the environment, or uses the embedded farm that `farm up` started in
     this folder. Use it as a context manager, or `close` it. Thread-safe.
 
-    Raises `NotConfigured` if there is no farm, `DatabaseUnavailable` if its database does not answer, and
-    `SchemaMismatch` if its schema is of another version.
+    Raises `NotConfigured` if no farm is configured, `DatabaseUnavailable` if its database does not answer, and
+    `SchemaMismatch` if its schema has another version.
     """
 
     def __init__(self, settings: Settings | None = None) -> None:
@@ -85,29 +85,28 @@ class Farm:
         wildcard_seed: int | None = None,
         **defaults: Any,
     ) -> Batch:
-        """Submit prompts, specs, mappings of spec fields, or files of those (`Path`); all are accepted, or none.
+        """Submit prompts, specs, mappings of spec fields, or files of them (`Path`), atomically.
 
-        Further keyword arguments are defaults for fields that a prompt or mapping leaves out, such as
-        `num_inference_steps=30, model="sd15"`; a whole `RenderSpec` stays as it is. `priority` is 0 to 100, higher is
-        sooner. On return the jobs are durable in SQL, and the first ones are in Redis. If Redis does not answer, a
-        warning is logged and the jobs start when it is back. Iterables are read row by row.
+        Further keyword arguments are defaults for the fields that a prompt or mapping omits, such as
+        `num_inference_steps=30, model="sd15"`; a `RenderSpec` is used unchanged. `priority` is 0 to 100; higher
+        priorities run first. On return the jobs are durable in SQL, and the first of them are in Redis. If Redis does
+        not answer, a warning is logged and the jobs start when it is back. Iterables are read row by row.
 
         - `grid={"steps": [20, 30], "guidance": [5, 7.5]}` renders each row with each combination, and
-          `seeds=range(10)` each of those with each seed. Both override the row's own values.
+          `seeds=range(10)` renders each of these with each seed. Both override the row's values.
         - `template="a {animal} in {style}"` makes prompts from the columns of a file, or the keys of a mapping.
-        - `wildcards=True` draws one of `{red|blue}` in prompts, and a line of `wildcards/animal.txt` for `__animal__`;
-          a path names another folder. The same submission draws the same choices: from `wildcard_seed`, or from the
-          spec's own seed.
+        - `wildcards=True` picks a choice of `{red|blue}` in prompts, and a line of `wildcards/animal.txt` for
+          `__animal__`; a path names another folder. The choices are reproducible: they depend on `wildcard_seed`, or
+          on the spec's seed.
 
-        A `key` names the submission, so that it can be repeated after an error that leaves its result unclear: the same
-        specs in the same order are then the same batch. Seeds that were left out are drawn from the key and the
-        position.
+        A `key` makes the submission idempotent, so it can be repeated after an error with an unclear result: the same
+        specs in the same order return the same batch. Omitted seeds are derived from the key and the position.
 
         A job whose spec, with a chosen seed, was already rendered by a model with the same weights gets a copy of that
-        picture; of identical jobs in flight one is rendered. `reuse=False` renders every job.
+        picture; identical jobs in flight are rendered once. `reuse=False` renders every job.
 
-        A sampler that the spec's model cannot use, according to the live workers, is refused; a model that no worker
-        serves is not. Raises `InvalidInput` with all problems, `KeyUsed` if the key was used for other specs, and
+        A sampler that the spec's model cannot use, according to the live workers, is rejected; a model without a
+        worker is accepted. Raises `InvalidInput` with all problems, `KeyUsed` if the key was used for other specs, and
         `DatabaseUnavailable`.
         """
         whose = owner or self.settings.owner or getpass.getuser()
@@ -177,7 +176,7 @@ class Farm:
         return name, specs(what, defaults, partial(sampler_problem, kinds=kinds), expansion=expansion)
 
     def batch(self, name_or_id: str) -> Batch:
-        """A batch by id, or the newest batch of a name; raises `NotFound`."""
+        """The batch with this id, or the newest batch with this name; raises `NotFound`."""
         if not _is_name(name_or_id):  # no database stores such a name, and some refuse the query
             raise NotFound(f"there is no batch {shown(name_or_id)}; `farm status` lists them")
         return Batch(self._store, self._storage, self.settings, self._store.queries.batch(name_or_id))
@@ -205,7 +204,7 @@ class Farm:
         return Job(self._store, self._storage, self.settings, self._store.queries.job(job_id))
 
     def owner(self, name: str) -> Owner:
-        """The owner of that name, whether or not it has any batches.
+        """The owner with that name, whether or not it has batches.
 
         Raises `InvalidInput` for an invalid name.
         """
@@ -214,7 +213,7 @@ class Farm:
         return Owner(self._store.steering, name)
 
     def workers(self) -> list[WorkerInfo]:
-        """The workers, what they render on, and the models they hold."""
+        """The workers, their devices and their models."""
         return self._store.workers.all()
 
     def loads(self) -> dict[str, Load]:
@@ -222,18 +221,18 @@ class Farm:
         return self._store.overview.loads()
 
     def unheld(self, batch_id: str | None = None) -> list[str]:
-        """The models that waiting jobs, or a batch's, need and no live worker serves."""
+        """The models of waiting jobs, in all or in one batch, that no live worker serves."""
         return self._store.overview.unheld(batch_id)
 
     def too_large(self, batch_id: str | None = None) -> dict[str, int]:
-        """The models with jobs, in a batch or at all, that wait because no living worker has the memory for them.
+        """The models with waiting jobs, in all or in one batch, that are too large for the memory of every live worker.
 
-        With the most pixels that a worker allows without guidance. The jobs start when a worker allows more.
+        Maps each to the most pixels that a worker allows without guidance. The jobs start when a worker allows more.
         """
         return {model: limit.pixels for model, limit in self.exceeded_limits(batch_id).items()}
 
     def exceeded_limits(self, batch_id: str | None = None) -> dict[str, MemoryLimit]:
-        """The same models, with all that a worker says about its limit."""
+        """The same models, with the full limit that a worker reports."""
         return self._store.overview.too_large(batch_id)
 
     def waiting(self) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""A job as whoever handed it in holds it."""
+"""`Job`: a submitted job."""
 
 import os
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from farm.specs.spec import RenderSpec
 
 
 class Job:
-    """One spec to be rendered into one image; in a notebook it shows its picture."""
+    """A submitted job, which renders one spec into one image; a notebook displays its picture."""
 
     def __init__(self, store: JobStore, storage: Storage, settings: Settings, info: JobInfo) -> None:
         self._store = store
@@ -30,37 +30,37 @@ class Job:
 
     @property
     def id(self) -> str:
-        """Its id, which Celery and Flower call the task's too."""
+        """Its id, which is also the task id in Celery and Flower."""
         return self._info.id
 
     @property
     def index(self) -> int:
-        """Its place in its batch, from 1."""
+        """Its index in its batch, from 1."""
         return self._info.index
 
     @property
     def spec(self) -> RenderSpec:
-        """What is to be rendered."""
+        """Its spec."""
         return self._info.spec
 
     @property
     def state(self) -> JobState:
-        """Where it was when last looked at; `refresh` looks again."""
+        """Its state when last read; `refresh` reads it again."""
         return self._info.state
 
     @property
     def error(self) -> str | None:
-        """Why it failed, or why its last try did."""
+        """The error of the job or of its last try."""
         return self._info.error
 
     @property
     def eta_seconds(self) -> float | None:
-        """How long its remaining steps take, as of when last looked at; None if unknown, or if it does not run."""
+        """The time that its remaining steps take, when last read; None if unknown or if it is not running."""
         return self._info.eta_seconds
 
     @property
     def info(self) -> JobInfo:
-        """All that SQL said of it when last looked at."""
+        """Its record in SQL when last read."""
         return self._info
 
     @property
@@ -69,7 +69,7 @@ class Job:
         return self._info.picture
 
     def refresh(self) -> Self:
-        """Look at it again; returns itself."""
+        """Read it again from SQL; returns itself."""
         self._info = self._store.queries.job(self.id)
         return self
 
@@ -83,23 +83,23 @@ class Job:
     def png(self) -> bytes:
         """Its picture's bytes, checked against the SHA-256 in SQL.
 
-        Raises `JobNotSucceeded`, or `StorageUnavailable` if what is stored is not what was rendered.
+        Raises `JobNotSucceeded`, or `StorageUnavailable` if the hash differs.
         """
         return pictures.fetch_png(self._storage, self._looked_at())
 
     def image(self) -> Image.Image:
-        """Its picture, waiting for it if need be; raises `JobNotSucceeded`."""
+        """Wait for its picture and return it; raises `JobNotSucceeded`."""
         return pictures.decode(self.wait().png())
 
     def trajectory(self) -> list[Image.Image]:
-        """How it looked after each of its steps, first to last, as RGB images, waiting for it if need be.
+        """Wait for the job and return its picture after each step, in order, as RGB images.
 
-        Raises `NotFound` if its spec did not ask for that, and `JobNotSucceeded`.
+        Raises `NotFound` if its spec has no `trajectory`, and `JobNotSucceeded`.
         """
         return pictures.frames(self._film(Role.ANIMATION), self.spec.num_inference_steps)
 
     def film_strip(self) -> Image.Image:
-        """Its steps on one page, waiting for it if need be; raises as `trajectory` does."""
+        """Wait for the job and return its steps on one page; raises the errors of `trajectory`."""
         return pictures.decode(self._film(Role.FILM_STRIP))
 
     def _film(self, role: Role) -> bytes:
@@ -160,7 +160,7 @@ class Job:
         return self._store.queries.attempts(self.id)
 
     def _looked_at(self) -> JobInfo:
-        """Its state, read again unless it had ended."""
+        """Its record, read again unless it had ended."""
         return self._info if self.state.terminal else self.refresh().info
 
     def __repr__(self) -> str:

@@ -4,7 +4,7 @@ from farm.jobs.steering import Steering
 
 
 class Owner:
-    """A name under which batches are submitted; pausing it includes future batches."""
+    """The owner of batches; `pause` includes future batches."""
 
     def __init__(self, steering: Steering, name: str) -> None:
         self._steering = steering

@@ -23,7 +23,7 @@ def picture_of(job: JobInfo) -> Picture:
 def fetch_artifact(storage: Storage, job: JobInfo, artifact: Artifact) -> bytes:
     """An artifact of a job, checked against its SHA-256 in SQL.
 
-    Raises `StorageUnavailable` if what is stored is not what was rendered.
+    Raises `StorageUnavailable` if the hash differs.
     """
     return _checked(storage, job, artifact.key, artifact.sha256)
 
@@ -63,10 +63,10 @@ def decode(data: bytes) -> Image.Image:
 def frames(data: bytes, steps: int) -> list[Image.Image]:
     """The RGB frames of an animation with `steps` frames of equal length, in order."""
     with Image.open(io.BytesIO(data)) as film:
-        # Convert first: a WebP frame knows its duration only after it was read.
+        # Convert first: Pillow sets the duration of a WebP frame only when it reads the frame.
         found = [(frame.convert("RGB"), frame.info.get("duration", 0)) for frame in ImageSequence.Iterator(film)]
     if len(found) < steps:
-        # WebP merges equal frames into one longer frame, and writes a single frame without a duration.
+        # WebP merges equal frames into a longer frame, and writes a single frame without a duration.
         length = sum(lasts for _, lasts in found) / steps or 1 / steps
         found = [each for each in found for _ in range(max(1, round((each[1] or 1) / length)))]
     return [frame for frame, _ in found]
@@ -75,8 +75,8 @@ def frames(data: bytes, steps: int) -> list[Image.Image]:
 def download(storage: Storage, job: JobInfo, folder: Path) -> Path:
     """Fetch a job's artifacts into a folder; returns the path of its picture.
 
-    A file that is there already is not fetched again: it is known by its SHA-256, or by its name, which contains the
-    attempt. Each file is put in place whole. Raises `JobNotSucceeded`.
+    Existing files are not fetched again: they are identified by their SHA-256, or by their name, which contains the
+    attempt. Each file is written atomically. Raises `JobNotSucceeded`.
     """
     picture = picture_of(job)
     for each in job.artifacts:

@@ -15,7 +15,7 @@ from farm.runtime.polling import polls
 from farm.specs.object_keys import preview_key
 
 _WANTED_SECONDS, _RENEW_SECONDS = 30.0, 10.0
-"""How long one request for previews lasts, and how often it is renewed."""
+"""How long a request for previews lasts, and how often it is renewed."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ def watch(
 ) -> Iterator[Preview]:
     """Each new preview of a job until it ends; waits for the job to start.
 
-    The first may be one from an earlier request, if it is less than `recent_steps` behind.
-    Raises `TimeoutError` after `timeout` seconds, and `NotFound` if there is no such job.
+    The first may come from an earlier request, if it is less than `recent_steps` behind.
+    Raises `TimeoutError` after `timeout` seconds, and `NotFound` if the job does not exist.
     """
     asked: float | None = None
     etag = None

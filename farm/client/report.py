@@ -1,4 +1,4 @@
-"""A batch as one static HTML page that can be sent to somebody: pictures, specs, times, failures; no script in it."""
+"""A batch as one self-contained static HTML page without scripts: pictures, specs, times, failures."""
 
 import io
 from base64 import b64encode
@@ -53,11 +53,10 @@ def report(
     full: bool = False,
     after: int = 0,
 ) -> Iterator[JobInfo]:
-    """Write the page of a batch; yields each job whose picture is on it, and holds few of them at a time.
+    """Write the page of a batch; yields each job after writing its picture, with few pictures in memory at a time.
 
-    `jobs` have pictures, and are shown in their order; `failures` have none. With `full` the pictures are the PNG files
-    that were rendered, else small WebP ones. The file comes to stand under its name when it is complete. Raises
-    `StorageUnavailable`.
+    `jobs` have pictures, and appear in order; `failures` have none. With `full` the pictures are the rendered PNG
+    files, otherwise small WebP images. The file is written atomically. Raises `StorageUnavailable`.
     """
     shown, last = 0, after
     with atomic_file(path) as file, io.TextIOWrapper(file, encoding="utf-8") as page:
@@ -75,7 +74,7 @@ def report(
 
 
 def _text(value: object) -> str:
-    # A prompt is what somebody typed, or what they pasted.
+    # Prompts are untrusted text.
     return escape(printable(str(value)))
 
 
@@ -159,7 +158,7 @@ def _failures(failures: Iterable[JobInfo], count: int) -> Iterator[str]:
         return
     yield f'<h2 class="bad">Without a picture: {count:,}</h2>\n<table>\n'
     shown = 0
-    for shown, job in enumerate(failures, 1):  # noqa: B007 - the last number is how many there were
+    for shown, job in enumerate(failures, 1):  # noqa: B007 - the last number is the count
         why = job.error or str(job.state)
         yield f"<tr><th>{job.index}. {_text(job.state)}</th><td>{_text(job.spec.prompt)}<small>{_text(why)}"
         yield f"<br>{_text(_spec(job.spec))}</small></td></tr>\n"

@@ -1,1 +1,1 @@
-"""The dispatcher: it moves jobs from SQL to Redis and back, and writes, copies and deletes what batches leave."""
+"""The dispatcher: moves jobs between SQL and Redis, writes manifests, copies pictures, and deletes old batches."""

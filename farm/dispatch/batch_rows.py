@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 NAME = "batch"
 """The task name that Flower shows."""
 MOST = 200
-"""The most active batches, and the most others in turn, that one update reads; and the most that it sends."""
+"""The most active batches, and the most other batches in turn, that an update reads; the most that it sends."""
 AGAIN_SECONDS = 5.0
 """When an active batch is sent again without a change: its rate falls, or Flower missed the last event."""
 _ENDED_SECONDS, _ENDED_EVERY = 600.0, 60
@@ -37,11 +37,11 @@ Event = tuple[str, dict[str, Any]]
 
 
 class BatchRows:
-    """Shows batches to Flower as if each were a task, from one thread of the leading dispatcher.
+    """Sends batches to Flower as tasks, from one thread of the leading dispatcher.
 
-    Each event holds the whole row, so that neither a new dispatcher nor a restarted Flower needs earlier events. Events
-    that can't be sent follow with a later update. The cost of an update depends on the number of active batches, and on
-    a few hundred others, not on the number of jobs.
+    Each event contains the whole row, so neither a new dispatcher nor a restarted Flower needs earlier events. Unsent
+    events are sent with a later update. The cost of an update depends on the number of active batches and a few hundred
+    others, not on the number of jobs.
     """
 
     def __init__(self, overview: Overview, settings: Settings) -> None:
@@ -53,8 +53,8 @@ class BatchRows:
         self._reset()
 
     def _reset(self) -> None:
-        self._open: dict[str, tuple[object, float]] = {}  # the last state sent of each open batch, and when
-        self._ended: dict[str, object] = {}  # the last state sent of some ended ones
+        self._open: dict[str, tuple[object, float]] = {}  # the last state sent for each open batch, and its time
+        self._ended: dict[str, object] = {}  # the last state sent for some ended batches
         self._models: dict[str, str] = {}
         self._place: tuple[datetime, str] | None = None
         self._updates = 0
@@ -114,7 +114,7 @@ class BatchRows:
         return len(events)
 
     def _others(self) -> Iterator[str]:
-        """The next page of open batches, and the next of those that were open when they were last sent."""
+        """The next page of open batches, and the next page of batches that were open when last sent."""
         page = self._overview.open_batches(MOST, self._place)
         self._place = page[-1] if len(page) == MOST else None
         yield from (batch_id for _, batch_id in page)
@@ -212,7 +212,7 @@ class EventStream:
                 self._events.send(kind, **fields)
             self._events.flush()
             if at - self._heartbeat >= _HEARTBEAT_SECONDS:
-                # Flower takes each sender for a worker, and one without heartbeats for dead.
+                # Flower treats each sender as a worker, and a sender without heartbeats as dead.
                 self._events.send("worker-heartbeat", freq=_HEARTBEAT_SECONDS)
                 self._heartbeat = at
         except Exception as error:
@@ -237,7 +237,7 @@ class EventStream:
         if connection is not None:
             try:
                 connection.release()
-            except Exception as error:  # noqa: BLE001 - it is broken and no longer needed
+            except Exception as error:  # noqa: BLE001 - the connection is broken and no longer needed
                 log.debug("can't close the connection for events: %s", error)
 
     def close(self) -> None:

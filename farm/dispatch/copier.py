@@ -1,4 +1,4 @@
-"""Copies pictures for reuse, in threads beside the dispatcher: a hanging object store delays no job."""
+"""Copies pictures for reuse, in separate threads, so that a hanging object store delays no job."""
 
 import logging
 import threading
@@ -14,17 +14,17 @@ log = logging.getLogger(__name__)
 
 _THREADS = 4
 _CHUNK = 16
-"""Copies begun, and recorded, in one transaction."""
+"""The number of copies begun and recorded in one transaction."""
 _BACKOFF = Backoff(base_seconds=5.0, max_seconds=60.0)
-"""Between an error and the next copies."""
+"""The pause after an error."""
 _LOOK_SECONDS = 0.5
 
 
 class Copier:
     """Completes jobs with copies of existing pictures of the same work.
 
-    A failed copy leaves its job in the backlog. While the object store is away the copier is not `ready`, and the
-    dispatcher has such jobs rendered.
+    A failed copy leaves its job in the backlog. While the object store is unavailable the copier is not `ready`, and
+    the dispatcher queues such jobs for rendering.
     """
 
     def __init__(self, reuse: Reuse, storage: Storage, clock: Callable[[], float] = time.monotonic) -> None:
@@ -39,11 +39,11 @@ class Copier:
 
     @property
     def ready(self) -> bool:
-        """Whether no recent error suggests that the object store is away."""
+        """Whether the object store seems available: no recent copy failed."""
         return self._clock() >= self._away_until
 
     def offer(self, copies: Mapping[str, str]) -> None:
-        """Replace the waiting copies by these: a source job for each job, in serving order.
+        """Replace the pending copies: a source job for each job, in serving order.
 
         The dispatcher calls this after each pass.
         """
@@ -53,15 +53,15 @@ class Copier:
                 self._changed.notify_all()
 
     def start(self, stop: threading.Event) -> None:
-        """Start the threads that copy until `stop` is set."""
+        """Start threads that copy until `stop` is set."""
         for number in range(1, _THREADS + 1):
             threading.Thread(target=self._copy_on, args=(stop,), name=f"copies-{number}", daemon=True).start()
 
     def copy(self, wanted: Mapping[str, str]) -> int:
-        """Copy to each job the picture of its source job; returns the number of jobs that succeeded.
+        """Copy the picture of its source job to each job; returns the number of jobs that succeeded.
 
-        A picture that is missing, or not as large as SQL says, is withdrawn from reuse. Raises `StorageUnavailable` and
-        `DatabaseUnavailable` after recording the copies made so far.
+        A picture that is missing, or whose size differs from SQL, is withdrawn from reuse. Raises `StorageUnavailable`
+        and `DatabaseUnavailable` after recording the copies made so far.
         """
         made: list[Copying] = []
         error: ServiceUnavailable | None = None

@@ -1,4 +1,4 @@
-"""The deletion of a batch: its objects first and its rows last, so that no object is left without a row."""
+"""Deletes batches: objects first and rows last, so that no object remains without a row."""
 
 import time
 from itertools import islice
@@ -9,7 +9,7 @@ from farm.objects.storage import Storage
 
 _OBJECTS, _PIECES = 10_000, 20
 _REST_SECONDS = 0.05
-"""The pause between two deletions of rows, for other writers: SQLite allows one at a time."""
+"""The pause between two deletions of rows, for other writers: SQLite allows one writer at a time."""
 
 
 class Deletion:
@@ -20,11 +20,13 @@ class Deletion:
         self._storage = storage
 
     def delete_some(self, batch_id: str) -> bool:
-        """Delete some thousands of the objects, or then of the rows, of a batch without running jobs; True at its end.
+        """Delete some thousands of a batch's objects, or then of its rows; True when all are deleted.
+
+        The batch must have no running jobs.
 
         Raises `StorageUnavailable`.
         """
-        # With the slash, since one batch's id may be the beginning of another's.
+        # With the slash, because a batch id may be a prefix of another.
         abort_uploads(self._storage, f"{batch_id}/")
         keys = list(islice(self._storage.keys(f"{batch_id}/"), _OBJECTS))
         self._storage.delete_many(keys)
@@ -42,8 +44,8 @@ class Deletion:
     def delete(self, batch_id: str) -> bool:
         """Delete a batch; False if some of its jobs are still running.
 
-        Their workers stop within a beat, or lose their leases: the dispatcher deletes the batch then. A picture that is
-        recorded before that is deleted with it, and none can be recorded after it. Raises `StorageUnavailable`.
+        Their workers stop within a beat, or lose their leases; then the dispatcher deletes the batch. Pictures recorded
+        before that are deleted with it, and none can be recorded afterwards. Raises `StorageUnavailable`.
         """
         while self._deletions.at_rest(batch_id):
             if self.delete_some(batch_id):

@@ -21,17 +21,17 @@ from farm.settings import Settings
 log = logging.getLogger(__name__)
 
 BUSY_SECONDS, IDLE_SECONDS = 0.1, 0.5
-"""The pause between two passes: while there are jobs to move, and while there are none."""
+"""The pause between two passes: while jobs move, and while none do."""
 _OUTAGE_SECONDS = 1.0
-"""The pause after a pass for which a service was away."""
+"""The pause after a pass that failed because a service was unavailable."""
 _SWEEP_SECONDS, _SWEEP_OUTAGE_SECONDS = 5.0, 60.0
-"""The pause between two sweeps of the object store, and after one that failed."""
+"""The pause between two sweeps of the object store, and after a failed sweep."""
 _SWEEP_CHUNK = 1000
 
 
 @dataclass
 class Tally:
-    """What a dispatcher has done since it started."""
+    """The counts of a dispatcher since it started."""
 
     passes: int = 0
     pass_seconds: float = 0.0
@@ -44,7 +44,7 @@ class Tally:
 class Dispatcher:
     """Keeps a window of jobs in Redis, in serving order.
 
-    Any number may run at once, as processes and inside clients: each pass holds one lock. Of the processes, only the
+    Any number may run at once, as processes and inside clients: each pass holds a lock. Among the processes, only the
     leader works.
     """
 
@@ -83,8 +83,8 @@ class Dispatcher:
     def recover(self) -> int:
         """Return to the backlog jobs with an expired lease and queued jobs with a lost message; returns the number.
 
-        A message counts as lost after half a lease time outside Redis: until then it may be on its way in, or with a
-        worker that is about to claim. A lost message that turns up later has nothing to claim.
+        A message counts as lost after half a lease time outside Redis: until then it may be in publication, or with a
+        worker that is about to claim the job. A lost message that reappears later has nothing to claim.
         """
         lost = self._store.leases.expire()
         self.tally.lost_leases += lost
@@ -104,9 +104,9 @@ class Dispatcher:
     def sweep(self, settled_seconds: float = 0.0) -> int:
         """Delete leftovers of ended jobs from the object store, and aborted submissions from SQL.
 
-        Returns the number of jobs. Jobs that ended less than `settled_seconds` ago are left out, because the last write
-        of a killed worker may still arrive. Objects are deleted before SQL forgets them, so a failure in between is
-        repaired by repeating. Raises `StorageUnavailable`.
+        Returns the number of jobs. Jobs that ended less than `settled_seconds` ago are skipped, because the last write
+        of a killed worker may still arrive. Objects are deleted before their SQL rows, so the next sweep repairs a
+        failure in between. Raises `StorageUnavailable`.
         """
         for batch_id in self._store.submissions.abandoned():
             log.warning("batch_id=%s was never submitted to its end, deleted", batch_id)
@@ -121,8 +121,8 @@ class Dispatcher:
     def run(self, stop: threading.Event, leadership: Leadership) -> None:
         """Fill, and recover twice a beat, while this process leads, until `stop` is set.
 
-        Logs an outage once and waits for its end. Sweeping, copying and the batch rows for Flower have threads of their
-        own, so that neither a hanging object store nor a slow event reader delays a job.
+        Logs an outage once and waits for its end. Sweeping, copying and the batch rows for Flower have their own
+        threads, so that neither a hanging object store nor a slow event reader delays a job.
         """
         threading.Thread(target=self._sweep_on, args=(stop, leadership), name="sweep", daemon=True).start()
         threading.Thread(target=self._batch_rows.run, args=(stop, leadership), name="batch rows", daemon=True).start()
@@ -130,18 +130,18 @@ class Dispatcher:
         log.info("dispatching, window %d", self._window)
         recover_seconds = self._beat_seconds / 2
         since_recovery, away = recover_seconds, ""
-        # Workers can't renew their leases while the database is away. After an outage they get a lease time to renew
+        # Workers can't renew their leases while the database is down. After an outage they get a lease time to renew
         # before any lease expires: finished work is not rendered again.
         after_outage = recover_seconds - self._lease_seconds
         while not stop.is_set():
             began = self._clock()
             try:
-                # In this thread, so that a process that hangs in a pass loses the leadership.
+                # In this thread, so that a process that hangs in a pass loses leadership.
                 if not leadership.keep():
                     stop.wait(RENEW_SECONDS)
                     continue
                 if away:
-                    self._broker.ping()  # cheaper than moving a window of jobs there and back every second
+                    self._broker.ping()  # cheaper than moving a window of jobs back and forth every second
                 moved = self.fill()
                 self.tally.passes += 1
                 self.tally.pass_seconds += self._clock() - began
@@ -171,7 +171,7 @@ class Dispatcher:
         while not stop.wait(pause):
             pause = _SWEEP_SECONDS
             if leadership.leads:
-                # Separately: a failing sweep must not keep batches from their end.
+                # Separate, so that a failing sweep does not block manifests and deletions.
                 swept = _tried(lambda: self.sweep(2 * self._lease_seconds))
                 more = _tried(lambda: self._retention.turn(stop))
                 if swept is None or more is None:
@@ -181,11 +181,11 @@ class Dispatcher:
 
 
 def _tried(turn: Callable[[], int]) -> int | None:
-    """The result of a turn; None, with a line in the log, if it failed."""
+    """The result of a turn; logs a failure and returns None."""
     try:
         return turn()
     except ServiceUnavailable as error:
         log.warning("can't sweep, trying again in %.0f s: %s", _SWEEP_OUTAGE_SECONDS, error)
-    except Exception:  # the thread must survive: nothing else ends, deletes or sweeps batches
+    except Exception:  # the thread must survive: no other thread ends, deletes or sweeps batches
         log.exception("can't sweep, trying again in %.0f s", _SWEEP_OUTAGE_SECONDS)
     return None

@@ -9,8 +9,8 @@ from farm.queue.broker import Broker
 def fill(backlog: Backlog, workers: Workers, broker: Broker, window: int, *, copy: bool = True) -> Pass:
     """Move jobs from the backlog into Redis until each model has what its live workers need.
 
-    With `copy`, jobs whose picture exists are left to be copied. Raises `BrokerUnavailable` after it has returned the
-    unpublished jobs to the backlog.
+    With `copy`, jobs whose picture exists stay in the backlog for the copier. Raises `BrokerUnavailable` after it has
+    returned the unpublished jobs to the backlog.
     """
     # Commit before publishing: a worker that receives a message before the commit has nothing to claim. If this
     # process dies between the two, `Dispatcher.recover` finds the jobs without a message.

@@ -24,14 +24,14 @@ class Manifests:
     def write(self, batch_id: str) -> bool:
         """Write the manifest of an ended batch, and record that; False if the batch has not ended, or is retried.
 
-        In constant memory. It is written before that is recorded, so a failure in between is repaired by repeating.
-        Raises `StorageUnavailable`.
+        Uses constant memory. The manifest is written before it is recorded, so the next call repairs a failure in
+        between. Raises `StorageUnavailable`.
         """
         ended_at = self._endings.last_ended_at(batch_id)
         if ended_at is None:
             return False
         key = manifest_key(batch_id)
-        abort_uploads(self._storage, key)  # of a dispatcher that died while it wrote: no listing shows those parts
+        abort_uploads(self._storage, key)  # parts of a dispatcher that died mid-write, absent from listings
         self._storage.put_stream(key, self.lines(batch_id), "application/jsonl")
         return self._endings.note(batch_id, ended_at)
 

@@ -35,13 +35,13 @@ from farm.settings import Settings
 log = logging.getLogger(__name__)
 
 _FRESH_SECONDS = 4.0
-"""How long an answer of the database is reused: more scrapes cause no more queries."""
+"""How long a database result is reused, so that more scrapes cause no more queries."""
 _PATIENCE_SECONDS = 3.0
 """How long a scrape waits for the database. Prometheus gives it ten seconds by default."""
 
 
 class FarmCollector(Collector):
-    """The farm's numbers from SQL; left out if the database is slow, so that a scrape always has an answer."""
+    """The farm's numbers from SQL; omitted if the database is slow, so that every scrape gets a response."""
 
     def __init__(self, db: Database, settings: Settings) -> None:
         self._db = db
@@ -152,7 +152,7 @@ class WorkerTargets:
     workers: Workers
 
     def __call__(self, _environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        """Answer a refresh; after an error Prometheus keeps its present targets."""
+        """Answer a refresh; after an error Prometheus keeps its current targets."""
         try:
             found = [target(one.name, one.metrics_url) for one in self.workers.all() if one.alive and one.metrics_url]
         except ServiceUnavailable as error:

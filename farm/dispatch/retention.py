@@ -12,11 +12,11 @@ from farm.settings import Settings
 log = logging.getLogger(__name__)
 
 _BATCHES = 20
-"""The most manifests that a turn writes, and the most batches that it deletes."""
+"""The maximum number of manifests that a turn writes, and of batches that it deletes."""
 
 
 class Retention:
-    """Writes manifests, and deletes batches that a person or their age has marked for deletion; in bounded turns."""
+    """Writes manifests, and deletes batches that were marked by a user or by their age; in bounded turns."""
 
     def __init__(self, store: JobStore, storage: Storage, settings: Settings) -> None:
         self._store = store

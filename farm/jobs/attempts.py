@@ -1,4 +1,4 @@
-"""`Attempts`: what a worker records of a job that it has claimed, up to its end.
+"""`Attempts`: a worker's records of the jobs that it has claimed, up to their end.
 
 Each move names the state that it leaves and the attempt that makes it: writes from older attempts are rejected.
 """
@@ -57,8 +57,8 @@ class Attempts:
     def succeed(self, claim: Claim, picture: Picture, artifacts: Sequence[Artifact] = ()) -> bool:
         """Record the picture of a claimed job, and the artifacts beside it; False if the claim no longer holds.
 
-        Repeated after its answer was lost, it is True again. The worker deletes what its attempts left beside the
-        picture, or else the dispatcher does.
+        Safe to repeat after a lost answer: it is True again. The worker deletes the leftovers of its attempts, or else
+        the dispatcher does.
         """
         return bool(self._succeed([Success(claim, picture, artifacts)]))
 
@@ -81,8 +81,8 @@ class Attempts:
             held = {row.id for row in mine if row.state == JobState.RUNNING.value}
             done = {row.id for row in mine if row.image_key == keys[row.id]}
             if held:
-                # Each statement counts in its batch: all transactions take the batches in one order, so that none
-                # wait for each other.
+                # Each statement updates the counts of its batch: all transactions take the batches in the same order,
+                # so that they can't deadlock.
                 in_order = sorted(ended, key=lambda success: success.claim.batch_id)
                 recorded = [success for success in in_order if success.claim.job_id in held]
                 finalize(session, _SUCCEED, each=[_succeeded(each.claim, each.picture) for each in recorded])
@@ -100,9 +100,9 @@ class Attempts:
     def fail(self, claim: Claim, error: str, error_class: ErrorClass = ErrorClass.TRANSIENT) -> bool:
         """Record a claimed job's error; False if the claim no longer holds.
 
-        While another try may help and tries are left, the job goes back to the backlog for a while. That try starts
-        from the first step, since the checkpoint may be what went wrong: the worker deletes it before it calls this. A
-        job that ran out of memory is left to another worker, if there is one.
+        If the error is retryable and tries are left, the job goes back to the backlog with a back-off. The next try
+        starts from the first step, since the checkpoint may be the cause: the worker deletes it before it calls this.
+        A job that ran out of memory goes to another worker, if possible.
         """
         tries = claim.tries + 1  # nothing else counts them while the claim holds
         again = self.tries_again(claim, error_class)
@@ -120,9 +120,9 @@ class Attempts:
         )
 
     def hand_back(self, claim: Claim, why: str = "its worker stops", *, elsewhere: bool = False) -> bool:
-        """Return a claimed job to the backlog, unrendered, at no cost; False if the claim no longer holds.
+        """Return a claimed job to the backlog, unrendered, without counting a try; False if the claim no longer holds.
 
-        A job that is to go `elsewhere` is left to another worker, if there is one, and waits for a while.
+        With `elsewhere`, the job goes to another worker, if possible, after a back-off.
         """
         values = without_worker(JobRow.error)
         if elsewhere:
@@ -151,7 +151,7 @@ _CLAIMED = (
     .where(JobRow.id.in_(sa.bindparam("job_ids", expanding=True)))
     .with_for_update()
 )
-# Never waits for a row while it holds others, so that no two transactions can wait for each other.
+# Never waits for a row while it locks others, so that transactions can't deadlock.
 _CLAIMED_UNLOCKED = _CLAIMED.with_for_update(skip_locked=True)
 _PICTURE = (
     "steps_done",

@@ -1,7 +1,7 @@
 """`Backlog`: chooses which pending jobs are queued next, in serving order, and charges their batches and owners.
 
-A pass costs by the batches that have pending jobs and by the jobs that it moves, however many jobs wait behind them:
-batches are found one by one in the backlog's index, and of each only as many jobs are read as it has turns.
+The cost of a pass depends on the batches with pending jobs and on the jobs that it moves, not on the length of the
+backlog: an index finds the batches one by one, and only as many jobs of a batch are read as it has turns.
 """
 
 import time
@@ -31,12 +31,12 @@ _CORRECT_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Pass:
-    """What one pass over the backlog has decided."""
+    """The result of a pass over the backlog."""
 
     queued: Sequence[Doorbell] = field(default_factory=list)
-    """The jobs that are queued now, in serving order: their messages are to be published in this order."""
+    """The jobs that are queued now, in serving order: their messages are published in this order."""
     copies: Mapping[str, str] = field(default_factory=dict)
-    """The jobs that are not rendered, with the job of the same work whose picture is to be copied."""
+    """The job of the same work whose picture is copied, by the job that is not rendered."""
 
 
 class Backlog:
@@ -52,11 +52,11 @@ class Backlog:
         self._ahead: dict[tuple[str, str], int] = {}
 
     def enqueue(self, most: int, *, slots: Mapping[str, int] | None = None, copy: bool = False) -> Pass:
-        """Queue pending jobs, in the order in which they are to be served, until each model has its window.
+        """Queue pending jobs in serving order until each model's window is full.
 
-        `most` is the window of each model; it is smaller where `slots`, the number of slots of each model's live
-        workers, needs less. The caller publishes the messages after this has committed. With `copy`, a job of which a
-        picture exists is not rendered. A job of which a duplicate is under way waits.
+        `most` is the largest window of a model; `slots`, the number of slots of each model's live workers, may reduce
+        it. The caller publishes the messages after this has committed. With `copy`, a job whose picture exists is not
+        rendered. A job waits while a duplicate is under way.
         """
         self._correct_charges()
         with self._db.write() as session:
@@ -95,7 +95,7 @@ class Backlog:
             return list(session.scalars(sa.select(JobRow.id).where(in_state(JobState.QUEUED), JobRow.model == model)))
 
     def _correct_charges(self) -> None:
-        """Correct the charges of jobs that have ended, in transactions of their own, so that a pass stays short."""
+        """Correct the charges of jobs that have ended, in separate transactions, so that a pass stays short."""
         if time.monotonic() - self._corrected_at < _CORRECT_SECONDS:
             return
         self._corrected_at = time.monotonic()

@@ -1,4 +1,4 @@
-"""`BacklogPass`: one pass over the backlog, which gives each model's free places to its batches in serving order."""
+"""`BacklogPass`: one pass over the backlog, which fills each model's window from its batches in serving order."""
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -21,7 +21,7 @@ from farm.jobs.waiting import in_line, next_jobs
 from farm.specs.spec import URGENT
 
 AHEAD = 1000
-"""How many jobs a pass reads beyond those whose turn it is, where jobs wait for duplicates or for copies."""
+"""How many jobs a pass reads beyond its turns, where jobs wait for duplicates or for copies."""
 
 
 class BacklogPass:
@@ -45,10 +45,10 @@ class BacklogPass:
         self._limits = limits
         self._costs = costs
         self._ahead = ahead
-        """How far jobs were read ahead, by model and batch: the next pass reads on from there."""
+        """The position up to which jobs were read ahead, by model and batch: the next pass resumes there."""
         self._ahead_left = AHEAD
         self._reached: dict[tuple[str, str], int] = defaultdict(int)
-        """Up to which position every job was decided on in this pass, by model and batch."""
+        """The position up to which this pass has decided on every job, by model and batch."""
         self._starvation_seconds = starvation_seconds
         self._most_queued = most_queued
         self._in_flight = Counter[str]()
@@ -138,8 +138,8 @@ class BacklogPass:
         rows = self._read(place, count, after=self._reached[place])
         jobs = self._choose(place, rows, priority, count)
         if len(jobs) < count == len(rows) and self._ahead_left > 0:
-            # Jobs that wait for duplicates, or for copies, must not block those behind them: read ahead, and let the
-            # next pass read on from there.
+            # Jobs that wait for duplicates, or for copies, must not block those behind them: read ahead, and resume
+            # there in the next pass.
             most = self._ahead_left
             rows = self._read(place, most, after=max(self._reached[place], self._ahead.get(place, 0)))
             jobs += self._choose(place, rows, priority, count - len(jobs))
@@ -224,7 +224,7 @@ def _doorbell(job_id: str, model: str, priority: int, batch: sa.Row[Any], job: s
         job_id=job_id,
         model=model,
         priority=priority,
-        # The prompt early: Flower's page cuts a long text short.
+        # The prompt comes early: Flower truncates long texts.
         shown=f"{_shortened(batch.name, 40)} {job.position}/{batch.total}: {_shortened(job.spec['prompt'], 80)} "
         f"(model {model})",
     )

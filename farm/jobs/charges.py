@@ -1,4 +1,4 @@
-"""Charges: the expected device seconds of dispatched jobs, corrected once it is known what the jobs took.
+"""Charges: the expected device seconds of dispatched jobs, corrected once the real ones are known.
 
 A job's charge stays in its row until it is corrected, so that it outlives the process that dispatched the job.
 """
@@ -17,14 +17,14 @@ from farm.jobs.states import JobState
 MOST = 500
 """How many charges a transaction corrects."""
 
-# The text of the partial index, which both databases have to recognize.
+# The same text as in the partial index, which both databases must recognize.
 CORRECTABLE = sa.text("jobs.charged_seconds IS NOT NULL AND jobs.state NOT IN ('queued', 'running')")
-"""A job has a charge, and it is known what it took: it has ended, or went back to the backlog."""
+"""A job has a charge, and its real cost is known: it has ended, or went back to the backlog."""
 
 _TOOK = sa.case(
     (sa.or_(in_state(JobState.PENDING), JobRow.reused_from.is_not(None)), 0.0),
     (in_state(JobState.SUCCEEDED), sa.func.coalesce(SECONDS, JobRow.charged_seconds)),
-    # Nothing measures what a job without a picture took.
+    # The cost of a job without a picture is not measured.
     else_=JobRow.charged_seconds,
 )
 
@@ -32,7 +32,7 @@ _TOOK = sa.case(
 def correct(session: Session) -> list[tuple[str, str]]:
     """Correct the charges of the next jobs, at most `MOST`; returns the batch and model of each of them.
 
-    Never waits for a row: charges of jobs, batches and owners that are locked are left for the next time.
+    Never waits for a row: the charges of locked jobs, batches and owners are left for the next call.
     """
     rows = session.execute(
         sa.select(

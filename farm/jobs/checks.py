@@ -1,7 +1,7 @@
 """Checks of the database, and of the dispatcher and the workers as the database knows them."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import sqlalchemy as sa
 
@@ -33,13 +33,19 @@ def check_database(database: Database) -> Finding:
     return Finding("database", "ok", f"{shown} answers, and its schema is this version's")
 
 
-def check_dispatcher(database: Database, remedy: str) -> Finding:
+def check_dispatcher(
+    database: Database,
+    remedy: str,
+    *,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Finding:
     """Whether a dispatcher leads; raises `DatabaseUnavailable`."""
-    deadline = time.monotonic() + TAKEOVER_SECONDS
+    deadline = clock() + TAKEOVER_SECONDS
     while (found := leader(database, DISPATCHER)) is None:
-        if time.monotonic() >= deadline:
+        if clock() >= deadline:
             return Finding("dispatcher", "bad", "does not run", remedy)
-        time.sleep(_POLL_SECONDS)
+        sleep(_POLL_SECONDS)
     return Finding("dispatcher", "ok", f"runs on {found.host} as process {found.pid}")
 
 

@@ -1,4 +1,4 @@
-"""What several modules ask of batches and jobs in SQL, each defined once: in a state, visible, paused, active."""
+"""SQL conditions on batches and jobs that several modules share: in a state, visible, paused, active."""
 
 from collections.abc import Iterator
 
@@ -33,7 +33,7 @@ ACTIVE_JOBS = (
 
 def in_state(state: JobState) -> sa.ColumnElement[bool]:
     """A job is in a state; the state's partial index can serve this condition."""
-    # A literal, not a parameter: neither database uses a partial index for a value that it can't see when it plans.
+    # A literal, not a parameter: neither database uses a partial index for a value that its planner does not see.
     return JobRow.state == sa.literal_column(f"'{state.value}'")
 
 
@@ -52,6 +52,6 @@ def models_in(session: Session, state: JobState) -> Iterator[str]:
 
 
 def locked_batch(session: Session, batch_id: str) -> BatchRow | None:
-    """Return a visible batch and lock its row; what the transaction reads next is the latest."""
+    """Return a visible batch and lock its row; the transaction's next reads see the latest rows."""
     found = session.get(BatchRow, batch_id, with_for_update={"key_share": True})
     return None if found is None or found.accepted_at is None or found.deleted_at is not None else found

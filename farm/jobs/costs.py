@@ -1,4 +1,4 @@
-"""What a job costs: the device seconds that the last jobs of its batch, or of its model, took."""
+"""The cost of a job: the device seconds of the last jobs of its batch, or of its model."""
 
 from collections.abc import Collection, Iterable
 
@@ -16,7 +16,7 @@ LAST_OF_MODEL, NEWEST_BATCHES = 40, 50
 """A model's cost is the mean over so many of the newest batches, of so many of the last jobs of each."""
 
 SECONDS = sa.func.coalesce(JobRow.device_seconds, JobRow.render_seconds)
-"""The device seconds of a rendered job; without a measurement, the longer time that it took to render."""
+"""The device seconds of a rendered job; if they were not measured, its render seconds, which are longer."""
 
 
 def batch_seconds(model: sa.ColumnElement[str], last: int = LAST_OF_BATCH) -> sa.ScalarSelect[float | None]:
@@ -29,7 +29,7 @@ def batch_seconds(model: sa.ColumnElement[str], last: int = LAST_OF_BATCH) -> sa
         .correlate(BatchRow)
         .subquery()
     )
-    # Conditions outside the limit: a batch may have a million jobs of other models, or copies.
+    # The conditions are outside the limit: a batch may have a million jobs of other models, or copies.
     mean = sa.select(sa.func.avg(jobs.c.seconds)).where(jobs.c.model == model, jobs.c.reused_from.is_(None))
     return mean.scalar_subquery()
 
@@ -47,7 +47,7 @@ def model_seconds(session: Session, model: str) -> float:
 
 
 class Costs:
-    """What jobs are expected to cost: read from SQL once, and again after jobs of the batch have ended."""
+    """The expected costs of jobs: read from SQL once, and again after jobs of the batch have ended."""
 
     def __init__(self) -> None:
         self._of_batch: dict[tuple[str, str], float | None] = {}
@@ -68,7 +68,7 @@ class Costs:
         return {batch_id: seconds or self._of_model[model] for batch_id, seconds in found.items()}
 
     def outdated(self, jobs: Iterable[tuple[str, str]]) -> None:
-        """Read the costs again of which jobs, each given by its batch and model, have ended."""
+        """Forget the costs of ended jobs, given by batch and model: they are read again."""
         for batch_id, model in jobs:
             self._of_batch.pop((batch_id, model), None)
             self._of_model.pop(model, None)

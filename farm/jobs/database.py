@@ -1,4 +1,4 @@
-"""The sessions that read and write the SQL tables, and the database's clock, on SQLite and PostgreSQL alike."""
+"""Database sessions, the schema's migration, and the database's clock, on SQLite and PostgreSQL."""
 
 import logging
 import time
@@ -30,14 +30,14 @@ _AT_COMMIT = "at commit"
 CONNECT_SECONDS = 5
 _SILENT_SECONDS, _PROBE_SECONDS = 15, 5
 _FROZEN_SECONDS = 5
-"""How long PostgreSQL lets a transaction do nothing: others may wait for what it has locked."""
+"""How long a transaction may be idle on PostgreSQL: others may wait for its locks."""
 _LOCK_NOT_AVAILABLE, _DEADLOCK_DETECTED = "55P03", "40P01"
 """https://www.postgresql.org/docs/current/errcodes-appendix.html"""
 _DEADLOCKS = 5
 
 
 class now_plus(FunctionElement[datetime]):  # noqa: N801  (an SQL function, like sqlalchemy.func's)
-    """The database's own clock plus some seconds: no worker's clock ever decides about a lease."""
+    """The database's clock plus some seconds: leases never depend on a worker's clock."""
 
     type = UTCDateTime()
     inherit_cache = True
@@ -53,24 +53,24 @@ def _now_plus_postgresql(element: Any, compiler: Any, **kw: Any) -> str:
 
 @compiles(now_plus, "sqlite")
 def _now_plus_sqlite(element: Any, compiler: Any, **kw: Any) -> str:
-    # The format SQLAlchemy itself stores, so that text compares as time.
+    # The format that SQLAlchemy stores, so that the text compares as a time.
     seconds = compiler.process(element.clauses, **kw)
     return f"strftime('%Y-%m-%d %H:%M:%f000', 'now', ({seconds}) || ' seconds')"
 
 
 def at_commit(session: Session, call: Callable[[], None]) -> None:
-    """Call a function once a session of `Database.write` has committed; never if it does not."""
+    """Call a function after a session of `Database.write` has committed; never if it is rolled back."""
     # SQLAlchemy's event of the same name takes as long to register as a small transaction.
     session.info.setdefault(_AT_COMMIT, []).append(call)
 
 
 def now() -> now_plus:
-    """The database's own clock."""
+    """The current time of the database's clock."""
     return now_plus(sa.literal(0.0))
 
 
 def database_url(url: str) -> sa.URL:
-    """A database URL, read; PostgreSQL's driver is psycopg. Raises `NotConfigured`."""
+    """Parse a database URL; the driver for PostgreSQL is psycopg. Raises `NotConfigured`."""
     try:
         parsed = sa.make_url(url)
     except sa.exc.ArgumentError:
@@ -90,7 +90,7 @@ class Database:
     def __init__(self, url: str) -> None:
         self.url = parsed = database_url(url)
         self.outages = 0
-        """How often it did not answer."""
+        """How often the database did not answer."""
         try:
             self.engine = _sqlite(parsed) if parsed.get_backend_name() == "sqlite" else _postgresql(parsed)
         except (ImportError, sa.exc.NoSuchModuleError) as error:
@@ -106,7 +106,7 @@ class Database:
 
     @contextmanager
     def write(self) -> Iterator[Session]:
-        """A session that commits at the end of its block; any error undoes all of it."""
+        """A session that commits at the end of its block; any error rolls it back."""
         with self._reached():
             with Session(self.engine) as session, session.begin():
                 session.connection(execution_options={"writes": True})
@@ -115,9 +115,9 @@ class Database:
                 call()
 
     def written(self, change: Callable[[Session], T]) -> T:
-        """What `change` returns of a session that then commits; done anew if PostgreSQL undid it to end a deadlock.
+        """Run `change` in a transaction and return its result; repeat it after a deadlock.
 
-        For who would otherwise tell a person to try again: programs do so anyway.
+        For requests of users, which would otherwise fail: the farm's processes retry anyway.
         """
         for _ in range(_DEADLOCKS):
             try:
@@ -131,18 +131,18 @@ class Database:
             return change(session)
 
     def exclusive(self, session: Session, number: int) -> None:
-        """Wait until this transaction is the only one that holds that lock number; it ends with the transaction.
+        """Wait for the lock with that number, and hold it until the transaction ends.
 
-        SQLite has one writer anyway.
+        Does nothing on SQLite, which has one writer.
         """
         if self.engine.dialect.name == "postgresql":
             session.execute(sa.select(sa.func.pg_advisory_xact_lock(number)))
 
     def migrate(self) -> None:
-        """Bring the schema up to this version's; doing it twice, or from many processes at once, is harmless."""
+        """Upgrade the schema to this version's; safe to repeat, and to run from many processes at once."""
         with self._reached(), self.engine.connect() as connection:
             if self.engine.dialect.name == "postgresql":
-                connection.detach()  # closed in the end, and the lock with it: a pool would keep both
+                connection.detach()  # closing it releases the lock: a pool would keep both
                 connection.execute(sa.select(sa.func.pg_advisory_lock(_MIGRATION_LOCK)))
                 connection.commit()
             if self._newer(connection) is None:
@@ -150,10 +150,10 @@ class Database:
                 self._upgrade(connection)
 
     def _upgrade(self, connection: sa.Connection) -> None:
-        """Take one step after the other, each when its tables are free.
+        """Run the migrations one by one, each when its tables are free.
 
-        PostgreSQL lets nobody at a table for which a step waits. Behind whoever reads long, such as a backup, it must
-        not wait for longer than leases can.
+        While a migration waits for a table, PostgreSQL blocks all other access to it. Behind a long reader, such as a
+        backup, it must not wait for longer than the leases last.
         """
         config = _alembic()
         config.attributes["connection"] = connection.execution_options(writes=True)
@@ -175,10 +175,10 @@ class Database:
                 return
 
     def check_schema(self) -> None:
-        """Raise `SchemaMismatch` unless programs of this version work with the schema.
+        """Raise `SchemaMismatch` unless this version works with the schema.
 
-        It may be a later version's, while a farm is upgraded program by program, if that one says that it serves
-        this version too.
+        A later version's schema is accepted if it declares that it serves this version, so that a farm can be
+        upgraded program by program.
         """
         with self._reached(), self.engine.connect() as connection:
             if self._newer(connection) is not None:
@@ -194,7 +194,7 @@ class Database:
             )
 
     def _newer(self, connection: sa.Connection) -> str | None:
-        """The schema's revision if it is a later version's that serves this one; raises `SchemaMismatch` if not."""
+        """Return a later version's schema revision, or None; raises `SchemaMismatch` if this version can't use it."""
         found = MigrationContext.configure(connection).get_current_revision()
         scripts = _scripts()
         head = scripts.get_current_head()
@@ -234,7 +234,7 @@ class Database:
 
     @property
     def shown(self) -> str:
-        """Its address as it may be shown: libpq takes passwords in the query as well."""
+        """The URL without passwords, which libpq also takes in the query."""
         secret = [name for name in self.url.query if "pass" in name.lower()]
         return self.url.difference_update_query(secret).render_as_string(hide_password=True)
 
@@ -271,7 +271,7 @@ def _postgresql(url: sa.URL) -> sa.Engine:
         max_overflow=20,
         connect_args={
             "connect_timeout": CONNECT_SECONDS,
-            # A host that is gone without a word is noticed in seconds, and not when TCP gives up after a quarter hour.
+            # Detect a dead host in seconds: TCP itself gives up after a quarter of an hour.
             "tcp_user_timeout": 1000 * _SILENT_SECONDS,
             "keepalives_idle": _PROBE_SECONDS,
             "keepalives_interval": _PROBE_SECONDS,
@@ -280,14 +280,14 @@ def _postgresql(url: sa.URL) -> sa.Engine:
 
     @sa.event.listens_for(engine, "connect")
     def _configure(connection: Any, _record: Any) -> None:
-        # And so does the server: what a host that is gone has locked in the middle of a transaction would stay locked
-        # for two hours otherwise. Not by libpq's `options`, which poolers refuse.
+        # The same on the server: otherwise the locks of a dead host's transaction would last for two hours. Not by
+        # libpq's `options`, which poolers refuse.
         connection.autocommit = True
         connection.execute(
             f"SELECT set_config('tcp_keepalives_idle', '{_PROBE_SECONDS}', false),"
             f" set_config('tcp_keepalives_interval', '{_PROBE_SECONDS}', false),"
             f" set_config('tcp_user_timeout', '{1000 * _SILENT_SECONDS}', false),"
-            # The kernel of a process that is frozen amid a transaction goes on answering.
+            # Keepalives do not detect a process that is frozen in a transaction: its kernel answers.
             f" set_config('idle_in_transaction_session_timeout', '{1000 * _FROZEN_SECONDS}', false)"
         )
         connection.autocommit = False
@@ -300,8 +300,8 @@ def _sqlite(url: sa.URL) -> sa.Engine:
 
     @sa.event.listens_for(engine, "connect")
     def _configure(connection: Any, _record: Any) -> None:
-        # The driver must not open transactions by itself: it opens deferred ones, and a reader that turns writer
-        # fails at once when another has written meanwhile, whatever the timeout.
+        # The driver must not open transactions: it opens deferred ones, in which a write after a read fails at once,
+        # whatever the timeout, if another connection has written meanwhile.
         connection.isolation_level = None
         cursor = connection.cursor()
         cursor.execute("PRAGMA journal_mode=WAL")

@@ -25,7 +25,7 @@ _DAY_SECONDS = 24 * 3600.0
 
 
 class Deletions:
-    """Marks batches for deletion, cancels what still runs of them, and deletes their rows."""
+    """Marks batches for deletion, cancels their queued and running jobs, and deletes their rows."""
 
     def __init__(self, db: Database) -> None:
         self._db = db
@@ -59,7 +59,7 @@ class Deletions:
             .limit(limit)
         )
         with self._db.write() as session:
-            # One of them may be retried while this waits for its row.
+            # A batch may be retried while this waits for its row.
             ended = sa.and_(BatchRow.ended_at.is_not(None), BatchRow.deleted_at.is_(None))
             marked = session.scalars(
                 sa.update(BatchRow)
@@ -72,13 +72,13 @@ class Deletions:
         return list(marked)
 
     def marked(self, limit: int = 20) -> list[str]:
-        """Return batches that are marked for deletion, those marked first first."""
+        """Return batches that are marked for deletion, in the order in which they were marked."""
         query = sa.select(BatchRow.id).where(BatchRow.deleted_at.is_not(None)).order_by(BatchRow.deleted_at)
         with self._db.read() as session:
             return list(session.scalars(query.limit(limit)))
 
     def at_rest(self, batch_id: str) -> bool:
-        """Whether no job of a marked batch is running; those that are get cancelled."""
+        """Return whether no job of a marked batch is running; cancels running jobs."""
 
         def at_rest(session: Session) -> bool:
             _stop(session, batch_id)
@@ -88,12 +88,12 @@ class Deletions:
         return self._db.written(at_rest)
 
     def delete_rows(self, batch_id: str, after: int = 0) -> int | None:
-        """Delete the next rows of a marked batch, first those of its jobs after that index, last its own.
+        """Delete the next rows of a marked batch: its jobs after index `after`, and finally its own row.
 
         Returns the index to continue after; None when no row is left.
         """
         with self._db.write() as session:
-            # Another process may be deleting rows of the batch's jobs: they go before the batch's own.
+            # Another process may be deleting rows of the batch's jobs, which go before the batch's own row.
             self._db.exclusive(session, _ROWS_LOCK)
             total = session.scalar(
                 sa.select(BatchRow.total).where(BatchRow.id == batch_id, BatchRow.deleted_at.is_not(None))

@@ -1,7 +1,7 @@
-"""What is asked of the farm, by model: jobs that wait and run, and how many device seconds they will take.
+"""The demand for each model: its waiting and running jobs, and the device seconds that they will take.
 
-Each costs by the batches that have jobs on their way, and not by the jobs: those that wait are counted per batch
-already. The same number for one model, in plain SQL for an autoscaler, is `infra/keda/device_seconds.sql`.
+The cost depends on the number of batches with active jobs, not on the number of jobs: pending jobs are already counted
+per batch. `infra/keda/device_seconds.sql` is the same for one model, in plain SQL for an autoscaler.
 """
 
 from collections import Counter, defaultdict
@@ -27,39 +27,39 @@ _CHUNK = 500
 
 @dataclass
 class Demand:
-    """What is asked of one model, and who serves it."""
+    """The demand for one model, and the capacity that serves it."""
 
     jobs: Counter[JobState] = field(default_factory=Counter)
     """Pending, queued and running."""
     held_up: int = 0
-    """How many of these wait until somebody lets them go on: their batch is paused, or its owner."""
+    """How many of these are held up: their batch or its owner is paused."""
     queued_seconds: float = 0.0
-    """What those that wait, and are not held up, will take a device."""
+    """The expected device seconds of the waiting jobs that are not held up."""
     running_seconds: float = 0.0
-    """What those that run take it, from their first step to their last."""
+    """The expected device seconds of the running jobs, from the first step to the last."""
     waits_since: datetime | None = None
-    """When the oldest batch was handed in of which jobs wait that are not held up."""
+    """When the oldest batch with waiting jobs that are not held up was accepted."""
     workers: int = 0
-    """Live ones that serve it."""
+    """The live workers that serve it."""
     slots: int = 0
 
 
 @dataclass(frozen=True)
 class Demands:
-    """One look at the farm."""
+    """The demand for all models at one time."""
 
     jobs: Mapping[JobState, int]
-    """Of all batches there are, by state."""
+    """The jobs of all batches, by state."""
     models: Mapping[str, Demand]
-    """Of every model that a live worker serves or that jobs wait for."""
+    """Every model that a live worker serves or that has active jobs."""
     workers: int
-    """How many live."""
+    """The number of live workers."""
     asked_at: datetime
-    """By the database's clock."""
+    """The time of the query, by the database's clock."""
 
 
 def demands(db: Database, lease_seconds: float) -> Demands:
-    """What is asked of the farm now."""
+    """Return the current demand."""
     models: defaultdict[str, Demand] = defaultdict(Demand)
     with db.read() as session:
         asked_at: Any = session.scalar(sa.select(now()))
@@ -140,7 +140,7 @@ def _line(model: str) -> sa.Select[*tuple[Any, ...]]:
 
 
 def _counted(session: Session, batch_ids: Sequence[str]) -> dict[str, int]:
-    """How many jobs of these batches are pending."""
+    """The number of pending jobs of each of these batches."""
     found: dict[str, int] = {}
     for start in range(0, len(batch_ids), _CHUNK):
         some = batch_ids[start : start + _CHUNK]

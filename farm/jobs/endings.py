@@ -1,4 +1,4 @@
-"""`Endings`: notes which batches have ended, and reads what their manifests say."""
+"""`Endings`: records the ends of batches, and reads the entries of their manifests."""
 
 import logging
 from collections.abc import Iterator
@@ -19,13 +19,13 @@ _PAGE = 1000
 
 
 class Endings:
-    """Batches of which every job has ended."""
+    """Records when batches have ended, and reads their manifests' entries."""
 
     def __init__(self, db: Database) -> None:
         self._db = db
 
     def unnoted(self, limit: int = 20) -> list[str]:
-        """Return the batches of which every job has ended and whose end is not noted, in order of submission."""
+        """Return the batches whose jobs have all ended and whose end is not noted, in order of submission."""
         query = sa.select(BatchRow.id).where(VISIBLE, BatchRow.ended_at.is_(None), ACTIVE_JOBS == 0)
         with self._db.read() as session:
             return list(session.scalars(query.order_by(BatchRow.accepted_at).limit(limit)))

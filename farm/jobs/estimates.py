@@ -1,4 +1,4 @@
-"""A dry run of a submission: how many pictures, the first specs, and the device seconds by what was rendered lately."""
+"""Dry runs of submissions: the number of pictures, the first specs, and the device seconds by recent renders."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ class Speed:
     height: int
     """Pixels of its pictures where a spec gives no size."""
     guidance: Guidance
-    """When its pictures are guided; never, if no worker says so."""
+    """When its pictures are guided; never, if no worker reports it."""
 
     def seconds(self, spec: RenderSpec) -> float:
         """The device seconds that a picture would take."""
@@ -39,7 +39,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class DryRun:
-    """What a submission would render."""
+    """The result of a dry run."""
 
     count: int
     first: tuple[RenderSpec, ...]
@@ -47,7 +47,7 @@ class DryRun:
     device_seconds: float | None
     """The device seconds of its pictures, without those of unmeasured models; None if no model was measured."""
     unmeasured: tuple[str, ...]
-    """Its models of which no picture was rendered lately."""
+    """Its models without recent pictures."""
 
 
 def work(spec: RenderSpec, width: int, height: int, guidance: Guidance) -> int:
@@ -60,7 +60,7 @@ def work(spec: RenderSpec, width: int, height: int, guidance: Guidance) -> int:
 
 
 def speeds(db: Database) -> dict[str, Speed]:
-    """The speed of each model lately: from the last 40 jobs of each of the newest 50 batches.
+    """Return the recent speed of each model: from the last 40 jobs of each of the newest 50 batches.
 
     Takes constant time, however many jobs there are. A job without device seconds counts with its render seconds,
     which are longer if it shared its forwards.
@@ -94,7 +94,7 @@ def speeds(db: Database) -> dict[str, Speed]:
 
 
 def _guidances(session: Session) -> dict[str, Guidance]:
-    """The guidance of each model that a worker serves, without those of which workers disagree."""
+    """The guidance of each model that a worker serves, without models on which workers disagree."""
     found: dict[str, set[Guidance]] = {}
     for models in session.scalars(sa.select(WorkerRow.models)):
         for model in served_models(models):

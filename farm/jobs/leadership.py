@@ -1,4 +1,4 @@
-"""Which of several processes acts: the holder of a short lease in SQL, by the database's clock."""
+"""Leader election by a short lease in SQL, on the database's clock."""
 
 import logging
 import math
@@ -18,12 +18,12 @@ from farm.jobs.schema import LeaderRow
 log = logging.getLogger(__name__)
 
 LEASE_SECONDS = 4.0
-"""After how long without a renewal another one takes over."""
+"""The time without a renewal after which another process takes over."""
 RENEW_SECONDS = 1.0
 
 
 DISPATCHER = "dispatcher"
-"""The name in which dispatchers lead."""
+"""The name of the dispatchers' election."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Leader:
 
 
 def leader(db: Database, name: str) -> Leader | None:
-    """The process that leads under a name; None if no lease is live by the database's clock."""
+    """Return the leader under a name; None if no lease is live by the database's clock."""
     with db.read() as session:
         holder = session.scalar(sa.select(LeaderRow.holder).where(LeaderRow.name == name, LeaderRow.until >= now()))
     if holder is None:
@@ -45,10 +45,10 @@ def leader(db: Database, name: str) -> Leader | None:
 
 
 class Leadership:
-    """One process's part in the election of who leads in something.
+    """A process that takes part in a leader election.
 
-    It makes a farm with many dispatchers calm, not safe: two that lead for a moment, one of them without knowing that
-    its lease ran out, must do no harm to each other.
+    Leader election avoids duplicate work; correctness does not depend on it. Two processes may lead for a moment, if
+    the first does not know yet that its lease has expired.
     """
 
     def __init__(self, db: Database, name: str, lease_seconds: float = LEASE_SECONDS) -> None:
@@ -57,18 +57,18 @@ class Leadership:
         self._lease_seconds = lease_seconds
         self.holder = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
         self.leads = False
-        """Whether it did when it last asked."""
+        """Whether it held the lease when it last sought it."""
         self._asked = -math.inf
 
     def keep(self) -> bool:
-        """Whether it leads, asked once in `RENEW_SECONDS` however often this is called."""
+        """Return whether this process leads; seeks the lease at most once in `RENEW_SECONDS`."""
         if time.monotonic() - self._asked >= RENEW_SECONDS:
             self._asked = time.monotonic()
             self.seek()
         return self.leads
 
     def seek(self) -> bool:
-        """Renew the lease, or take it if nobody has it now; whether it is held. One statement."""
+        """Renew the lease, or take it if it is free; return whether this process holds it. One statement."""
         insert: Any = postgresql.insert if self._db.engine.dialect.name == "postgresql" else sqlite.insert
         lease = {"holder": self.holder, "until": now_plus(sa.literal(self._lease_seconds))}
         wanted = (
@@ -86,14 +86,14 @@ class Leadership:
             with self._db.write() as session:
                 self.leads = session.execute(wanted).one_or_none() is not None
         except BaseException:
-            self.leads = False  # nobody knows
+            self.leads = False  # unknown
             raise
         if self.leads != led:
             log.info("%s holder=%s name=%s", "leading" if self.leads else "no longer leading", self.holder, self._name)
         return self.leads
 
     def resign(self) -> None:
-        """Let another take over at once."""
+        """Release the lease, so that another process can take it at once."""
         with self._db.write() as session:
             session.execute(sa.delete(LeaderRow).where(LeaderRow.name == self._name, LeaderRow.holder == self.holder))
         self.leads = False

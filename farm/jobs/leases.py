@@ -28,7 +28,7 @@ _TAKEN = (
     JobRow.tries,
     JobRow.spec,
     JobRow.batch_id,
-    JobRow.position.label("position"),  # the connection would call it by its column's name
+    JobRow.position.label("position"),  # the connection would name it after its column
     JobRow.priority,
     JobRow.checkpoint_key,
 )
@@ -139,15 +139,15 @@ class Leases:
         )
 
     def reclaim(self, worker: str) -> int:
-        """Take back the jobs of a worker that has restarted, which can't hold them any more; returns how many."""
+        """Take back the jobs of a worker that has restarted and so lost them; returns how many."""
         return self._lose(JobRow.worker == worker)
 
     def expire(self) -> int:
         """Take back running jobs whose lease has expired; returns how many.
 
-        They go back to the backlog, or to cancelled where that was requested, or to failed once they have lost their
-        worker so often that they may be what kills it. A job that lost more than one worker waits for a time of its
-        own before it comes back, so that a job that kills workers is rendered alone.
+        They go back to the backlog, or to cancelled if that was requested, or to failed after too many lost leases,
+        since the job may kill its workers. From its second lost lease on, a job waits for a delay of its own, so that a
+        job that kills workers is rendered alone.
         """
         return self._lose(JobRow.lease_until < now())
 
@@ -173,7 +173,7 @@ class Leases:
         return len(lost)
 
     def _apart(self) -> sa.ColumnElement[datetime]:
-        """When a job that has lost one more worker may come back: at once, then after growing delays."""
+        """When a job may be dispatched after another lost lease: first at once, then after growing delays."""
         later = {n: self._backoff.most_seconds(n) for n in range(1, self._max_lost_leases)}
         if not later:  # the first lost lease sets it aside
             return now()
@@ -194,7 +194,7 @@ _LEASE = Move(
 ).update.returning(*_TAKEN)
 _CLAIM = _LEASE.where(_WANTED, _MAY_BE_HERE, ~JOB_PAUSED)
 _CLAIM_AGAIN = _LEASE.where(_WANTED, ~JOB_PAUSED)
-# Never waits for a row while it holds others, so that no two transactions can wait for each other.
+# Never waits for a row while it locks others, so that transactions can't deadlock.
 _CLAIM_AT_ONCE = _LEASE.where(
     JobRow.id.in_(
         sa.select(JobRow.id)
@@ -208,7 +208,7 @@ _BATCHES = sa.select(BatchRow.id, BatchRow.name, BatchRow.total, BatchRow.accept
 
 
 def _take(session: Session, claiming: sa.UpdateBase, wanted: Mapping[str, Any]) -> dict[str, Claim]:
-    # By the connection: the session has nothing in memory that it would have to bring up to date.
+    # By the connection: the session has no instances to synchronize.
     connection = session.connection()
     rows = connection.execute(claiming, wanted).all()
     if not rows:

@@ -9,7 +9,7 @@ from farm.jobs.database import Database, now_plus
 from farm.jobs.schema import JobRow
 from farm.specs.object_keys import checkpoint_key, image_key, preview_key, trajectory_keys
 
-# In the form of the partial indexes.
+# In the same form as in the partial indexes.
 STALE: tuple[sa.ColumnElement[Any], ...] = (sa.literal_column("jobs.leftovers"), JobRow.finished_at.is_not(None))
 """A job has ended, and its attempts may have left objects beside its picture."""
 STALE_OF_OLD_WORKERS = (JobRow.checkpoint_key.is_not(None), JobRow.finished_at.is_not(None))
@@ -17,16 +17,16 @@ STALE_OF_OLD_WORKERS = (JobRow.checkpoint_key.is_not(None), JobRow.finished_at.i
 
 
 class Leftovers:
-    """Finds objects to be swept, and records that they are."""
+    """Finds leftovers to be swept, and records their deletion."""
 
     def __init__(self, db: Database) -> None:
         self._db = db
 
     def find(self, limit: int = 100, settled_seconds: float = 0.0) -> list[tuple[str, list[str]]]:
-        """Return jobs that may have left objects, and the keys of these, those that ended first first.
+        """Return jobs that may have left objects, with the keys of these, in the order in which the jobs ended.
 
-        Jobs that ended less than `settled_seconds` ago are left out: an object of theirs may still be on its way. Any
-        attempt that was lost may have left a checkpoint, a preview, or a picture that was never recorded.
+        Jobs that ended less than `settled_seconds` ago are left out: their objects may still be uploading. Any lost
+        attempt may have left a checkpoint, a preview, or a picture that was never recorded.
         """
         columns = JobRow.id, JobRow.batch_id, JobRow.position, JobRow.attempt, JobRow.spec, JobRow.image_key
         settled = JobRow.finished_at <= now_plus(sa.literal(-settled_seconds))

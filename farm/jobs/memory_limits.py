@@ -1,4 +1,4 @@
-"""Which pictures are too large for the memory of every worker that lives, in SQL."""
+"""Memory limits of the live workers in SQL: which pictures are too large for all of them."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -10,7 +10,7 @@ from farm.specs.guidance import Guidance
 from farm.specs.spec import RenderSpec
 
 Limits = Mapping[str, Sequence[MemoryLimit]]
-"""By model, the highest limit of each kind of guidance; without a model while one of its workers knows no limit."""
+"""By model, the highest limit of each kind of guidance; without models that a worker serves without a limit."""
 
 
 def allowed(limits: Sequence[MemoryLimit]) -> sa.ColumnElement[bool]:
@@ -37,7 +37,7 @@ def _factor(guidance: Guidance) -> sa.ColumnElement[int]:
 
 
 def memory_limits(workers: Iterable[Iterable[ServedModel]]) -> Limits:
-    """The limits of what any of the workers may have the memory for, given the models that each serves."""
+    """Return the highest memory limits of any worker, given the models that each worker serves."""
     highest: dict[str, dict[Guidance, MemoryLimit]] = {}
     unlimited: set[str] = set()
     for models in workers:

@@ -1,4 +1,4 @@
-"""`Overview`: what somebody who watches the farm asks, again and again; each costs by what goes on, not by jobs."""
+"""`Overview`: queries for dashboards; their cost depends on the activity, not on the number of jobs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,36 +28,36 @@ _LAST_ENDED = 1000
 
 @dataclass(frozen=True)
 class Load:
-    """What a worker does now."""
+    """The current load of a worker."""
 
     renders: int
-    """How many jobs it has claimed."""
+    """The number of jobs that it has claimed."""
     seconds_per_step: float | None
-    """The mean over these."""
+    """The mean over these jobs."""
 
 
 @dataclass(frozen=True)
 class Totals:
-    """What is said of a whole batch, beside how far it is."""
+    """Totals over all jobs of a batch."""
 
     began_at: datetime | None
-    """When the first of the attempts began that its jobs had last."""
+    """The earliest start among the latest attempts of its jobs."""
     device_seconds: float | None
     models: Sequence[tuple[str, str]]
-    """Name and SHA-256 of each model that made pictures of it."""
+    """Name and SHA-256 of each model that rendered its pictures."""
 
 
 class Overview:
-    """Reads which batches are in progress, how fast they go, and which jobs wait in vain for a worker."""
+    """Reads the batches in progress, their speed, and the models and jobs that no live worker can serve."""
 
     def __init__(self, db: Database, settings: Settings) -> None:
         self._db = db
         self._lease_seconds = settings.lease_seconds
 
     def open_batches(self, limit: int, after: tuple[datetime, str] | None = None) -> list[tuple[datetime, str]]:
-        """When batches were accepted that have not ended, and their ids, in that order, from the one after that one.
+        """Return the batches that have not ended, as time of acceptance and id, in that order, after the entry `after`.
 
-        One that has ended is among them until its manifest is written.
+        A batch that has ended is included until its manifest is written.
         """
         query = sa.select(BatchRow.accepted_at, BatchRow.id).where(VISIBLE, BatchRow.ended_at.is_(None))
         if after is not None:
@@ -70,7 +70,7 @@ class Overview:
             return [(accepted_at, batch_id) for accepted_at, batch_id in rows if accepted_at is not None]
 
     def moving(self, limit: int) -> list[str]:
-        """The batches that have jobs in Redis or under way."""
+        """Return the batches with queued or running jobs."""
         with self._db.read() as session:
             found: dict[str, None] = {}
             for state in (JobState.RUNNING, JobState.QUEUED):
@@ -79,7 +79,7 @@ class Overview:
         return list(found)[:limit]
 
     def just_ended(self, seconds: float, limit: int) -> list[str]:
-        """The batches that ended within that time, newest first."""
+        """Return the batches that ended in the last `seconds`, newest first."""
         query = sa.select(BatchRow.id).where(
             VISIBLE, BatchRow.ended_at.is_not(None), BatchRow.ended_at > now_plus(sa.literal(-seconds))
         )
@@ -87,7 +87,7 @@ class Overview:
             return list(session.scalars(query.order_by(BatchRow.ended_at.desc()).limit(limit)))
 
     def statuses(self, batch_ids: Sequence[str]) -> dict[str, BatchStatus]:
-        """How far these batches are, by id; one that was deleted is not among them."""
+        """Return the progress of these batches, by id; deleted batches are left out."""
         with self._db.read() as session:
             rows = session.execute(
                 sa.select(BatchRow, BATCH_PAUSED.label("paused")).where(BatchRow.id.in_(batch_ids), VISIBLE)
@@ -102,7 +102,7 @@ class Overview:
             return {row.id: batch_status(session, row, counts.get(row.id, {}), paused=paused) for row, paused in rows}
 
     def tempo(self, batch: BatchStatus) -> Tempo:
-        """How fast a batch goes: from its last endings, or while it has none from its running jobs' measured steps."""
+        """Return the speed of a batch: from its last endings, or, before its second, from its running jobs' steps."""
         if batch.done:
             return Tempo()
         last = (
@@ -127,7 +127,7 @@ class Overview:
         return [1 / (seconds * count) for seconds, count in rows if seconds and count]
 
     def models_of(self, batch_id: str) -> list[str]:
-        """The models of a batch: of its first hundred jobs, and of all that wait in the backlog."""
+        """Return the models of a batch: of its first hundred jobs, and of all its pending jobs."""
         first = sa.select(JobRow.model).where(JobRow.batch_id == batch_id, JobRow.position <= _FIRST_JOBS).distinct()
         with self._db.read() as session:
             found = set(session.scalars(first))
@@ -138,7 +138,7 @@ class Overview:
         return sorted(found)
 
     def loads(self) -> dict[str, Load]:
-        """What each worker that has claimed jobs does now, by name."""
+        """Return the current load of each worker that has claimed jobs, by name."""
         query = (
             sa.select(JobRow.worker, sa.func.count(), sa.func.avg(JobRow.seconds_per_step))
             .where(in_state(JobState.RUNNING), JobRow.worker.is_not(None))
@@ -164,7 +164,7 @@ class Overview:
             return [job_info(row) for row in session.scalars(query)]
 
     def totals(self, batch_id: str) -> Totals:
-        """What all jobs of a batch come to: reads each of them once."""
+        """Return the totals of a batch; reads each of its jobs once."""
         jobs = JobRow.batch_id == batch_id
         made_by = sa.select(JobRow.model, JobRow.model_sha256).where(jobs, JobRow.model_sha256.is_not(None)).distinct()
         sums = sa.select(sa.func.min(JobRow.started_at), sa.func.sum(JobRow.device_seconds)).where(jobs)
@@ -174,7 +174,7 @@ class Overview:
         return Totals(began_at, device_seconds, models)
 
     def waiting_by_model(self) -> dict[str, int]:
-        """Return how many jobs of each model wait, in the backlog or in Redis."""
+        """Return the number of waiting jobs by model, in the backlog and in Redis."""
         states = (JobState.PENDING, JobState.QUEUED)
         with self._db.read() as session:
             waiting: dict[str, int] = {}
@@ -189,7 +189,7 @@ class Overview:
             return waiting
 
     def unheld(self, batch_id: str | None = None) -> list[str]:
-        """Return the models that jobs, of a batch or all, wait for and that no live worker serves."""
+        """Return the models that jobs of a batch, or of all, wait for and that no live worker serves."""
         with self._db.read() as session:
             held = {model.name for models in live_models(session, self._lease_seconds) for model in models}
             missing = {

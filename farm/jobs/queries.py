@@ -52,7 +52,7 @@ class Queries:
     def jobs(
         self, batch_id: str, *, after: int = 0, limit: int = 1000, states: Sequence[JobState] = ()
     ) -> list[JobInfo]:
-        """Return a batch's jobs in order, from the one after that index."""
+        """Return a batch's jobs in order, after index `after`."""
         query = JOBS.where(JobRow.batch_id == batch_id, JobRow.position > after)
         if states:
             query = query.where(JobRow.state.in_(states))
@@ -66,7 +66,7 @@ class Queries:
             return [job_info(row) for row in session.scalars(query.order_by(JobRow.position).limit(limit))]
 
     def finished(self, batch_id: str, after: JobInfo | None = None, limit: int = 1000) -> list[JobInfo]:
-        """Return a batch's jobs that have ended, in the order in which they ended, from the one after that job."""
+        """Return a batch's ended jobs, in the order in which they ended, after the job `after`."""
         query = JOBS.where(JobRow.batch_id == batch_id, JobRow.finished_at.is_not(None))
         if after is not None and after.finished_at is not None:
             query = query.where(

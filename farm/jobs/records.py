@@ -1,4 +1,4 @@
-"""What SQL says about batches, jobs and workers, as plain data that outlives its session."""
+"""Batches, jobs and workers as plain data, independent of a database session."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,56 +25,56 @@ class Claim:
     total: int
     priority: int
     checkpoint_key: str | None
-    """What an earlier attempt left to go on from; None means from the first step."""
+    """The checkpoint from which it resumes; None: it starts at the first step."""
     tries: int = 0
     """Errors before this attempt."""
     waited_seconds: float = 0.0
-    """Since its batch was handed in."""
+    """Since its batch was accepted."""
 
 
 @dataclass(frozen=True)
 class Doorbell:
-    """What a worker is told of a job: that it is there. What it is, SQL says."""
+    """The message to a worker: a job is queued. Its spec is in SQL."""
 
     job_id: str
     model: str
     priority: int
-    """0 to 100, the higher the sooner."""
+    """0 to 100, higher first."""
     shown: str
-    """How Flower names it: batch, place, prompt."""
+    """Its description in Flower: batch, index, prompt."""
 
 
 @dataclass(frozen=True)
 class Pace:
-    """How far one render is, and how fast it goes."""
+    """The progress and speed of a render."""
 
     steps_done: int
     seconds_per_step: float | None
 
 
 class Role(StrEnum):
-    """What an artifact of a job is."""
+    """The kind of an artifact."""
 
     IMAGE = "image"
     """The picture."""
     FILM_STRIP = "film-strip"
-    """The picture after every step, on one page."""
+    """The pictures after every step, on one page."""
     ANIMATION = "animation"
-    """The picture after every step, one after the other."""
+    """The pictures after every step, one after the other."""
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """One object that a finished job has stored."""
+    """An object stored by a finished job."""
 
     role: Role
     key: str
     media_type: str
     """An IANA media type, such as `image/png`."""
     n: int = 0
-    """Which of the job's artifacts of this role, from 0."""
+    """Its index among the job's artifacts of this role, from 0."""
     sha256: str | None = None
-    """Hexadecimal. This and the sizes are None for what a worker before release 0.2 stored."""
+    """Hexadecimal. The hash and the sizes are None for objects of workers before release 0.2."""
     bytes: int | None = None
     width: int | None = None
     """In pixels, like the height."""
@@ -86,7 +86,7 @@ class Picture:
     """The picture of a finished job, in the object store.
 
     To record another fact about pictures, add a field with a default: it is stored, and printed by `--json` and the
-    manifest, as it is. It must be JSON.
+    manifest, unchanged. Its value must be JSON.
     """
 
     key: str
@@ -96,17 +96,17 @@ class Picture:
     height: int
     model_sha256: str
     render_seconds: float
-    """From its slot in the engine to its last pixel."""
+    """From its start in a slot of the engine to its last pixel."""
     warnings: Sequence[str] = ()
     device_seconds: float | None = None
-    """Its own share of the device's time."""
+    """Its share of the device's time."""
     dtype: str | None = None
     """The precision in which the denoiser computed, such as `bfloat16`; None if it is unknown."""
 
 
 @dataclass(frozen=True)
 class Success:
-    """What an attempt has stored."""
+    """The objects that an attempt has stored."""
 
     claim: Claim
     picture: Picture
@@ -116,21 +116,21 @@ class Success:
 
 @dataclass(frozen=True)
 class Beat:
-    """What a worker learns when it renews its leases."""
+    """The answer to a worker's heartbeat."""
 
     cancelled: frozenset[str]
-    """Jobs somebody wants stopped."""
+    """Jobs whose cancellation is requested."""
     paused: frozenset[str]
-    """Jobs to be handed back with their state, until somebody lets them go on."""
+    """Paused jobs, which the worker hands back with a checkpoint."""
     lost: frozenset[str]
-    """Jobs whose lease was no longer this worker's."""
+    """Jobs whose lease this worker no longer holds."""
     previews: Mapping[str, bool]
-    """Jobs somebody watches now, and whether their previews are to be decoded by the VAE."""
+    """Jobs whose previews are requested, and whether the VAE decodes them."""
 
 
 @dataclass(frozen=True)
 class BatchStatus:
-    """How far a batch is."""
+    """The progress of a batch."""
 
     id: str
     name: str
@@ -139,15 +139,15 @@ class BatchStatus:
     total: int
     created_at: datetime
     counts: Mapping[JobState, int]
-    """Every state's number of jobs."""
+    """The number of jobs in each state."""
     finished_at: datetime | None = None
-    """When its last job ended; None while one is active."""
+    """When its last job ended; None while a job is active."""
     paused: bool = False
-    """Whether nothing of it is rendered until somebody lets it go on: it is paused, or its owner is."""
+    """Whether it or its owner is paused: none of its jobs is rendered until it is resumed."""
 
     @property
     def ended(self) -> int:
-        """How many jobs are in a terminal state."""
+        """The number of jobs in a terminal state."""
         return sum(n for state, n in self.counts.items() if state.terminal)
 
     @property
@@ -158,7 +158,7 @@ class BatchStatus:
 
 @dataclass(frozen=True)
 class JobInfo:
-    """One job as SQL has it."""
+    """A job, as recorded in SQL."""
 
     id: str
     batch_id: str
@@ -175,22 +175,22 @@ class JobInfo:
     started_at: datetime | None
     finished_at: datetime | None
     picture: Picture | None
-    """Set when it succeeded."""
+    """Set if it succeeded."""
     lost_leases: int = 0
     not_before: datetime | None = None
-    """Until then it stays in the backlog."""
+    """It stays in the backlog until then."""
     avoid_worker: str | None = None
-    """Where there was no memory for it."""
+    """The worker without enough memory for it."""
     paused: bool = False
-    """Whether it is paused by itself; its batch or its owner may be as well."""
+    """Whether the job itself is paused; its batch or owner may be paused too."""
     reused_from: str | None = None
-    """The job whose picture its own is a copy of."""
+    """The job whose picture was copied."""
     artifacts: tuple[Artifact, ...] = ()
-    """Everything that it has stored, its picture first; empty unless it succeeded."""
+    """All objects that it has stored, its picture first; empty unless it succeeded."""
 
     @property
     def eta_seconds(self) -> float | None:
-        """How long its remaining steps will take at its latest pace; None while that is unknown or it does not run."""
+        """The time for its remaining steps at its latest speed; None if that is unknown or it is not running."""
         if self.state is not JobState.RUNNING or self.seconds_per_step is None:
             return None
         return max(0, self.spec.num_inference_steps - self.steps_done) * self.seconds_per_step
@@ -198,7 +198,7 @@ class JobInfo:
 
 @dataclass(frozen=True)
 class AttemptInfo:
-    """What became of one attempt of a job."""
+    """An ended attempt of a job, and its outcome."""
 
     attempt: int
     worker: str | None
@@ -212,13 +212,13 @@ class AttemptInfo:
 
     @property
     def seconds(self) -> float | None:
-        """How long it took."""
+        """Its duration; None if its start is unknown."""
         return None if self.started_at is None else (self.ended_at - self.started_at).total_seconds()
 
 
 @dataclass(frozen=True)
 class WorkerInfo:
-    """One worker, as it has registered."""
+    """A worker, as registered."""
 
     name: str
     device: str
@@ -236,12 +236,12 @@ class WorkerInfo:
 
     @property
     def held(self) -> tuple[str, ...]:
-        """The names of the models that are loaded there now."""
+        """The names of the models that it has loaded now."""
         return tuple(model.name for model in self.models if model.loaded)
 
 
 def worker_info(row: WorkerRow, *, alive: bool) -> WorkerInfo:
-    """A worker's row as plain data."""
+    """Return a worker's row as plain data."""
     return WorkerInfo(
         name=row.name,
         device=row.device,

@@ -1,7 +1,7 @@
-"""The same work once: a job whose picture another job has already gets a copy of it, and twins wait for each other.
+"""Reuse of pictures: a job gets a copy of an existing picture of the same work, and waits for a duplicate under way.
 
-The same work is the same spec, seed included, by a model of the same weights. Copies are begun and recorded here, and
-made by `farm.dispatch.copier`.
+The same work is the same spec, seed included, by a model with the same weights. This module begins and records copies;
+`farm.dispatch.copier` makes them.
 """
 
 import logging
@@ -28,15 +28,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Copying:
-    """A copy that was begun: from which keys to which, under an attempt that is nobody else's."""
+    """A copy that was begun, under an attempt of its own."""
 
     job_id: str
     attempt: int
     source_id: str
     bytes: int
-    """How large the picture is, which is the first of the keys."""
+    """The size of the picture, which is the first of the keys."""
     keys: Mapping[str, str]
-    """The keys of the copies, by those of the sources."""
+    """The key of each copy, by the key of its source."""
 
 
 @dataclass
@@ -49,19 +49,19 @@ class _Twin:
 
 
 class Chosen(NamedTuple):
-    """Which of some jobs are to be rendered now."""
+    """The jobs to be rendered now, chosen from some jobs."""
 
     job_ids: list[str]
     last: int | None
-    """The position up to which every job was decided on; the jobs after it have to be read again."""
+    """The position up to which every job was decided on; later jobs must be read again."""
 
 
 class Works:
-    """What one pass of the dispatcher knows of work that is done or under way; read in its transaction, when needed.
+    """Work that is done or under way, for one pass of the dispatcher; read lazily, in the transaction of the pass.
 
-    With `copy`, a job whose picture exists is not rendered: it is added to `copies`. Without, it is rendered. Jobs wait
-    for a duplicate that is under way in both cases. While no dispatcher leads, nothing would make the copies, nor
-    continue with the jobs that wait, and every job is rendered.
+    With `copy`, a job whose picture exists is not rendered: it is added to `copies`. Without, it is rendered. In both
+    cases, jobs wait for a duplicate that is under way. While no dispatcher leads, every job is rendered: nothing would
+    make the copies or dispatch the waiting jobs.
     """
 
     def __init__(self, session: Session, lease_seconds: float, *, copy: bool) -> None:
@@ -70,10 +70,10 @@ class Works:
         self._copy = copy
         self._passed_by: list[str] = []
         self.copies: dict[str, str] = {}
-        """The jobs that are to get a copy of a picture, and the job that has it."""
+        """The job whose picture is copied, by the job that gets the copy."""
 
     def choose(self, rows: Sequence[sa.Row[Any]], model: str, priority: int, most: int) -> Chosen:
-        """Choose which of a model's jobs are to be rendered now, at most so many."""
+        """Choose which of a model's jobs are rendered now, at most `most`."""
         job_ids: list[str] = []
         last: int | None = None
         decided = True
@@ -92,14 +92,14 @@ class Works:
         return Chosen(job_ids, last)
 
     def put_back(self) -> None:
-        """Return to the backlog what was queued, and is to wait for a twin of a higher priority now."""
+        """Return queued jobs to the backlog that now wait for a duplicate of higher priority."""
         if self._passed_by:
             self._session.execute(UNQUEUE.update.where(JobRow.id.in_(self._passed_by)))
             log.info("put back behind twins of a higher priority: %s", ", ".join(self._passed_by))
             self._passed_by = []
 
     def _goes_first(self, job_id: str, work: str, priority: int) -> bool:
-        """Whether no twin is under way, but for one that still lies in Redis at a lower priority."""
+        """Whether no duplicate is under way; a queued job of lower priority is put back and does not count."""
         twin = self._under_way.get(work)
         if twin is not None:
             if twin.state is JobState.RUNNING or twin.priority >= priority:
@@ -109,10 +109,10 @@ class Works:
         return True
 
     def _done(self, model: str, works: Collection[str]) -> dict[str, str | None]:
-        """The job whose picture serves, by work; None where only the worker that comes up can tell."""
+        """The job whose picture can be copied, by work; None while no live worker serves the model."""
         weights = self._weights.get(model)
         if weights is not None and len(weights) != 1:
-            return {}  # nobody has loaded it, or not everybody the same
+            return {}  # no worker has loaded it, or workers disagree on its weights
         rows = self._session.execute(pictures_of(works)).all()
         return {
             row.work_sha256: None if weights is None else row.id
@@ -137,7 +137,7 @@ class Works:
 
     @cached_property
     def _weights(self) -> dict[str, set[str]]:
-        """The hashes of each model's weights that the live workers which serve it report."""
+        """The hashes of each model's weights, as its live workers report them."""
         found: dict[str, set[str]] = {}
         for models in live_models(self._session, self._lease_seconds):
             for model in models:
@@ -146,14 +146,14 @@ class Works:
 
 
 def works_in(state: JobState) -> sa.Select[*tuple[Any, ...]]:
-    """The work of the jobs that are queued, or running: as many as a window, or as the workers hold."""
+    """The work of the queued or running jobs: at most the windows, or the slots of all workers."""
     return sa.select(JobRow.work_sha256, JobRow.id, JobRow.priority).where(
         in_state(state), JobRow.work_sha256.is_not(None)
     )
 
 
 def pictures_of(works: Collection[str]) -> sa.Select[*tuple[Any, ...]]:
-    """The jobs that have pictures of these works, one of each weights' hash; copies are none, so that they are few."""
+    """The jobs with pictures of these works, one job for each hash of weights; without copies, so the rows are few."""
     return (
         sa.select(JobRow.work_sha256, JobRow.model_sha256, sa.func.min(JobRow.id).label("id"))
         .join(BatchRow)
@@ -169,17 +169,17 @@ def pictures_of(works: Collection[str]) -> sa.Select[*tuple[Any, ...]]:
 
 
 class Reuse:
-    """Copies of pictures, begun and recorded.
+    """Begins and records copies of pictures.
 
-    A job stays pending while a copy is made, so that nothing has to be undone when that breaks off. But the copy has
-    an attempt of its own: no worker writes to its key, and it is no longer recorded once the job has gone elsewhere.
+    A job stays pending while a copy is made, so that an interruption leaves nothing to undo. The copy has an attempt of
+    its own: no worker writes to its key, and it is not recorded once the job has moved on.
     """
 
     def __init__(self, db: Database) -> None:
         self._db = db
 
     def begin_copies(self, wanted: Mapping[str, str]) -> list[Copying]:
-        """Take an attempt of each of these pending jobs for a copy of the picture of the job that it is mapped to."""
+        """Begin a copy for each of these pending jobs, mapped to its source job; each copy is a new attempt."""
         with self._db.write() as session:
             sources = {
                 row.id: row
@@ -205,7 +205,7 @@ class Reuse:
                 .values(
                     attempt=JobRow.attempt + 1,
                     started_at=now(),
-                    # So that what it leaves is swept when the job has ended, unless this is how it ends.
+                    # If the copy is not recorded, its objects are swept when the job has ended.
                     leftovers=True,
                 )
                 .returning(JobRow.id, JobRow.attempt, JobRow.batch_id, JobRow.position, JobRow.spec)
@@ -215,10 +215,10 @@ class Reuse:
             return [_copying(row, sources[wanted[row.id]]) for row in taken]
 
     def record_copies(self, made: Sequence[Copying]) -> list[Copying]:
-        """Record copies whose objects are there; returns those that came too late, and whose objects are nobody's.
+        """Record copies whose objects are stored; returns those that came too late, whose objects belong to no job.
 
-        All that is known of the picture comes with it, what it took to render included; a copy of its own serves
-        nobody, so that what may serve is few however often it did.
+        The facts of the picture are copied too, its render seconds included. A copy is never a source itself, so that
+        sources stay few.
         """
         late = []
         with self._db.write() as session:
@@ -245,7 +245,7 @@ class Reuse:
         return late
 
     def withdraw(self, job_id: str) -> None:
-        """Let the picture of a job serve no other any more: it is not what SQL says."""
+        """Exclude a job's picture from reuse: it does not match its record in SQL."""
         with self._db.write() as session:
             session.execute(
                 sa.update(JobRow).where(JobRow.id == job_id, in_state(JobState.SUCCEEDED)).values(work_sha256=None)
@@ -282,7 +282,7 @@ _FACTS = (
     "device_seconds",
     "warnings",
 )
-"""What a job has from the one whose picture it copies."""
+"""The columns that are copied from the source job."""
 
 
 def _facts_of(source: type[JobRow], one: Copying) -> dict[str, Any]:
@@ -296,7 +296,7 @@ def _facts_of(source: type[JobRow], one: Copying) -> dict[str, Any]:
         "image_key": next(iter(one.keys.values())),
         "reused_from": one.source_id,
         "work_sha256": None,
-        # Nothing lies beside the picture of a job that was never attempted before.
+        # A job without earlier attempts has no objects beside its picture.
         "leftovers": False if one.attempt == 1 else JobRow.leftovers,
         **copied,
     }

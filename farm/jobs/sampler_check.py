@@ -1,4 +1,4 @@
-"""Whether the models of the living workers can be sampled as a spec asks."""
+"""The check that the models of live workers support the samplers of specs."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class Kind:
     """diffusers' class name of its pipeline."""
 
     def takes(self, scheduler: str) -> bool:
-        """Whether the model can be sampled so; True for samplers and models that this version does not know."""
+        """Whether the model supports a sampler; True for samplers and models that this version does not know."""
         sampler = find_sampler(scheduler)
         if sampler is None or self.samplers not in ("diffusion", "flow"):
             return True
@@ -28,7 +28,7 @@ class Kind:
 
 
 def held_kinds(workers: Iterable[WorkerInfo]) -> dict[str, Kind]:
-    """The kind of each model that a living worker has loaded, without those of which workers disagree."""
+    """The kind of each model that a live worker has loaded, without models on which workers disagree."""
     kinds: dict[str, set[Kind]] = {}
     for worker in workers:
         for model in worker.models if worker.alive else ():
@@ -38,7 +38,7 @@ def held_kinds(workers: Iterable[WorkerInfo]) -> dict[str, Kind]:
 
 
 def sampler_problem(spec: RenderSpec, where: str, kinds: Mapping[str, Kind]) -> Problem | None:
-    """The problem of a spec whose model can't be sampled as it asks; None if it can, or no worker has loaded it."""
+    """The problem of a spec whose model does not support its sampler; None if it does, or no worker has loaded it."""
     kind = kinds.get(spec.model)
     if kind is None or spec.scheduler is None or kind.takes(spec.scheduler):
         return None

@@ -1,4 +1,4 @@
-"""What SQL keeps: the tables, on SQLite and PostgreSQL alike."""
+"""The SQL tables, on SQLite and PostgreSQL."""
 
 from datetime import UTC, datetime
 from typing import Any
@@ -10,17 +10,17 @@ from farm.jobs.states import JobState
 
 
 class UTCDateTime(sa.types.TypeDecorator[datetime]):
-    """An aware UTC time: `timestamptz` on PostgreSQL, ISO text on SQLite, which knows no zones."""
+    """An aware UTC time: `timestamptz` on PostgreSQL, ISO text on SQLite, which has no time zones."""
 
     impl = sa.DateTime(timezone=True)
     cache_ok = True
 
     def process_bind_param(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
-        """Turn any aware time into UTC."""
+        """Convert an aware time to UTC."""
         return value.astimezone(UTC) if value is not None else None
 
     def process_result_value(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
-        """Give back an aware UTC time."""
+        """Return an aware UTC time."""
         if value is None:
             return None
         return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
@@ -38,10 +38,10 @@ _Names = sa.MetaData(
 
 
 class Base(DeclarativeBase):
-    """What all tables share: names for constraints, and types."""
+    """The base of all tables: names of constraints, and column types."""
 
     metadata = _Names
-    type_annotation_map = {  # noqa: RUF012  (SQLAlchemy's own way to say it)
+    type_annotation_map = {  # noqa: RUF012  (SQLAlchemy's API)
         datetime: UTCDateTime(),
         dict[str, Any]: sa.JSON(),
         list[str]: sa.JSON(),
@@ -55,7 +55,7 @@ def _where(condition: str) -> dict[str, Any]:
 
 
 class BatchRow(Base):
-    """One bulk submission, and how the jobs of it are to be served."""
+    """A bulk submission, and the settings for serving its jobs."""
 
     __tablename__ = "batches"
 
@@ -66,28 +66,28 @@ class BatchRow(Base):
     total: Mapped[int]
     created_at: Mapped[datetime]
     accepted_at: Mapped[datetime | None]
-    """None while its jobs are still being written: until then nobody but its writer sees it."""
+    """NULL while its jobs are being written: until then only its submission sees it."""
     key: Mapped[str | None] = mapped_column(sa.String(200))
-    """The submitter's own name for the submission: the same one again is the same batch."""
+    """The submitter's idempotency key: a repeated submission is the same batch."""
     content_sha256: Mapped[str | None] = mapped_column(sa.String(64))
-    """Of all its specs in order, where there is a key."""
+    """The hash of all its specs in order; set if it has a key."""
     paused: Mapped[bool] = mapped_column(default=False, server_default=sa.false())
     weight: Mapped[float] = mapped_column(default=1.0, server_default=sa.text("1"))
-    """Its part of its owner's share."""
+    """Its weight within its owner's share."""
     virtual_time: Mapped[float] = mapped_column(default=0.0, server_default=sa.text("0"))
-    """Device seconds served by weight, for the fair share."""
+    """Device seconds charged, divided by the weight: for the fair share."""
     reuse: Mapped[bool] = mapped_column(default=True, server_default=sa.true())
-    """Whether a picture that another job of the same work has may serve."""
+    """Whether its jobs may get copies of pictures of the same work."""
     ended_at: Mapped[datetime | None]
-    """When its last job ended: noted once its manifest says so, and void again when one of its jobs is tried anew."""
+    """When its last job ended. Set once its manifest is written, cleared by a retry."""
     deleted_at: Mapped[datetime | None]
-    """When it was given up; its rows go when its objects are deleted."""
+    """When it was marked for deletion; its rows are deleted after its objects."""
 
     __table_args__ = (
         sa.Index("ix_batches_created_at", "created_at"),
         sa.Index("ix_batches_name_created_at", "name", "created_at"),
         sa.Index("ix_batches_owner_key", "owner", "key", unique=True, **_where("key IS NOT NULL")),
-        # Which may have ended since somebody last looked, which ended long ago, and which are on their way out.
+        # Batches whose end is not noted yet, ended batches, and batches marked for deletion.
         sa.Index(
             "ix_batches_open",
             "accepted_at",
@@ -99,71 +99,71 @@ class BatchRow(Base):
 
 
 class OwnerRow(Base):
-    """What is set for whoever submits; an owner without a row has what is written here."""
+    """Settings of an owner; an owner without a row has the defaults."""
 
     __tablename__ = "owners"
 
     name: Mapped[str] = mapped_column(sa.String(200), primary_key=True)
     weight: Mapped[float] = mapped_column(default=1.0, server_default=sa.text("1"))
-    """The part of the farm among owners of equal priority."""
+    """Its weight among the owners of equal priority."""
     most_queued: Mapped[int | None]
-    """How many jobs may lie in Redis at once; None means as many as the settings allow."""
+    """How many of its jobs may be queued in Redis at once; NULL: as many as the settings allow."""
     paused: Mapped[bool] = mapped_column(default=False, server_default=sa.false())
     virtual_time: Mapped[float] = mapped_column(default=0.0, server_default=sa.text("0"))
-    """Device seconds served by weight."""
+    """Device seconds charged, divided by the weight."""
 
 
 class JobRow(Base):
-    """One spec to be rendered into one image. Only `JobStore` writes these."""
+    """A spec to be rendered into an image. Only the classes of `farm.jobs` write these."""
 
     __tablename__ = "jobs"
 
     id: Mapped[str] = mapped_column(sa.String(100), primary_key=True)
-    """`{batch}-{index}`: the Celery task's id too."""
+    """`{batch}-{index}`; also the id of the Celery task."""
     batch_id: Mapped[str] = mapped_column(sa.ForeignKey("batches.id", ondelete="CASCADE"))
     position: Mapped[int] = mapped_column("index")
-    """Its place in the batch, from 1."""
+    """Its index in the batch, from 1."""
     spec: Mapped[dict[str, Any]]
     model: Mapped[str] = mapped_column(sa.String(200))
-    """The spec's, for the dispatcher's index."""
+    """The spec's model, for the dispatcher's index."""
     state: Mapped[str] = mapped_column(sa.String(16), default=JobState.PENDING.value)
     priority: Mapped[int]
-    """The batch's, for the dispatcher's index: 0 to 100, the higher the sooner."""
+    """The batch's priority, for the dispatcher's index: 0 to 100, higher first."""
     not_before: Mapped[datetime | None]
-    """Until then it stays in the backlog: the back-off after an error."""
+    """It stays in the backlog until then: the back-off after an error."""
     avoid_worker: Mapped[str | None] = mapped_column(sa.String(200))
-    """Where it ran out of memory: another worker is to try it, if there is one."""
+    """The worker on which it ran out of memory: another worker takes it, if possible."""
     paused: Mapped[bool] = mapped_column(default=False, server_default=sa.false())
 
     attempt: Mapped[int] = mapped_column(default=0)
-    """The fencing number: it grows with every claim."""
+    """The fencing token: every claim increments it."""
     tries: Mapped[int] = mapped_column(default=0)
-    """Errors so far."""
+    """The number of errors so far."""
     lost_leases: Mapped[int] = mapped_column(default=0)
     worker: Mapped[str | None] = mapped_column(sa.String(200))
     lease_until: Mapped[datetime | None]
     cancel_requested: Mapped[bool] = mapped_column(default=False)
-    """Somebody wants a running job stopped; its worker reads it with its next beat."""
+    """A cancellation of the running job is requested; its worker reads it at the next heartbeat."""
     steps_done: Mapped[int] = mapped_column(default=0)
     seconds_per_step: Mapped[float | None]
-    """Measured by its worker, the latest."""
+    """The latest measurement of its worker."""
     checkpoint_key: Mapped[str | None] = mapped_column(sa.String(400))
-    """The object from which the next attempt resumes. Workers before release 0.2 note leftovers here too, by an empty
-    text."""
+    """The object from which the next attempt resumes. Workers before release 0.2 note leftovers here too, by an
+    empty string."""
     leftovers: Mapped[bool] = mapped_column(default=False, server_default=sa.false())
-    """Whether attempts may have left objects beside the picture, to be deleted once the job has ended."""
+    """Whether attempts may have left objects beside the picture, which are deleted once the job has ended."""
     preview_until: Mapped[datetime | None]
-    """Until then somebody watches it, and its worker shows how it gets on."""
+    """Its worker writes previews until then."""
     preview_vae: Mapped[bool] = mapped_column(default=False, server_default=sa.false())
-    """Whether previews are decoded by the VAE, and not roughly from the latents."""
+    """Whether previews are decoded by the VAE, instead of roughly from the latents."""
 
     queued_at: Mapped[datetime | None]
     started_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]
     error: Mapped[str | None] = mapped_column(sa.Text)
-    """Why it failed, or why its last try did."""
+    """Why it, or its last try, failed."""
 
-    # The picture, for programs before release 0.2: they know no artifacts.
+    # The picture, for programs before release 0.2, which do not read artifacts.
     image_key: Mapped[str | None] = mapped_column(sa.String(400))
     image_sha256: Mapped[str | None] = mapped_column(sa.String(64))
     image_bytes: Mapped[int | None]
@@ -172,24 +172,24 @@ class JobRow(Base):
     model_sha256: Mapped[str | None] = mapped_column(sa.String(64))
     render_seconds: Mapped[float | None]
     device_seconds: Mapped[float | None]
-    """Its own part of the device's time."""
+    """Its share of the device's time."""
     charged_seconds: Mapped[float | None]
-    """The device seconds charged to its batch and owner for its dispatch, until the charge is corrected."""
+    """The device seconds charged to its batch and owner at dispatch, until the charge is corrected."""
     work_sha256: Mapped[str | None] = mapped_column(sa.String(64))
-    """Of spec and model name: who has the same one is the same work. None where that may not serve."""
+    """The hash of spec and model name; equal hashes mean equal work. NULL: never reused."""
     reused_from: Mapped[str | None] = mapped_column(sa.String(100))
-    """The job whose picture this is a copy of."""
+    """The job whose picture was copied."""
     warnings: Mapped[list[str] | None]
 
     artifacts: Mapped[list["ArtifactRow"]] = relationship(lazy="raise", viewonly=True)
 
     __table_args__ = (
         sa.UniqueConstraint("batch_id", "index"),
-        # How far a batch is, and what ended since somebody last looked.
+        # The progress of a batch, its jobs in the order in which they ended, and its jobs with errors.
         sa.Index("ix_jobs_batch_id_state", "batch_id", "state"),
         sa.Index("ix_jobs_batch_id_finished_at", "batch_id", "finished_at"),
         sa.Index("ix_jobs_wrong", "batch_id", "index", **_where("error IS NOT NULL")),
-        # The dispatcher's three questions, each over few rows: what is next, what is in Redis, whose lease ran out.
+        # The dispatcher's queries, each over few rows: pending jobs, jobs in Redis, expired leases.
         sa.Index("ix_jobs_backlog", "model", "batch_id", "index", **_where("state = 'pending'")),
         sa.Index("ix_jobs_queued", "model", "queued_at", **_where("state = 'queued'")),
         sa.Index("ix_jobs_running", "lease_until", **_where("state = 'running'")),
@@ -199,14 +199,14 @@ class JobRow(Base):
             "batch_id",
             **_where("charged_seconds IS NOT NULL AND state NOT IN ('queued', 'running')"),
         ),
-        # Who has done this work, and who is about to.
+        # The finished jobs and the active jobs of the same work.
         sa.Index("ix_jobs_work_done", "work_sha256", **_where("state = 'succeeded' AND work_sha256 IS NOT NULL")),
         sa.Index(
             "ix_jobs_work_active",
             "work_sha256",
             **_where("state IN ('pending', 'queued', 'running') AND work_sha256 IS NOT NULL"),
         ),
-        # Which jobs have leftovers to be deleted from the object store; the second, of workers before release 0.2.
+        # Ended jobs with leftovers in the object store; the second index is for workers before release 0.2.
         sa.Index("ix_jobs_leftovers", "finished_at", **_where("leftovers AND finished_at IS NOT NULL")),
         sa.Index(
             "ix_jobs_stale_checkpoints",
@@ -218,7 +218,7 @@ class JobRow(Base):
 
 
 class AttemptRow(Base):
-    """One attempt that ended, written with the move that ended it; the one under way is in its job's row."""
+    """An ended attempt, written with the move that ended it; the current attempt is in the job's row."""
 
     __tablename__ = "attempts"
 
@@ -235,13 +235,13 @@ class AttemptRow(Base):
 
 
 class ArtifactRow(Base):
-    """One object that a finished job has stored: its picture, or one beside it. Written with the job's success."""
+    """An object stored by a finished job: its picture, or an object beside it. Written with the job's success."""
 
     __tablename__ = "artifacts"
 
     job_id: Mapped[str] = mapped_column(sa.ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
     n: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
-    """Which of the job's artifacts of this role, from 0."""
+    """Its index among the job's artifacts of this role, from 0."""
     role: Mapped[str] = mapped_column(sa.String(40), primary_key=True)
     key: Mapped[str] = mapped_column(sa.String(400))
     sha256: Mapped[str | None] = mapped_column(sa.String(64))
@@ -254,10 +254,10 @@ class ArtifactRow(Base):
 
 
 class JobCountRow(Base):
-    """How many jobs of a batch are in a state: the sum over the shards.
+    """The number of a batch's jobs in a state, as the sum over shards.
 
-    Triggers on `jobs` keep it, so that it can't get out of step; a shard may be negative by itself. With shards,
-    transactions that move jobs of one batch do not wait for each other.
+    Triggers on `jobs` update it, so that it is always exact; a single shard may be negative. Because of the shards,
+    transactions that move jobs of the same batch do not wait for each other.
     """
 
     __tablename__ = "job_counts"
@@ -269,7 +269,7 @@ class JobCountRow(Base):
 
 
 class LeaderRow(Base):
-    """Which of several processes acts, by what they are to do, and until when unless it renews that."""
+    """The current leader for each role, and when its lease expires."""
 
     __tablename__ = "leaders"
 
@@ -279,12 +279,12 @@ class LeaderRow(Base):
 
 
 class WorkerRow(Base):
-    """One worker that is or was there, and what it holds."""
+    """A registered worker, alive or not, and the models that it serves."""
 
     __tablename__ = "workers"
 
     name: Mapped[str] = mapped_column(sa.String(200), primary_key=True)
-    """Celery's nodename, as Flower shows it."""
+    """Celery's nodename, as in Flower."""
     started_at: Mapped[datetime]
     seen_at: Mapped[datetime]
     device: Mapped[str] = mapped_column(sa.String(100))
@@ -292,22 +292,22 @@ class WorkerRow(Base):
     slots: Mapped[int]
     version: Mapped[str] = mapped_column(sa.String(40))
     models: Mapped[list[dict[str, Any]]]
-    """An entry for each model that it serves; `farm.jobs.served_models` writes and reads them."""
+    """An entry for each served model; `farm.jobs.served_models` writes and reads them."""
     memory_used: Mapped[int | None] = mapped_column(sa.BigInteger)
-    """Bytes of its device's memory; NULL if unknown."""
+    """Bytes in use on its device; NULL if unknown."""
     memory_total: Mapped[int | None] = mapped_column(sa.BigInteger)
     metrics_url: Mapped[str | None] = mapped_column(sa.Text)
-    """Where Prometheus finds its metrics, if anywhere."""
+    """The URL of its metrics for Prometheus, if it serves any."""
 
 
 class ReleaseRow(Base):
-    """A step of the schema, noted by the migration to it, for programs that are older than it."""
+    """A revision of the schema, recorded by its migration for older programs."""
 
     __tablename__ = "releases"
 
     revision: Mapped[str] = mapped_column(sa.String(32), primary_key=True)
-    """Alembic's."""
+    """Alembic's revision id."""
     version: Mapped[str] = mapped_column(sa.String(40))
-    """The farm's, which brought it."""
+    """The farm's version that introduced it."""
     serves_from: Mapped[str] = mapped_column(sa.String(32))
-    """The oldest revision whose programs work with this one as well."""
+    """The oldest revision whose programs also work with this schema."""

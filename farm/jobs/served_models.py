@@ -1,4 +1,4 @@
-"""What a worker says about its models and its device's memory, and its form in the table `workers`."""
+"""A worker's report on its models and its device's memory, and its form in the table `workers`."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -30,30 +30,30 @@ class MemoryLimit:
 
     @classmethod
     def below(cls, cost: int, native_pixels: int, guidance: Guidance) -> Self:
-        """The limit where a picture of `cost` (pixels times factor) does not fit; the model's own size is given too."""
+        """The limit where a picture of `cost` (pixels times factor) does not fit; `native_pixels`: the model's size."""
         return cls(cost - 1, (cost - 1) // native_pixels, guidance)
 
     def allows(self, spec: RenderSpec) -> bool:
-        """Whether a picture may fit. True if only one side is given, since only the worker knows the other one."""
+        """Whether a picture may fit. True if only one side is given, since only the worker knows the other."""
         factor = self.guidance.factor_of(spec)
         if spec.width is None and spec.height is None:
             return factor <= self.native_factor
         return spec.width is None or spec.height is None or spec.width * spec.height * factor <= self.pixels
 
     def lowered_to(self, other: Self) -> Self:
-        """What both limits of one worker allow."""
+        """The limit for pictures that both limits of a worker allow."""
         least = min(self.pixels, other.pixels), min(self.native_factor, other.native_factor)
         return type(self)(*least, self.guidance)
 
     def raised_to(self, other: Self) -> Self:
-        """What one of the limits of two workers allows."""
+        """The limit for pictures that the limit of either worker allows."""
         most = max(self.pixels, other.pixels), max(self.native_factor, other.native_factor)
         return type(self)(*most, self.guidance)
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """One model that a worker serves."""
+    """A model that a worker serves."""
 
     name: str
     loaded: bool = False
@@ -82,7 +82,7 @@ def served_columns(models: Iterable[ServedModel], memory: DeviceMemory | None) -
 
 
 def served_models(column: Iterable[Mapping[str, Any]]) -> tuple[ServedModel, ...]:
-    """The models in a worker's column `models`, whichever release wrote it."""
+    """The models in a worker's column `models`, written by any release."""
     return tuple(_from_json(entry) for entry in column)
 
 
@@ -135,5 +135,5 @@ def _from_json(entry: Mapping[str, Any]) -> ServedModel:
 
 
 def _guidance(said: Mapping[str, Any]) -> Guidance:
-    known = {field.name for field in fields(Guidance)}  # a later release may say more
+    known = {field.name for field in fields(Guidance)}  # a later release may add fields
     return Guidance(**{name: value for name, value in said.items() if name in known})

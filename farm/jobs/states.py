@@ -1,4 +1,4 @@
-"""The states of a job, who moves it out of each, and what becomes of its attempts."""
+"""The states of a job, the transitions between them, and the outcomes of attempts."""
 
 from collections.abc import Mapping
 from enum import StrEnum
@@ -6,29 +6,28 @@ from types import MappingProxyType
 
 
 class JobState(StrEnum):
-    """Where a job is. Terminal states never change, but for a failed job that a person wants tried anew."""
+    """The state of a job. Terminal states are final, except that failed jobs can be retried."""
 
-    # In SQL's backlog. The dispatcher moves it to queued, or to succeeded if the same work has been done before; a
-    # cancel, to cancelled.
+    # In the backlog in SQL. The dispatcher moves it to queued, or to succeeded with a copy of the same work's picture;
+    # a cancel, to cancelled.
     PENDING = "pending"
-    # Its message is in Redis. A worker's claim moves it to running, or back to pending when it had no memory for it;
-    # the dispatcher, back to pending when the message is gone; a pause, back to pending; a cancel, to cancelled.
+    # Its message is in Redis. A worker's claim moves it to running, or back to pending if the worker lacks the memory;
+    # the dispatcher, back to pending if the message is lost; a pause, back to pending; a cancel, to cancelled.
     QUEUED = "queued"
-    # Under a worker's lease. That worker moves it on to one of the terminal states, or back to pending when it
-    # drains, when the job is paused, or at an error worth another try; the dispatcher, back to pending when the lease
-    # is lost.
+    # Under a worker's lease. The worker moves it to a terminal state, or back to pending when it drains, when the job
+    # is paused, or after a retryable error; the dispatcher, back to pending when the lease has expired.
     RUNNING = "running"
     # Its picture is in the object store.
     SUCCEEDED = "succeeded"
-    # Out of tries, a bad spec, or set aside because it kept losing its workers. A person's retry, and nothing else,
-    # moves it to pending: its tries begin anew, its attempts count on.
+    # Out of tries, an invalid spec, or set aside after too many lost leases. Only a user's retry moves it, to pending:
+    # that resets its tries, but not its attempts.
     FAILED = "failed"
-    # A person cancelled it, and nothing renders it any more.
+    # Cancelled by a user; it is no longer rendered.
     CANCELLED = "cancelled"
 
     @property
     def terminal(self) -> bool:
-        """Whether the job has ended: nothing but a person's retry of a failed one changes this state any more."""
+        """Whether the job has ended: only a retry of a failed job changes its state again."""
         return self not in ACTIVE
 
 
@@ -42,22 +41,22 @@ TRANSITIONS: Mapping[JobState, frozenset[JobState]] = MappingProxyType(
         JobState.CANCELLED: frozenset(),
     }
 )
-"""Which states may follow which."""
+"""The states that may follow each state."""
 
 ACTIVE = (JobState.PENDING, JobState.QUEUED, JobState.RUNNING)
 """The states that are not terminal."""
 
 
 class Outcome(StrEnum):
-    """What became of an attempt."""
+    """How an attempt ended."""
 
     SUCCEEDED = "succeeded"
-    # By an error that no other try can help, or by one too many.
+    # An error that is not retryable, or an error at the last try.
     FAILED = "failed"
-    # By an error; the job went back to the backlog.
+    # An error; the job went back to the backlog.
     RETRIED = "retried"
-    # Its lease ran out.
+    # Its lease expired.
     LOST = "lost"
-    # Its worker drained, or the job was paused; the next attempt goes on from there.
+    # Its worker drained, or the job was paused; the next attempt resumes it.
     HANDED_BACK = "handed_back"
     CANCELLED = "cancelled"

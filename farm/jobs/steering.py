@@ -1,4 +1,4 @@
-"""`Steering`: cancels, pauses, resumes and retries jobs, as users ask.
+"""`Steering`: cancels, pauses, resumes and retries jobs at the request of users.
 
 Each method takes a batch, a job, or an owner: all batches of that owner. Pausing an owner also pauses later batches;
 batches whose submission is not complete are not cancelled.
@@ -25,12 +25,12 @@ _Where = sa.ColumnElement[bool]
 _PIECE = 2000
 """How many jobs a transaction changes: some 40 ms, during which workers that renew their leases wait."""
 _REST_SECONDS = 0.02
-"""How long others may write before the next piece: SQLite has one writer."""
+"""The pause between pieces, in which others can write: SQLite has one writer."""
 
 
 @dataclass(frozen=True)
 class Which:
-    """The jobs that are meant: those of a batch, one job, or those of an owner."""
+    """A selection of jobs: those of a batch, one job, or those of an owner."""
 
     batch_id: str | None = None
     job_id: str | None = None
@@ -42,14 +42,14 @@ class Which:
 
     @property
     def jobs(self) -> _Where:
-        """A job is one of them."""
+        """The condition for its jobs."""
         if self.owner is not None:
             return JobRow.batch_id.in_(sa.select(BatchRow.id).where(BatchRow.owner == self.owner))
         return JobRow.batch_id == self.batch_id if self.batch_id is not None else JobRow.id == self.job_id
 
     @property
     def batches(self) -> _Where:
-        """A batch has some of them."""
+        """The condition for the batches of its jobs."""
         if self.owner is not None:
             return BatchRow.owner == self.owner
         of_job = sa.select(JobRow.batch_id).where(JobRow.id == self.job_id).scalar_subquery()
@@ -57,7 +57,7 @@ class Which:
 
 
 class Steering:
-    """Cancels, pauses, resumes, retries and watches jobs, as users ask."""
+    """Cancels, pauses, resumes and retries jobs, and requests their previews."""
 
     def __init__(self, db: Database) -> None:
         self._db = db
@@ -65,7 +65,7 @@ class Steering:
     def cancel(self, *, batch_id: str | None = None, job_id: str | None = None, owner: str | None = None) -> int:
         """Cancel the active jobs; returns how many.
 
-        Jobs that wait end at once. Running jobs are marked, and their workers stop them and report it. Many jobs are
+        Waiting jobs end at once. Running jobs are marked, and their workers stop them and report it. Many jobs are
         cancelled some thousands at a time; an interrupted call can be repeated.
         """
         which = Which(batch_id, job_id, owner)
@@ -97,7 +97,7 @@ class Steering:
         return count
 
     def resume(self, *, batch_id: str | None = None, job_id: str | None = None, owner: str | None = None) -> int:
-        """End a pause; returns how many active jobs there are.
+        """End a pause; returns the number of active jobs.
 
         Pauses are independent: a job stays paused while it, its batch or its owner is paused in another way.
         """
@@ -123,9 +123,9 @@ class Steering:
             session.execute(sa.text(first + again), {"name": which.owner, "paused": paused})
 
     def retry(self, *, batch_id: str | None = None, job_id: str | None = None, owner: str | None = None) -> int:
-        """Retry the failed jobs, with all their tries; returns how many.
+        """Retry the failed jobs, with all tries again; returns how many.
 
-        The only move out of a terminal state. The jobs start from the first step; their attempts are counted further.
+        The only move out of a terminal state. The jobs start from the first step; their attempts are not reset.
         Many jobs are retried some thousands at a time, as `cancel` does.
         """
         which = Which(batch_id, job_id, owner)
@@ -135,8 +135,8 @@ class Steering:
             def retry(session: Session, jobs: _Where = jobs, batch: _Where = batch) -> int:
                 retried = finalize(session, _RETRY, jobs)
                 if retried:
-                    # After the jobs: another process that notes the batch's end meanwhile has either not seen them,
-                    # and is corrected here, or waits for this row, and sees them then.
+                    # After the jobs: a process that notes the batch's end meanwhile either has not seen them, and is
+                    # corrected here, or waits for this row and then sees them.
                     session.execute(sa.update(BatchRow).where(batch).values(ended_at=None))
                 return len(retried)
 
@@ -147,7 +147,7 @@ class Steering:
     def request_preview(self, job_id: str, *, vae: bool, seconds: float = 30) -> bool:
         """Ask for previews of a job for that many seconds; False if it has ended, or does not exist.
 
-        The latest request decides whether previews are decoded by the VAE. A job that waits keeps the request.
+        The latest request decides whether previews are decoded by the VAE. A waiting job keeps the request.
         """
         with self._db.write() as session:
             row = session.execute(
@@ -196,7 +196,7 @@ def _active(session: Session, which: Which) -> int:
     return session.scalar(query) or 0
 
 
-# One statement for all active states: between two, a job could move from the state of one into that of the other.
+# One statement for all active states: between two statements, a job could change its state and be missed.
 _CANCEL = Move(
     {
         JobState.PENDING: JobState.CANCELLED,

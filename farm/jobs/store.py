@@ -1,7 +1,7 @@
-"""`JobStore`: the classes that read and write jobs in SQL, held together.
+"""`JobStore`: all classes that read and write jobs in SQL.
 
-Only these classes write the state of jobs. Every move names the state that it leaves, and a worker's move also the
-attempt that it holds: a writer that comes second matches no row.
+Only these classes write the state of jobs. Every update matches the state that it leaves, and a worker's
+update also its attempt: the second of two writers matches no row.
 """
 
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from farm.settings import Settings
 
 @dataclass(frozen=True)
 class JobStore:
-    """One class for each concern, all over the same database."""
+    """One class for each concern, all on the same database."""
 
     submissions: Submissions
     backlog: Backlog
@@ -42,7 +42,7 @@ class JobStore:
 
     @classmethod
     def over(cls, db: Database, settings: Settings) -> Self:
-        """Build all of them over a database."""
+        """Build all of them on a database."""
         return cls(
             submissions=Submissions(db),
             backlog=Backlog(db, settings),

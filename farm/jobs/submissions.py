@@ -1,4 +1,4 @@
-"""`Submissions`: a batch's way into SQL: staged in chunks that nobody sees, then accepted whole."""
+"""`Submissions`: writes batches to SQL, staged in invisible chunks and accepted as a whole."""
 
 import hashlib
 import logging
@@ -22,9 +22,9 @@ from farm.specs.spec import MAX_SEED, RenderSpec
 log = logging.getLogger(__name__)
 
 ABANDONED_SECONDS = 3600.0
-"""After how long without a further job a submission counts as broken off."""
+"""A submission that has written no job for so long is abandoned."""
 _CHUNK = 2000
-"""How many rows a transaction writes or deletes: some 50 ms on SQLite, where workers wait meanwhile."""
+"""How many rows a transaction writes or deletes: some 50 ms on SQLite, during which workers wait."""
 
 _COLUMNS = ("id", "batch_id", "index", "spec", "model", "priority", "work_sha256")
 _DEFAULTS: dict[str, Any] = {
@@ -37,18 +37,18 @@ _Row = tuple[Any, ...]
 
 
 def new_batch_id(name: str) -> str:
-    """An id that reminds of the batch's name and is nobody else's."""
+    """A unique id that starts with the batch's name."""
     alphabet = "23456789abcdefghjkmnpqrstuvwxyz"
     return "-".join((slug(name)[:30].strip("-") or "batch", "".join(secrets.choice(alphabet) for _ in range(8))))
 
 
 def seed_from(key: str, place: int) -> int:
-    """A seed that a submission's key decides."""
+    """The seed of a job, derived from its submission's key and its index."""
     return int.from_bytes(hashlib.sha256(f"{place}\n{key}".encode()).digest()[:8]) % (MAX_SEED + 1)
 
 
 class Submissions:
-    """Writes batches with their jobs, and discards those whose submission broke off."""
+    """Writes batches with their jobs, and discards abandoned submissions."""
 
     def __init__(self, db: Database) -> None:
         self._db = db
@@ -66,19 +66,19 @@ class Submissions:
     ) -> str:
         """Write a batch and all its jobs as pending; returns the batch's id.
 
-        All or nothing: the jobs are staged in short transactions under a batch that nobody sees, and accepted in one
-        statement. Whatever is raised meanwhile, by `specs` too, leaves nothing; what a crash leaves is swept.
+        All or nothing: the jobs are staged in short transactions under an invisible batch, and accepted in one
+        statement. An exception, also of `specs`, deletes the staged rows; after a crash, they are swept later.
 
-        With a `key`, the same owner's submission of the same specs in the same order is the same batch: its id is
-        returned, and nothing is written. Seeds nobody chose are then drawn from the key and the place. With `reuse`,
-        a job of which the same was rendered already may get a copy of that picture.
+        With a `key`, a second submission of the same specs in the same order by the same owner writes nothing and
+        returns the id of the first batch. Missing seeds are then derived from the key and the index. With `reuse`, a
+        job may get a copy of an existing picture of the same work.
 
-        Raises `InvalidInput` if there are no specs, `KeyUsed` if the key was used before for others.
+        Raises `InvalidInput` without specs, `KeyUsed` if the key was used before for other specs.
         """
         batch = BatchRow(
             id=new_batch_id(name), name=name, owner=owner, priority=priority, total=0, reuse=reuse, weight=weight
         )
-        # Read now: an instance of a finished session would be looked up again.
+        # Read now: after its session, the instance would be loaded again.
         batch_id, content = batch.id, hashlib.sha256()
         rows = _rows(batch, _seeded(specs, key) if key is not None else specs, content.update)
         first = None if key is None else self._first(owner, key)
@@ -99,14 +99,14 @@ class Submissions:
                         _set_staged(session, batch_id, accepted_at=now(), created_at=now(), **accept)
                 staged, chunk = True, following
         except IntegrityError:
-            # Somebody else's submission with this key was accepted meanwhile.
+            # Another submission with this key was accepted meanwhile.
             self.discard(batch_id)
             first = None if key is None else self._first(owner, key)
             if first is None:
                 raise
             return self._same(first, key, total, content.hexdigest())
         except BaseException as error:
-            # What the database had done when its answer was lost is done all the same.
+            # The commit may have succeeded although its answer was lost.
             if not (isinstance(error, DatabaseUnavailable) and self._accepted(batch_id)):
                 if staged:
                     self._discard_quietly(batch_id)
@@ -117,7 +117,7 @@ class Submissions:
         return batch_id
 
     def abandoned(self, limit: int = 100) -> list[str]:
-        """The batches whose submission was broken off by a crash."""
+        """Return the ids of batches whose submission was interrupted by a crash."""
         old = BatchRow.created_at < now_plus(sa.literal(-ABANDONED_SECONDS))
         with self._db.read() as session:
             return list(session.scalars(sa.select(BatchRow.id).where(~ACCEPTED, old).limit(limit)))
@@ -134,7 +134,7 @@ class Submissions:
             session.execute(sa.delete(BatchRow).where(BatchRow.id == batch_id, ~ACCEPTED))
 
     def _accepted(self, batch_id: str) -> bool:
-        """Whether it is known to be accepted."""
+        """Whether the batch is known to be accepted."""
         try:
             with self._db.read() as session:
                 return session.scalar(sa.select(BatchRow.id).where(BatchRow.id == batch_id, ACCEPTED)) is not None
@@ -164,7 +164,7 @@ class Submissions:
 
 
 def _seeded(specs: Iterable[RenderSpec], key: str) -> Iterator[RenderSpec]:
-    """The specs with seeds that the key decides, where nobody chose one."""
+    """The specs, with missing seeds derived from the key."""
     for index, spec in enumerate(specs, 1):
         if "seed" in spec.model_fields_set:
             yield spec
@@ -179,7 +179,7 @@ def _rows(batch: BatchRow, specs: Iterable[RenderSpec], seen: Callable[[bytes], 
         data = text.encode()
         seen(data)
         seen(b"\n")
-        # Nobody renders the same with a seed that was drawn: such jobs need not burden the index.
+        # A random seed makes the work unique: such jobs are left out of the index.
         work = hashlib.sha256(data).hexdigest() if reuse and "seed" in spec.model_fields_set else None
         yield (f"{batch_id}-{index}", batch_id, index, text, spec.model, priority, work, *defaults)
 
@@ -190,7 +190,7 @@ def _chunks(rows: Iterator[_Row]) -> Iterator[list[_Row]]:
 
 
 def _stage(session: Session, batch: BatchRow | None, batch_id: str, rows: list[_Row]) -> None:
-    """Write rows of a batch that is not accepted yet, and that its writer is still there."""
+    """Write rows of a batch that is not accepted yet, and record that its submission is alive."""
     if batch is not None:
         batch.created_at = now()
         session.add(batch)
@@ -200,12 +200,12 @@ def _stage(session: Session, batch: BatchRow | None, batch_id: str, rows: list[_
     connection = session.connection()
     columns = ", ".join(f'"{name}"' for name in _ALL_COLUMNS)
     if connection.dialect.name == "sqlite":
-        # The driver's own: SQLAlchemy's takes three times as long for a million rows.
+        # The driver's own `executemany`: SQLAlchemy's takes three times as long for a million rows.
         places = ", ".join("?" * len(_ALL_COLUMNS))
         connection.exec_driver_sql(f"INSERT INTO jobs ({columns}) VALUES ({places})", rows)  # noqa: S608
         return
     try:
-        cursor: Any = connection.connection.cursor()  # psycopg's own: SQLAlchemy has no COPY
+        cursor: Any = connection.connection.cursor()  # psycopg's cursor: SQLAlchemy has no COPY
         with cursor, cursor.copy(f"COPY jobs ({columns}) FROM STDIN") as copy:
             for row in rows:
                 copy.write_row(row)

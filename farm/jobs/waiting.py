@@ -1,4 +1,4 @@
-"""Queries of the backlog: which batches have pending jobs, and which of these may be queued next."""
+"""Queries on the backlog: the batches with pending jobs, and the jobs that may be queued next."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -51,9 +51,9 @@ def in_line(model: str) -> sa.Select[*tuple[Any, ...]]:
 def next_jobs(
     model: str, batch_id: str, count: int, after: int = 0, limits: Sequence[MemoryLimit] = ()
 ) -> sa.Select[*tuple[Any, ...]]:
-    """The next jobs of a batch that may be dispatched, in order, from the one after that position.
+    """The next jobs of a batch that may be dispatched, in order, after position `after`.
 
-    `limits` are those of the live workers' memory; None if every picture may fit.
+    `limits` are the memory limits of the live workers; empty if every picture may fit.
     """
     return (
         sa.select(JobRow.id, JobRow.position, JobRow.work_sha256)

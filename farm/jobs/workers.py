@@ -1,4 +1,4 @@
-"""`Workers`: the worker processes that have registered, and what those that are alive serve."""
+"""`Workers`: the registered worker processes, and the models that live workers serve."""
 
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
@@ -18,7 +18,7 @@ def alive(lease_seconds: float) -> sa.ColumnElement[bool]:
 def live_models(
     session: Session, lease_seconds: float, *which: sa.ColumnElement[bool]
 ) -> list[tuple[ServedModel, ...]]:
-    """Return the models of each live worker, or of those live workers for which a condition holds."""
+    """Return the models of each live worker that satisfies the conditions."""
     query = sa.select(WorkerRow.models).where(alive(lease_seconds), *which)
     return [served_models(models) for models in session.scalars(query)]
 
@@ -31,7 +31,7 @@ class Workers:
         self._lease_seconds = settings.lease_seconds
 
     def register(self, worker: WorkerInfo) -> None:
-        """Record a worker that has just started, in place of an earlier one of its name."""
+        """Record a worker that has just started; replaces an earlier worker of that name."""
         values = {
             "device": worker.device,
             "dtype": worker.dtype,
@@ -53,7 +53,7 @@ class Workers:
             session.execute(sa.update(WorkerRow).where(WorkerRow.name == worker.name).values(values))
 
     def deregister(self, worker: str) -> None:
-        """Remove a worker that has stopped in good order."""
+        """Remove a worker that has shut down cleanly."""
         with self._db.write() as session:
             session.execute(sa.delete(WorkerRow).where(WorkerRow.name == worker))
 

@@ -1,4 +1,4 @@
-"""The embedded farm: what `farm up` starts, and whether it runs."""
+"""The embedded farm of `farm up`: its parts, its files and its checks."""
 
 from farm.local.embedded_farm import LocalFarm
 from farm.local.home import running

@@ -6,7 +6,7 @@ from farm.settings import EMBEDDED_FILE, Settings
 
 
 def check_home(settings: Settings) -> Finding:
-    """Whether the embedded farm runs, and keeps its passwords to itself."""
+    """Check that the embedded farm runs, and that its passwords are private."""
     path = (settings.home / EMBEDDED_FILE).absolute()
     pid = running(settings.home)
     if pid is None:

@@ -1,4 +1,4 @@
-"""The embedded farm as a whole: its parts started in order, kept running, drained and stopped."""
+"""The embedded farm: starts its parts in order, keeps them running, drains and stops them."""
 
 import contextlib
 import threading
@@ -24,10 +24,11 @@ from farm.settings import EMBEDDED_FILE, Settings, variables_naming_a_farm
 
 
 class LocalFarm:
-    """The embedded farm in a folder: real servers from wheels, SQLite, dispatcher, workers and Flower.
+    """The embedded farm in a folder: servers from wheels, SQLite, dispatcher, workers and Flower.
 
     `start` returns when every part answers; `stop` drains the workers and leaves no process behind. State, ports and
-    credentials stay in the folder. As a context manager it starts and stops; `run` is `farm up`. Start an object once.
+    credentials stay in the folder. As a context manager it starts and stops; `run` is `farm up`. An object can be
+    started once.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class LocalFarm:
         self._settings: Settings | None = None
         self._servers: list[KeptPart] = []
         self._users: list[KeptPart] = []
-        # One thread starts, watches and ends all processes, so that none needs a lock. It lives as long as the farm:
+        # One thread starts, watches and ends all processes, so no locks are needed. It lives as long as the farm:
         # the kernel kills a process when the thread that started it ends.
         self._keeper: threading.Thread | None = None
         self._up = threading.Event()
@@ -58,7 +59,7 @@ class LocalFarm:
 
     @property
     def settings(self) -> Settings:
-        """The settings that lead to this farm, whatever services the environment names."""
+        """The settings of this farm, regardless of the environment."""
         if self._settings is None:
             raise NotConfigured("the embedded farm has not been started")
         return self._settings
@@ -66,8 +67,8 @@ class LocalFarm:
     def start(self) -> None:
         """Start every part and wait until each answers.
 
-        Raises `AlreadyRunning` when a farm runs in this home, `NotConfigured` when packages are missing, and
-        `PartFailed`, with its last lines and everything stopped again, when a part does not come up.
+        Raises `AlreadyRunning` if a farm runs in this home, `NotConfigured` if packages are missing, and `PartFailed`
+        with the part's last lines if a part does not come up; every part is then stopped.
         """
         parts.require(worker=self._workers > 0, flower=self._flower)
         self.home.take()
@@ -85,7 +86,7 @@ class LocalFarm:
             raise
 
     def stop(self) -> None:
-        """Drain and stop every part; does nothing when nothing runs."""
+        """Drain and stop every part; does nothing if the farm is not running."""
         self._stop.set()
         if self._keeper is not None:
             self._keeper.join()
@@ -93,12 +94,12 @@ class LocalFarm:
         self.home.release()
 
     def kill(self) -> None:
-        """Stop every part at once, without a drain: its jobs are rendered by another worker after their leases."""
+        """Stop every part at once, without a drain: other workers render its jobs after their leases expire."""
         self._hurry.set()
         self.stop()
 
     def run(self) -> None:
-        """Start, show the parts, and stop at SIGINT, SIGTERM or SIGHUP; a second signal kills what still runs.
+        """Start, print the parts, and stop at SIGINT, SIGTERM or SIGHUP; a second signal kills the remaining processes.
 
         Call it from the main thread. Raises what `start` raises.
         """
@@ -136,7 +137,7 @@ class LocalFarm:
         return table
 
     def pids(self) -> dict[str, int]:
-        """The process id of each part that runs now."""
+        """The process id of each running part."""
         return {kept.part.name: process.pid for kept in self._kept if (process := kept.process) is not None}
 
     def __enter__(self) -> Self:
@@ -153,7 +154,7 @@ class LocalFarm:
         return [*self._servers, *self._users]
 
     def _say(self, text: str) -> None:
-        with contextlib.suppress(OSError):  # the terminal may be gone, and the parts must be stopped all the same
+        with contextlib.suppress(OSError):  # the terminal may be gone, but the parts must still be stopped
             self._console.print(Text(text), soft_wrap=True)
 
     def _warn_of_environment(self) -> None:

@@ -20,8 +20,7 @@ LOOPBACK = "127.0.0.1"
 BUCKET = "farm"
 GRPC = 10_000
 """The offset of SeaweedFS's gRPC ports from its HTTP ports; its `.port.grpc` flags do not change it."""
-# Below the range from which Linux and macOS take ports for outgoing connections, so that the same ports are mostly
-# still free after a restart.
+# Below the ephemeral port range of Linux and macOS, so the same ports are usually still free after a restart.
 _PORTS = range(12_000, 22_000, 10)
 _PORT_NAMES = ("redis", "flower", "s3", "master", "volume", "filer", "admin")
 
@@ -44,11 +43,11 @@ class Access:
     """Signs the requests between SeaweedFS's own parts; their ports refuse all others."""
     flower_user: str = "farm"
     flower_password: str = field(default_factory=lambda: secrets.token_urlsafe(12), repr=False)
-    """Shorter than the others, since people type it."""
+    """Shorter than the others, because people type it."""
 
 
 class Home:
-    """The folder of one embedded farm, and the lock that only its process holds."""
+    """The folder of an embedded farm, and the lock that its process holds."""
 
     def __init__(self, path: Path) -> None:
         self.path = path.absolute()
@@ -57,8 +56,8 @@ class Home:
     def take(self) -> None:
         """Create the folder, if needed, and lock it; raises `AlreadyRunning` if another farm runs there.
 
-        The files in it are private, even if the folder existed before and is open. The kernel releases the lock when
-        the process dies.
+        The files in it are private, even if the folder existed before and is readable by others. The kernel releases
+        the lock when the process dies.
         """
         if not self.path.exists():
             self.path.mkdir(parents=True, mode=0o700)
@@ -106,7 +105,7 @@ class Home:
         return _private(self.path / part)
 
     def access(self) -> Access:
-        """The credentials and ports of the last run; missing ones are generated, and ports in use replaced."""
+        """The credentials and ports of the last run; generates missing ones, and replaces ports in use."""
         kept = self._kept()
         ports = kept.pop("ports", None)
         if not isinstance(ports, dict) or set(ports) != set(_PORT_NAMES) or not _free(list(ports.values())):
@@ -115,7 +114,7 @@ class Home:
         return Access(ports=ports, **{name: value for name, value in kept.items() if name in names})
 
     def settings(self, access: Access) -> Settings:
-        """The settings of this farm, whatever services the environment names."""
+        """The settings of this farm, regardless of the environment."""
         return Settings.load(home=self.path, **self.services(access))
 
     def save(self, access: Access) -> None:
@@ -202,9 +201,10 @@ _claims: list[int] = []
 
 
 def _claim(first: int) -> bool:
-    """Claim ten ports against other farms that start on this machine, until this process ends; False if claimed.
+    """Reserve ten ports against other farms that start on this machine; False if another farm has them.
 
-    The parts bind them one after the other, some only after seconds. Only on Linux: its abstract sockets need no file.
+    The reservation lasts until this process ends, because some parts bind their ports only after seconds. Linux only:
+    its abstract sockets need no file.
     """
     if sys.platform != "linux":
         return True

@@ -1,4 +1,4 @@
-"""One part of the embedded farm kept running."""
+"""Keeps a part of the embedded farm running."""
 
 from collections.abc import Callable
 
@@ -8,12 +8,12 @@ from farm.local.process import PartProcess
 from farm.runtime.supervisor import Fault, KeptProcess, Program, RestartPolicy
 
 FIRST_DELAY_SECONDS, LONGEST_DELAY_SECONDS = 0.5, 15.0
-"""How long a part waits for its restart: twice as long after each fault in a row."""
+"""The wait before a part restarts; it doubles after each consecutive fault."""
 HEALTHY_SECONDS = 30.0
 
 
 class KeptPart(KeptProcess[PartProcess]):
-    """A part that is kept running, with its log bounded."""
+    """Keeps a part running, and bounds its log."""
 
     def __init__(self, part: Part, home: Home, report: Callable[[str], None]) -> None:
         program = Program(
@@ -38,7 +38,7 @@ class KeptPart(KeptProcess[PartProcess]):
 
 
 def explained(program: Program[PartProcess], fault: Fault[PartProcess]) -> tuple[str, str]:
-    """What is wrong with a part, and how its log ends."""
+    """The fault of a part, with the end of its log."""
     seconds = program.ready_seconds
     what = f"does not answer after {seconds:.0f} s" if fault.status is None else f"died (exit {fault.status})"
     lines = "".join(f"\n  | {line}" for line in fault.process.last_lines())

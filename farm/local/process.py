@@ -1,4 +1,4 @@
-"""The process of one part: logged, and found again after its farm was killed."""
+"""The process of a part: logs its output, and finds leftover processes of a killed farm."""
 
 import contextlib
 import json
@@ -16,11 +16,11 @@ from farm.runtime.terminal_text import printable
 
 LOG_BYTES = 16 * 2**20
 _SAME_SECONDS = 1.5
-"""By how much the time of a process' start may seem to move: the boot time in it, whole seconds, follows the clock."""
+"""The tolerance for a process's start time: it is computed from the boot time, in seconds, which follows the clock."""
 
 
 class PartProcess(ChildProcess):
-    """One process of a part, from its start to its end; the next start makes a new one."""
+    """A process of a part; each start of the part creates a new object."""
 
     def __init__(
         self,
@@ -32,7 +32,7 @@ class PartProcess(ChildProcess):
         cwd: Path | None = None,
         litter: Sequence[Path] = (),
     ) -> None:
-        """Start it. `litter` are files outside the home that it leaves behind when it is killed."""
+        """Start it. `litter`: files outside the home that it leaves behind when it is killed."""
         self.log = home.logs / f"{name}.log"
         self.started_at = datetime.now(UTC)
         self._pid_file = home.run / f"{name}.pid"
@@ -44,7 +44,7 @@ class PartProcess(ChildProcess):
         _remember(self._pid_file, self.pid)
 
     def clear(self) -> None:
-        """Kill what is left of its process group, and remove its pid file and its litter."""
+        """Kill the rest of its process group, and delete its pid file and its litter."""
         super().clear()
         self._pid_file.unlink(missing_ok=True)
         self._remove_litter()
@@ -60,12 +60,12 @@ class PartProcess(ChildProcess):
             return log.read()
 
     def last_lines(self, count: int = 10) -> list[str]:
-        """The end of its output, without the control characters that would steer a terminal."""
+        """The end of its output, without control characters."""
         lines = self.written()[-16_384:].decode(errors="replace").expandtabs().splitlines()
         return [printable(line) for line in lines if line.strip()][-count:]
 
     def bound_log(self) -> None:
-        """Move a log that is longer than `LOG_BYTES` aside, and continue with an empty one."""
+        """Rotate its log if it is longer than `LOG_BYTES`."""
         if self.log.stat().st_size > LOG_BYTES:
             shutil.copyfile(self.log, self.log.with_suffix(".log.1"))
             os.truncate(self.log, 0)
@@ -73,7 +73,7 @@ class PartProcess(ChildProcess):
 
 
 def rotate_log(home: Home, name: str) -> None:
-    """Move the log of the last run aside."""
+    """Rotate the log of the last run."""
     log = home.logs / f"{name}.log"
     if log.exists() and log.stat().st_size:
         log.replace(log.with_suffix(".log.1"))
@@ -82,7 +82,7 @@ def rotate_log(home: Home, name: str) -> None:
 def end_leftovers(home: Home) -> list[str]:
     """Kill the processes that a killed farm left running in this home; returns the parts' names.
 
-    A process is a part if it has the recorded id and the recorded time of start, since the kernel uses ids again.
+    A process is a part if its id and its start time match the recorded ones, because the kernel reuses ids.
     """
     import psutil
 
@@ -103,6 +103,6 @@ def end_leftovers(home: Home) -> list[str]:
 def _remember(pid_file: Path, pid: int) -> None:
     import psutil
 
-    with contextlib.suppress(psutil.Error):  # it may be gone already
+    with contextlib.suppress(psutil.Error):  # it may have ended already
         record = {"pid": pid, "create_time": psutil.Process(pid).create_time()}
         write_atomic(pid_file, json.dumps(record) + "\n", private=True)

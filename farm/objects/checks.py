@@ -1,4 +1,4 @@
-"""Checks of the object store: whether the farm can use it, and strangers can not."""
+"""Checks of the object store: whether the farm can use it, and whether it requires credentials."""
 
 import contextlib
 import secrets
@@ -16,7 +16,7 @@ from farm.settings import Settings
 
 
 def check_storage(settings: Settings) -> Finding:
-    """Write, read and delete one small object, and try the same without credentials."""
+    """Write, read and delete a small object, and try the same without credentials."""
     where = f"{without_login(settings.s3_endpoint_url or 'AWS S3')}, bucket {settings.s3_bucket}"
     storage = Storage(settings)
     key, data = f".doctor-{secrets.token_hex(8)}", secrets.token_bytes(64)
@@ -55,7 +55,7 @@ def _remedy(error: StorageUnavailable) -> str:
 
 
 def _allowed_without_credentials(settings: Settings, key: str) -> list[str]:
-    """What the bucket allows without credentials; a write is tried on the object of this key."""
+    """The operations that the bucket allows without credentials; writes are tried on the object with this key."""
     client = boto3.session.Session(region_name=settings.s3_region).client(
         "s3",
         endpoint_url=settings.s3_endpoint_url,

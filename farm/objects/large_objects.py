@@ -1,6 +1,6 @@
 """Objects of many gigabytes: uploaded in parts that a later try resumes, read in ranges.
 
-boto3's own transfers (s3transfer) can't resume: each begins a new upload, and aborts it when it fails.
+boto3's own transfers (s3transfer) can't resume: each starts a new upload, and aborts it on failure.
 """
 
 import base64
@@ -41,7 +41,7 @@ class Outgoing:
 
 @dataclass(frozen=True)
 class _Part:
-    """A range of a file that goes in one request."""
+    """A range of a file that is sent in one request."""
 
     file: Outgoing
     start: int
@@ -88,9 +88,9 @@ def abort_uploads(storage: Storage, prefix: str) -> None:
 
 
 def read_range(storage: Storage, bucket: str, key: str, start: int, length: int, etag: str | None = None) -> bytes:
-    """A range of an object's bytes, in any bucket; only if the object still has the ETag, where that is given.
+    """A range of an object's bytes, in any bucket; if an ETag is given, the object must still have it.
 
-    Raises `NotFound`, and `StorageUnavailable` for an answer that is too short.
+    Raises `NotFound`, and `StorageUnavailable` for a response that is too short.
     """
     if not length:
         return b""
@@ -129,7 +129,7 @@ def _is_stored(storage: Storage, file: Outgoing) -> bool:
 
 
 def _resume_upload(storage: Storage, file: Outgoing) -> tuple[str, dict[int, str]]:
-    """The id of an object's interrupted upload, and the ETags of its parts by number; of a new one if there is none."""
+    """The id of an object's interrupted upload, or of a new upload, and the ETags of its parts by number."""
     with storage.client(file.key) as s3:
         interrupted = [
             found["UploadId"]
@@ -158,7 +158,7 @@ def _upload_part(storage: Storage, part: _Part) -> tuple[_Part, str]:
         stream.seek(part.start)
         data = stream.read(part.length)
     digest = hashlib.md5(data, usedforsecurity=False)
-    # A store that encrypts has other ETags: there each part is sent again.
+    # An encrypting store has different ETags: each part is sent again.
     if part.stored_etag is not None and part.stored_etag.strip('"') == digest.hexdigest():
         return part, part.stored_etag
     md5 = base64.b64encode(digest.digest()).decode()

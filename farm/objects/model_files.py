@@ -17,7 +17,7 @@ INDEX = "model_index.json"
 MANIFEST = "farm-model.json"
 """The manifest's file name, beside a checkpoint's `model_index.json`."""
 CONFIGS = ("*.json", "*.txt", "*.model")
-# Exact names exclude the variants beside them (fp16, non_ema): gigabytes that are never loaded.
+# Exact names exclude other variants (fp16, non_ema): gigabytes that are never loaded.
 WEIGHTS = (
     "model.safetensors",
     "model-*-of-*.safetensors",
@@ -111,7 +111,7 @@ def version(hashes: Mapping[str, str]) -> str:
 def is_needed(path: str) -> bool:
     """Whether a path belongs to a checkpoint: `model_index.json`, and configs and weights of its parts.
 
-    Rejects every other name: paths out of the folder, control characters, pickles, programs.
+    Rejects every other name: paths outside the folder, control characters, pickles, programs.
     """
     if path == INDEX:
         return True
@@ -124,8 +124,8 @@ def is_needed(path: str) -> bool:
 def needed_files(folder: Path) -> list[str]:
     """The relative paths of a checkpoint's files in a folder.
 
-    Raises `ModelError`, naming what is missing or not allowed, for a folder that no worker could open, whatever
-    families it knows.
+    Raises `ModelError`, which names the missing or forbidden files, for a folder that no worker could open,
+    regardless of its families.
     """
     folder = folder.expanduser()
     if not folder.is_dir():

@@ -1,4 +1,4 @@
-"""Checkpoints in the farm's own object store: pushed whole, with the hash of every file, by name and version.
+"""Checkpoints in the farm's own object store: pushed atomically, with the hash of every file, by name and version.
 
 `models/{name}/{version}/…` contains a checkpoint's files and its manifest; `models/{name}/farm-model.json` is the
 manifest of the current version. It is written last, so that a push is visible whole or not at all. No batch's keys
@@ -69,8 +69,8 @@ class ModelStore:
     def push(self, folder: Path, name: str, owner: str, bar: Bars = lambda *_: nullcontext(lambda _: None)) -> Pushed:
         """Upload a checkpoint under a name; it becomes visible when it is complete.
 
-        Files that were sent before are not sent again. One `bar` is created for hashing and one for sending. Raises
-        `ModelError` for a folder that is no checkpoint, before anything is sent, and `StorageUnavailable` if another
+        Files that were sent before are not sent again. A `bar` is created for hashing and another for sending. Raises
+        `ModelError` for a folder that is no checkpoint, before sending, and `StorageUnavailable` if another
         push of that name finished meanwhile.
         """
         check_name(name)

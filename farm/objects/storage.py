@@ -105,7 +105,7 @@ class Storage:
             self._s3.put_object(Bucket=self.bucket, Key=key, Body=data, ContentType=content_type)
 
     def put_if(self, key: str, data: bytes, etag: str | None, content_type: str = "application/octet-stream") -> bool:
-        """Write an object if the present one has the given ETag, or if None is given and there is none.
+        """Write an object if its current ETag matches; None requires that the object does not exist.
 
         Returns whether it was written.
         """
@@ -140,8 +140,8 @@ class Storage:
             except ClientError as error:
                 if error.response["Error"].get("Code") != "404":
                     raise
-                # An answer to HEAD has no body, so a proxy may have sent the 404: a GET tells the store's own 404
-                # apart.
+                # A response to HEAD has no body, so a proxy may have sent the 404: a GET identifies the store's own
+                # 404.
                 self._s3.get_object(Bucket=self.bucket, Key=source, Range="bytes=0-0")["Body"].close()
                 found = self._s3.head_object(Bucket=self.bucket, Key=source)
             if size is not None and found["ContentLength"] != size:
@@ -152,7 +152,7 @@ class Storage:
     def put_stream(self, key: str, lines: Iterable[bytes], content_type: str) -> None:
         """Stream an object, in a few megabytes of memory.
 
-        It appears whole or not at all: an error of `lines` is raised, and nothing is written.
+        The write is atomic: an error of `lines` is raised, and nothing is written.
         """
         from boto3.s3.transfer import TransferConfig  # imported here, because most clients never need it
 
@@ -219,7 +219,7 @@ class Storage:
 
     @contextmanager
     def client(self, what: str) -> Iterator["S3Client"]:
-        """The boto3 client, for operations of several calls; its errors become the farm's and name `what`."""
+        """The boto3 client, for operations of several calls; converts its errors to the farm's, which name `what`."""
         with self._reached(what):
             yield self._s3
 

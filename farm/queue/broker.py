@@ -1,4 +1,4 @@
-"""Celery on Redis: the app, a queue per model, and the doorbells that lie in it."""
+"""Celery on Redis: the app, a queue per model, and the doorbells in it."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -19,7 +19,7 @@ from farm.specs.spec import URGENT
 
 RENDER_TASK = "render"
 URGENT_STEP = 0
-"""The priority step that urgent messages have to themselves; Redis' first."""
+"""The priority step of urgent messages only; Redis serves it first."""
 _PRIORITY_STEPS = tuple(range(10))
 _SEPARATOR = ":"
 _PUBLISH_CHUNK = 1000
@@ -31,21 +31,21 @@ def queue_name(model: str) -> str:
 
 
 def priority_step(priority: int) -> int:
-    """The priority step in Redis for a priority of 0 to 100: `URGENT_STEP`, or 1 to 9, the lower the sooner."""
+    """The priority step in Redis for a priority of 0 to 100: `URGENT_STEP`, or 1 to 9; lower steps are served first."""
     return URGENT_STEP if priority >= URGENT else 9 - priority * 9 // URGENT
 
 
 def _line(queue: str, step: int) -> str:
-    """The list in Redis where messages of a queue and a priority step lie, as kombu calls it."""
+    """The name that kombu gives the Redis list of a queue and a priority step."""
     return f"{queue}{_SEPARATOR}{step}" if step else queue
 
 
 def make_app(settings: Settings) -> Celery:
-    """The Celery app of clients, dispatchers, workers and Flower; nothing is connected yet.
+    """The Celery app of clients, dispatchers, workers and Flower; connects nothing.
 
-    Messages are acknowledged when they are received: late acknowledgement is unsafe with a thread pool when the
-    broker dies, and the lease in SQL does what it would be for. `worker_disable_prefetch` keeps what no thread is
-    free for in Redis, where other workers can take it.
+    Messages are acknowledged on receipt: late acknowledgement is unsafe with a thread pool when the broker dies, and
+    the lease in SQL replaces it. With `worker_disable_prefetch`, messages stay in Redis until a thread is free, so
+    other workers can take them.
     """
     app = Celery("farm", set_as_current=False)
     app.conf.update(
@@ -87,13 +87,13 @@ def make_app(settings: Settings) -> Celery:
 
 
 class Broker:
-    """The farm's Redis as seen by whoever hands out work; raises `BrokerUnavailable` when it does not answer."""
+    """The producer's connection to Redis; raises `BrokerUnavailable` when it does not answer."""
 
     def __init__(self, settings: Settings) -> None:
         self._app = make_app(settings)
         self.outages = 0
         """How often Redis did not answer."""
-        self._envelopes: Envelopes | None = None  # made when something is published: it takes a moment
+        self._envelopes: Envelopes | None = None  # created on the first publish, because it takes a moment
         try:
             self._redis = redis.Redis.from_url(
                 settings.broker_url,
@@ -101,7 +101,7 @@ class Broker:
                 socket_connect_timeout=3,
                 decode_responses=True,
                 encoding_errors="replace",
-                # Once: whoever calls knows better whether and when to try again.
+                # No retries: the caller decides whether and when to retry.
                 retry=Retry(NoBackoff(), 0),
             )
         except ValueError as error:
@@ -110,9 +110,9 @@ class Broker:
         self._shown = f"{pool.get('host', 'localhost')}:{pool.get('port', 6379)}"
 
     def publish(self, doorbells: Iterable[Doorbell]) -> None:
-        """Put these into the queues of their models, in this order.
+        """Publish doorbells to the queues of their models, in order.
 
-        An error can leave some of them in Redis; ringing again for a job that was taken already does no harm.
+        After an error some of them may be in Redis; publishing a doorbell again is harmless, even if its job was taken.
         """
         if self._envelopes is None:
             self._envelopes = Envelopes(self._app, RENDER_TASK)
@@ -130,7 +130,7 @@ class Broker:
                 pipe.execute()
 
     def waiting(self, model: str) -> set[str]:
-        """The ids of the jobs of a model whose messages lie in Redis; at most a window of them."""
+        """The ids of a model's jobs with a message in Redis; at most a window of them."""
         with self._reached():
             pipe = self._redis.pipeline(transaction=False)
             for step in _PRIORITY_STEPS:
@@ -158,7 +158,7 @@ class Broker:
 
 
 def _job_id(message: str) -> str | None:
-    """The job that a message in Redis is about; None if it is none of ours."""
+    """The job id in a message in Redis; None if the message is not the farm's."""
     try:
         found = json.loads(message)["headers"]["id"]
     except (ValueError, TypeError, KeyError, RecursionError):

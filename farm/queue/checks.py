@@ -1,4 +1,4 @@
-"""Checks of Redis and Flower: whether they answer, and only to those who have a password."""
+"""Checks of Redis and Flower: whether they answer, and require a password."""
 
 import http.client
 import urllib.parse
@@ -12,11 +12,11 @@ from farm.settings import Settings
 
 
 def check_broker(settings: Settings) -> Iterator[Finding]:
-    """Whether Redis answers, asks for a password, and never evicts messages."""
+    """Check that Redis answers, requires a password, and never evicts messages."""
     url = urllib.parse.urlsplit(settings.broker_url)
     try:
         shown = f"{url.scheme}://{url.hostname}:{url.port or 6379}"
-    except ValueError:  # its text quotes the part in place of the port: mostly the password
+    except ValueError:  # its message quotes the invalid port, which is mostly part of the password
         what = "FARM_BROKER_URL can't be read: redis://:password@host:port/0"
         yield Finding("broker", "bad", what, "write / ? # @ : in its password as %2F %3F %23 %40 %3A")
         return
@@ -46,7 +46,7 @@ def check_broker(settings: Settings) -> Iterator[Finding]:
 
 
 def check_flower(settings: Settings) -> Iterator[Finding]:
-    """Whether Flower, if the settings name one, answers and asks for a password."""
+    """Check that Flower, if configured, answers and requires a password."""
     if not settings.flower_url:
         return
     url = urllib.parse.urlsplit(settings.flower_url)
@@ -100,5 +100,5 @@ def _answers_without_password(url: urllib.parse.SplitResult) -> bool:
 
 
 def _is_moved_page(location: str) -> bool:
-    """Whether a redirect leads to the requested page at another address, and not to a login page."""
+    """Whether a redirect leads to the same page at another address, not to a login page."""
     return urllib.parse.urlsplit(location).path.rstrip("/").endswith("/tasks")

@@ -1,4 +1,4 @@
-"""`python -m farm.flower`: Flower on the farm's broker, with rows a person can read. Set it with `FLOWER_*`."""
+"""`python -m farm.flower`: Flower on the farm's broker, with readable rows. `FLOWER_*` configures it."""
 
 import logging
 import signal
@@ -10,22 +10,22 @@ from farm.queue.broker import make_app
 from farm.settings import Settings
 
 TASKS_COLUMNS = "name,state,kwargs,result,worker,runtime,received,started,uuid"
-"""The batch, place and prompt of a render are in its kwargs; its bar, and later where its picture is, in its result."""
+"""kwargs contains a render's batch, index and prompt; result contains its bar, and later its picture's address."""
 
 
 def main() -> None:
-    """Serve Flower until SIGTERM, keeping what it has seen in `FLOWER_DB`.
+    """Serve Flower until SIGTERM, with its state saved in `FLOWER_DB`.
 
-    It refuses to run without a password: whoever reaches Flower can stop the workers.
+    It refuses to run without a password: any visitor of Flower can stop the workers.
     """
-    # Not before: importing Flower defines its options in a registry of the whole process.
+    # Imported late: Flower's import defines its options in a process-wide registry.
     from flower.app import Flower
     from flower.command import apply_env_options, extract_settings
     from flower.options import options
     from flower.urls import settings as web_settings
 
     configure()
-    for name in ("tornado.access", "flower.inspector"):  # the latter complains while there is no worker
+    for name in ("tornado.access", "flower.inspector"):  # the latter warns while no worker runs
         logging.getLogger(name).setLevel(logging.ERROR)
     options.address = "127.0.0.1"
     options.tasks_columns = TASKS_COLUMNS

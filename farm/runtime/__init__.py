@@ -1,1 +1,1 @@
-"""What every process needs: stop signals, back-off, polling, parallel fetching, files, child processes, metrics."""
+"""Process basics: stop signals, back-off, polling, parallel fetching, files, child processes, metrics."""

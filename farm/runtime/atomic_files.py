@@ -1,4 +1,4 @@
-"""Files that a reader sees complete or not at all, in whichever way their writer ends."""
+"""Atomic files: readers see them complete or not at all, even if the writer is killed."""
 
 import os
 import secrets
@@ -12,8 +12,8 @@ from typing import BinaryIO
 def atomic_file(path: Path, *, private: bool = False, durable: bool = False) -> Iterator[BinaryIO]:
     """Yield a binary file that replaces `path` when the block ends, and is deleted if the block raises.
 
-    `private` gives it mode 0600; `durable` makes it survive a crash of the machine. Two writers of one path do not
-    disturb each other: the last to end wins.
+    `private` gives it mode 0600; `durable` makes it survive a crash of the machine. Two writers of the same path
+    do not interfere: the last to finish wins.
     """
     partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
     try:
@@ -31,13 +31,13 @@ def atomic_file(path: Path, *, private: bool = False, durable: bool = False) -> 
 
 
 def write_atomic(path: Path, content: bytes | str, *, private: bool = False, durable: bool = False) -> None:
-    """Write bytes, or text as UTF-8, to a file by `atomic_file`."""
+    """Write bytes, or text as UTF-8, to a file with `atomic_file`."""
     with atomic_file(path, private=private, durable=durable) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
 def sync(path: Path) -> None:
-    """Write a file, or the names in a folder, through to the disk."""
+    """Flush a file, or the entries of a folder, to disk."""
     opened = os.open(path, os.O_RDONLY)
     try:
         os.fsync(opened)

@@ -35,14 +35,14 @@ class ChildProcess:
 
     @property
     def output(self) -> IO[bytes] | None:
-        """The pipe with its output, if it was started with one."""
+        """The pipe with its output, if it was started with a pipe."""
         return self._popen.stdout
 
     def ended(self) -> int | None:
         """The exit status (negative: the signal), or None while it runs."""
         if self._popen.returncode is not None:
             return self._popen.returncode
-        # It stays a zombie until `clear`, so that no other process gets its id, which is also its group's.
+        # It stays a zombie until `clear`, so that its id, which is also its group's id, is not reused.
         end = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         if end is None:
             return None

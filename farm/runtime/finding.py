@@ -6,7 +6,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Finding:
-    """One result."""
+    """The result of a check."""
 
     part: str
     level: Literal["ok", "warn", "bad"]

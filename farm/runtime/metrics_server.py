@@ -1,7 +1,7 @@
 """The HTTP server for a process's Prometheus metrics, and the address at which other machines reach it.
 
 prometheus_client's `start_wsgi_server` can't bind before it answers, serve further pages, or drop slow clients, and
-looks up the host's name in DNS. So only `make_wsgi_app` comes from there, and the server from the standard library.
+looks up the host's name in DNS. So only `make_wsgi_app` is used, with a server from the standard library.
 """
 
 import http
@@ -34,7 +34,7 @@ class Service(Protocol):
 class MetricsServer:
     """An HTTP server that answers `/metrics` from a registry, and the paths of `pages`.
 
-    It listens from its construction and answers from `start`. Raises `NotConfigured` if its port is taken.
+    It listens on construction and answers after `start`. Raises `NotConfigured` if its port is taken.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class MetricsServer:
 
     def close(self) -> None:
         """Stop answering and free the port."""
-        if self._thread.is_alive():  # `shutdown` waits for a loop, for ever if it was never started
+        if self._thread.is_alive():  # `shutdown` waits for the loop to end, forever if it was never started
             self._server.shutdown()
         self._server.server_close()
 
@@ -103,13 +103,13 @@ def respond(
     body: str = "",
     content_type: str = "text/plain; charset=utf-8",
 ) -> list[bytes]:
-    """Answer a WSGI request with a short body, by default the status's own phrase."""
+    """Answer a WSGI request with a short body, by default the status's reason phrase."""
     start_response(f"{status.value} {status.phrase}", [("Content-Type", content_type)])
     return [(body or f"{status.phrase}\n").encode()]
 
 
 def _own_address(broker_url: str) -> str:
-    """The address of this machine as Redis sees it: other machines of the farm most likely reach it there too."""
+    """The address of this machine from which it reaches Redis; other machines of the farm probably reach it there."""
     broker = urlsplit(broker_url)
     try:
         found = socket.getaddrinfo(broker.hostname, broker.port or 6379, type=socket.SOCK_DGRAM)

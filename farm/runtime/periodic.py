@@ -1,4 +1,4 @@
-"""A call that a thread of its own makes at a fixed rate."""
+"""Repeats a call at a fixed rate in its own thread."""
 
 import logging
 import threading
@@ -9,9 +9,9 @@ log = logging.getLogger(__name__)
 
 
 class Periodic:
-    """A daemon thread that makes a call every `seconds`, from the beginning of each call to that of the next.
+    """A daemon thread that makes a call every `seconds`, measured from start to start.
 
-    A call that takes longer delays the next one, which begins a quarter of that time after it. An exception is logged.
+    A call that takes longer delays the next call, which starts a quarter of `seconds` after it. An exception is logged.
     """
 
     def __init__(self, name: str, seconds: float, call: Callable[[], object]) -> None:
@@ -25,7 +25,7 @@ class Periodic:
         self._thread.start()
 
     def stop(self, timeout: float | None = None) -> None:
-        """Make no further call, and wait `timeout` seconds at most for the present one."""
+        """Make no further call, and wait at most `timeout` seconds for the current call."""
         self._stopped.set()
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join(timeout)

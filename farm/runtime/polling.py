@@ -8,9 +8,9 @@ _POLL_SECONDS = (0.1, 1.0)
 
 
 def polls(timeout: float | None, late: str) -> Iterator[None]:
-    """Yields whenever the caller should poll, first at once, without end.
+    """Yield whenever the caller should poll: immediately, then endlessly with growing pauses.
 
-    Raises `TimeoutError(late)` after `timeout` seconds; None waits without a limit.
+    Raises `TimeoutError(late)` after `timeout` seconds; None means no limit.
     """
     deadline = None if timeout is None else time.monotonic() + timeout
     pause, most = _POLL_SECONDS

@@ -1,4 +1,4 @@
-"""A call that is repeated while a service is away."""
+"""Repeats a call while a service is unavailable."""
 
 import logging
 import threading
@@ -17,9 +17,9 @@ _BACKOFF = Backoff(base_seconds=0.5, max_seconds=5.0)
 
 
 def insist(call: Callable[[], T], seconds: float, stop: threading.Event | None = None) -> T:
-    """Make a call, and repeat it while it raises `ServiceUnavailable`; raises that after `seconds`.
+    """Make a call, and repeat it while it raises `ServiceUnavailable`; raises the error after `seconds`.
 
-    `stop` ends a pause: the call is then made once more.
+    `stop` ends a pause; the call is then made once more.
     """
     stop = stop or threading.Event()
     deadline, failures = time.monotonic() + seconds, 0

@@ -12,7 +12,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @contextmanager
 def stop_signals(stop: threading.Event, hurry: threading.Event | None = None) -> Iterator[None]:
-    """Let the first of SIGINT, SIGTERM and SIGHUP set `stop`, and any further one `hurry`, if given."""
+    """Set `stop` on the first SIGINT, SIGTERM or SIGHUP, and `hurry`, if given, on any further signal."""
     # A handler interrupts the main thread, perhaps inside `stop.wait()`: if it set the event itself, it would deadlock
     # on the event's lock. `SimpleQueue.put` is reentrant.
     told: SimpleQueue[bool] = SimpleQueue()
@@ -26,7 +26,7 @@ def stop_signals(stop: threading.Event, hurry: threading.Event | None = None) ->
 
     listener = threading.Thread(target=pass_on, name="stop signals", daemon=True)
     listener.start()
-    # `nohup` ignores SIGHUP for its command: leave that as it is.
+    # `nohup` ignores SIGHUP for its command: keep ignoring it.
     numbers = [number for number in _SIGNALS if (number, signal.getsignal(number)) != (signal.SIGHUP, signal.SIG_IGN)]
     before = {number: signal.signal(number, handle) for number in numbers}
     try:

@@ -1,4 +1,4 @@
-"""Child processes kept running: started, watched, restarted with back-off, and stopped in order."""
+"""Keeps child processes running: starts, watches, restarts them with back-off, and stops them in order."""
 
 import threading
 import time
@@ -9,55 +9,55 @@ from typing import Generic, TypeVar
 from farm.runtime.child_process import ChildProcess
 
 POLL_SECONDS = 0.1
-"""How often `KeptProcess.tend` is to be called."""
+"""The interval between calls of `KeptProcess.tend`."""
 
 P = TypeVar("P", bound=ChildProcess)
 
 
 @dataclass(frozen=True)
 class Program(Generic[P]):
-    """A process that is to be kept running."""
+    """A process to keep running."""
 
     name: str
     start: Callable[[], P]
-    """Called for every new process of it."""
+    """Starts a new process."""
     stop_seconds: float
-    """How long it may take to stop before it is killed."""
+    """The time to stop before it is killed."""
     answers: Callable[[P], bool] = lambda _: True
     """Called at every poll until it returns True: the process is ready for use."""
     ready_seconds: float = float("inf")
-    """How long a new process may take until it answers."""
+    """The time until a new process must answer."""
     survives_kill: bool = False
     """Whether it loses nothing when it is killed: no line reports it when it does not stop in time."""
 
 
 @dataclass(frozen=True)
 class Fault(Generic[P]):
-    """Why a process has to be replaced."""
+    """The reason to replace a process."""
 
     process: P
     status: int | None
-    """Its exit status, negative for a signal; None for one that does not answer in `ready_seconds`."""
+    """Its exit status, negative for a signal; None if it did not answer in `ready_seconds`."""
 
 
 @dataclass(frozen=True)
 class RestartPolicy(Generic[P]):
-    """When a process is replaced, and the line that reports it."""
+    """Whether and when a process is replaced, and the lines that report it."""
 
     delay_seconds: Callable[[int], float]
-    """How long to wait after so many faults in a row, from 1."""
+    """The delay after this many consecutive faults, from 1."""
     healthy_seconds: float
-    """After so long ready for use, earlier faults no longer count."""
+    """The ready time after which earlier faults no longer count."""
     restarting: Callable[[Program[P], Fault[P], int, float], str]
-    """The line for a fault, the number of faults in a row, and the delay."""
+    """The line for a fault, the number of consecutive faults, and the delay."""
     refused: Callable[[Program[P], Fault[P]], str | None] = lambda _program, _fault: None
-    """The line for a process that would end the same way again and is not replaced; None for any other."""
+    """The line for a process that would fail in the same way again and is not replaced; None if it is replaced."""
 
 
 class KeptProcess(Generic[P]):
-    """One program that is kept running: its present process, or when the next one starts.
+    """Keeps a program running: its current process, or the time of the next start.
 
-    Use it from one thread that lives as long as the processes shall: on Linux they are killed with that thread.
+    Use it from one thread that lives as long as the processes should: on Linux they are killed when that thread ends.
     """
 
     def __init__(self, program: Program[P], policy: RestartPolicy[P], report: Callable[[str], None]) -> None:
@@ -80,16 +80,16 @@ class KeptProcess(Generic[P]):
 
     @property
     def lives(self) -> bool:
-        """Whether its process runs."""
+        """Whether its process is running."""
         return self.process is not None and self.process.ended() is None
 
     def start(self) -> None:
-        """Start a process of it."""
+        """Start its process."""
         self._started_at, self._ready_at = time.monotonic(), None
         self.process = self.program.start()
 
     def fault(self) -> Fault[P] | None:
-        """What is wrong with its process; None while that lives and answers in time, or where it has none."""
+        """The fault of its process; None while the process lives and answers in time, or if it has no process."""
         process, now = self.process, time.monotonic()
         if process is None:
             return None
@@ -102,7 +102,7 @@ class KeptProcess(Generic[P]):
         return Fault(process, None) if late else None
 
     def tend(self) -> None:
-        """Notice a fault, and start again when the time has come; call it every `POLL_SECONDS`."""
+        """Detect a fault, and restart the process when its delay is over; call this every `POLL_SECONDS`."""
         if self.process is None:
             if not self.refused and time.monotonic() >= self._start_at:
                 self.start()
@@ -112,7 +112,7 @@ class KeptProcess(Generic[P]):
             self._replace(fault)
 
     def end(self) -> None:
-        """Kill what is left of its process."""
+        """Kill the rest of its process group."""
         self._ready_at = None
         if self.process is not None:
             self.process.clear()
@@ -134,7 +134,7 @@ class KeptProcess(Generic[P]):
 
 
 def stop_all(kept: Sequence[KeptProcess[P]], hurry: threading.Event, report: Callable[[str], None]) -> None:
-    """Ask these processes to stop, all at once; kill those that take too long, or all of them when `hurry` is set."""
+    """Ask all processes to stop at once; kill those that take too long, or all of them when `hurry` is set."""
     for each in kept:
         if each.process is not None:
             each.process.ask_to_stop()

@@ -15,7 +15,7 @@ _LINE_PARTS = 10
 
 @contextmanager
 def transfer_bar(what: str, total: int, *, shown: bool = True) -> Iterator[Callable[[int], None]]:
-    """A bar of bytes on standard error; yields a function that adds bytes, from any thread."""
+    """A bar of bytes on standard error; yields a function that adds bytes and is thread-safe."""
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),

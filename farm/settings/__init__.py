@@ -1,4 +1,4 @@
-"""Where the farm's services are and how it behaves: `Settings`, and where its values come from."""
+"""The settings of the farm: `Settings`, and the sources of its values."""
 
 from farm.settings.fields import Settings
 from farm.settings.sources import (

@@ -50,7 +50,7 @@ def _default(field: FieldInfo) -> str:
     if isinstance(value, Path):
         value = f"~/{value.relative_to(Path.home())}" if value.is_relative_to(Path.home()) else value
     elif field.default_factory is not None:
-        return ""  # it differs from machine to machine, and the docstring names it
+        return ""  # it depends on the machine, and the docstring describes it
     match value:
         case None:
             return "`none`"

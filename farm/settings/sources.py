@@ -1,4 +1,4 @@
-"""Where the values of `Settings` come from: the environment, the file it names, or the embedded farm."""
+"""The sources of `Settings`: the environment, the file that it names, or the embedded farm."""
 
 import os
 import stat
@@ -24,7 +24,7 @@ _NAMING = (*SERVICES, "s3_endpoint_url", "s3_access_key_id", "s3_secret_access_k
 
 
 class Places(BaseSettings):
-    """The settings that say where the others are."""
+    """The settings that locate the other settings."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, use_attribute_docstrings=True)
 
@@ -49,24 +49,24 @@ def env_file() -> Path | None:
 
 
 def variables_naming_a_farm() -> list[str]:
-    """The variables in the environment that name a farm, as they are spelled there; their case does not matter.
+    """The variables in the environment that name a farm, with their spelling there; case does not matter.
 
-    If there are any, the embedded farm is not used: half of one farm and half of another would put the jobs of the one
-    into the queue of the other.
+    If any is set, the embedded farm is not used: a mix of two farms would put jobs of the first into the queue of the
+    second.
     """
     naming = {variable(name) for name in (*_NAMING, "env_file")}
     return sorted(name for name in os.environ if name.upper() in naming)
 
 
 def uses_embedded_farm() -> bool:
-    """Whether the environment leaves it to the embedded farm to say where the services are."""
+    """Whether the services are those of the embedded farm, because the environment names no farm."""
     return not variables_naming_a_farm()
 
 
 def child_environment(home: Path) -> dict[str, str]:
-    """The environment for a child process that uses the embedded farm in `home`, whatever farm this process uses.
+    """The environment for a child process that uses the embedded farm in `home`, regardless of this process's farm.
 
-    The names of settings are in upper case, so that a value that is set for the child replaces every spelling.
+    The names of settings are in upper case, so that a value set for the child replaces every spelling.
     """
     naming = variables_naming_a_farm()
     kept = {name: value for name, value in os.environ.items() if name not in naming}
@@ -77,9 +77,9 @@ def child_environment(home: Path) -> dict[str, str]:
 def sources(
     settings: type[BaseSettings], arguments: PydanticBaseSettingsSource, environment: PydanticBaseSettingsSource
 ) -> tuple[PydanticBaseSettingsSource, ...]:
-    """The sources in force, in order of precedence; raises `NotConfigured`.
+    """The active sources, in order of precedence; raises `NotConfigured`.
 
-    First the arguments, then the environment, then the file that `FARM_ENV_FILE` names, or that of the embedded farm.
+    Arguments, then the environment, then the file that `FARM_ENV_FILE` names, or the embedded farm's file.
     """
     given = arguments()
     if given.keys() & _NAMING:
@@ -96,7 +96,7 @@ def sources(
 def _env_file(
     settings: type[BaseSettings], path: Path, environment: PydanticBaseSettingsSource
 ) -> DotEnvSettingsSource:
-    """A file that `farm env` has written.
+    """A file written by `farm env`.
 
     Raises `NotConfigured` if it can't be read, if every user of the machine can read it, or if it and the environment
     name different farms.

@@ -1,1 +1,1 @@
-"""What people look at: tables, bars, contact sheets, JSON forms."""
+"""Output for users: tables, progress bars, contact sheets, JSON forms."""

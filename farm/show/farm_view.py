@@ -46,7 +46,7 @@ class FarmView:
 
     @property
     def news(self) -> object:
-        """The facts whose change is worth another print on a pipe; compares equal while only the pace changes."""
+        """The facts whose change prints the view again on a pipe; equal while only the pace changes."""
         return (
             [(line.status.id, tuple(line.status.counts.items()), line.why) for line in self.batches],
             [(worker.name, worker.alive, worker.held) for worker in self.workers],
@@ -55,7 +55,7 @@ class FarmView:
 
 
 def draw(view: FarmView, width: int) -> RenderableType:
-    """A view for a terminal of this many columns; a narrow one gets only the most important columns."""
+    """The view for a terminal of this width; a narrow terminal gets only the most important columns."""
     parts: list[RenderableType] = []
     if view.batches:
         parts += [_batches(view.batches, width), Text()]
@@ -73,7 +73,7 @@ def draw(view: FarmView, width: int) -> RenderableType:
 
 
 def _table(*columns: str) -> Table:
-    """A table that cuts names and words short where it must, and numbers never."""
+    """A table that truncates names and words if necessary, but never numbers."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in columns:
         table.add_column(name, no_wrap=name not in _CUT, min_width=8 if name in _CUT else None)

@@ -1,4 +1,4 @@
-"""Renders a job for a terminal: its spec, each attempt, the place of its picture."""
+"""Formats a job for a terminal: its spec, its attempts, the address of its picture."""
 
 from collections.abc import Iterable, Sequence
 from datetime import datetime

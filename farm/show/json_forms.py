@@ -54,7 +54,7 @@ def attempt_json(attempt: AttemptInfo) -> dict[str, Any]:
 
 
 def dry_run_json(result: DryRun) -> dict[str, Any]:
-    """What a submission would be; of each spec only the fields that were set."""
+    """The result of a dry run; each spec contains only the fields that were set."""
     return {**vars(result), "first": [spec.model_dump(mode="json", exclude_unset=True) for spec in result.first]}
 
 

@@ -1,4 +1,4 @@
-"""Progress bars on standard error; standard output is left to the results of a command."""
+"""Progress bars on standard error; standard output is reserved for the results of a command."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

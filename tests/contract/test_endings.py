@@ -1,6 +1,7 @@
 """What becomes of a batch from its last job's end on, on every database: noted, given up, forgotten."""
 
 import hashlib
+import json
 import re
 
 import pytest
@@ -100,7 +101,7 @@ def test_entries_say_what_became_of_each_job_in_order_and_what_there_is_to_be_sa
         "id": f"{batch_id}-1",
         "index": 1,
         "state": "succeeded",
-        "spec": RenderSpec(prompt="prompt 0", seed=0).model_dump(mode="json"),
+        "spec": json.loads(RenderSpec(prompt="prompt 0", seed=0).to_json()),
         "key": f"{batch_id}/00001.png",
         "sha256": sha256,
         "bytes": len(DATA),

@@ -1,1 +1,1 @@
-"""Everything that knows Celery and kombu: the task, the order of queues, the thread pool, events for Flower."""
+"""The Celery and kombu side of a worker: the task, the order of queues, the thread pool, events for Flower."""

@@ -1,4 +1,4 @@
-"""The messages that a worker accepts; every other one is refused before Celery reads it."""
+"""Accepts only valid messages; all others are refused before Celery reads them."""
 
 import json
 import logging
@@ -23,21 +23,21 @@ _MOST_BYTES = 4096
 
 
 class CheckedConsumer(Consumer):
-    """Celery's consumer for doorbells and nothing else.
+    """Celery's consumer, which accepts doorbells only.
 
-    Celery does not check a message. One without an id, or with a body of another shape, raises in the worker's loop
-    before it is acknowledged: it ends the worker, comes back, and ends the next worker.
+    Celery does not validate messages. A message without an id or with a malformed body raises in the worker's loop
+    before it is acknowledged: it ends the worker, is redelivered, and ends the next worker.
     """
 
     def connection_for_read(self, heartbeat: float | None = None) -> Any:
-        """Called whenever Celery connects, for urgent messages too: its connection, with a transport that checks."""
+        """Return a connection with the checking transport; called for every connection, also for urgent messages."""
         connection = self.app.connection_for_read(heartbeat=heartbeat)
-        # The setting `broker_transport` would not do: for a transport of another name kombu ignores `rediss`.
+        # Not the setting `broker_transport`: kombu ignores `rediss` for a transport of another name.
         connection.transport_cls = f"{__name__}:{CheckedTransport.__name__}"
         return self.ensure_connected(connection)
 
     def create_task_handler(self, *args: Any, **kwargs: Any) -> Callable[[Any], None]:
-        """Called by Celery's loop and by `UrgentConsumer`: the function that handles each message."""
+        """Return the function that handles each message; called by Celery's loop and by `UrgentConsumer`."""
         handle = super().create_task_handler(*args, **kwargs)
 
         def checked(message: Any) -> None:
@@ -50,7 +50,7 @@ class CheckedConsumer(Consumer):
         return checked
 
     def on_decode_error(self, message: Any, exc: Any) -> None:
-        """Log why a message is refused. Celery's own method logs its body, and raises where it has none."""
+        """Log why a message is refused. Celery's own method logs the body, and raises if there is none."""
         log.warning("refused a message: %.200s", exc)
         message.ack_log_error(log, self.connection_errors)  # type: ignore[attr-defined]
 
@@ -58,17 +58,17 @@ class CheckedConsumer(Consumer):
 class CheckedTransport(kombu_redis.Transport):
     """kombu's Redis transport for lists that may contain anything.
 
-    kombu takes whatever it pops for a message. Anything else raises in the worker's loop, and ends the worker.
+    kombu assumes that every item it pops is a message. Any other item raises in the worker's loop and ends it.
     """
 
     class Channel(kombu_redis.Channel):
         """kombu's channel, whose client checks messages first."""
 
         class QoS(kombu_redis.QoS):
-            """kombu's record of messages that are not acknowledged yet."""
+            """kombu's record of unacknowledged messages."""
 
             def restore_unacked(self, client: Any = None) -> None:
-                """Called when a channel closes, also where its connection is gone: kombu's own then ends the worker.
+                """Called when a channel closes, even if its connection is lost; kombu's own then ends the worker.
 
                 The messages return to Redis after the visibility timeout, or the dispatcher finds them missing.
                 """
@@ -91,14 +91,14 @@ class CheckedTransport(kombu_redis.Transport):
 
 
 class _CheckedRedis(Redis):
-    """redis-py's client, which replaces anything that is no message by an empty one: that is refused like others."""
+    """redis-py's client; it replaces an item that is not a message with an empty message, which is then refused."""
 
     def __init__(self, *, readable: Callable[[bytes], bool], **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._readable = readable
 
     def parse_response(self, connection: Any, command_name: Any, **options: Any) -> Any:
-        """Called by kombu for the answer to its wait for a message, and by redis-py for all other answers."""
+        """Called by kombu for the reply to its blocking pop, and by redis-py for all other replies."""
         found: Any = super().parse_response(connection, command_name, **options)  # type: ignore[no-untyped-call]
         if command_name == "BRPOP" and found and not self._readable(found[1]):
             return found[0], _nothing()
@@ -111,7 +111,7 @@ def _nothing() -> str:
 
 
 def fault(message: Any) -> str | None:
-    """Why a message is no doorbell; None if it is one."""
+    """The reason why a message is not a doorbell; None if it is."""
     headers = message.headers
     if not isinstance(headers, dict) or headers.get("task") != RENDER_TASK:
         return "it is of another task"

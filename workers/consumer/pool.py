@@ -1,4 +1,4 @@
-"""Celery's thread pool with threads for urgent tasks; it wakes the event loop when a thread is free."""
+"""Celery's thread pool with extra threads for urgent tasks; it wakes the event loop when a thread is free."""
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -13,7 +13,7 @@ class TaskPool(ThreadPool):
     With `worker_disable_prefetch` the consumer fetches only while a thread is free, but a finishing thread does not
     wake its event loop: each slot would idle for the rest of the loop's poll, about a second a task.
 
-    The ordinary consumer may use `limit` threads and `UrgentConsumer` as many again, so that each is bounded by its own
+    The ordinary consumer may use `limit` threads and `UrgentConsumer` as many again, so that each is limited by its own
     tasks. A thread starts when it is first needed.
     """
 
@@ -23,11 +23,11 @@ class TaskPool(ThreadPool):
         self.executor = ThreadPoolExecutor(max_workers=2 * self.limit)
 
     def register_with_event_loop(self, loop: Hub) -> None:
-        """Keep Celery's event loop: after a lost connection it is no longer kombu's current one."""
+        """Store Celery's event loop: after a lost connection it is no longer kombu's current loop."""
         self._hub = loop
 
     def on_apply(self, *args: Any, **kwargs: Any) -> Any:
-        """Run a task in a thread, as Celery asks; called once a message."""
+        """Run a task in a thread; Celery calls it once per message."""
         applied = super().on_apply(*args, **kwargs)
         applied.f.add_done_callback(self._wake)
         return applied

@@ -1,4 +1,4 @@
-"""The progress of each render for Flower: one bar a job, once a second at most."""
+"""Sends the progress of each render to Flower: a bar per job, at most once a second."""
 
 import logging
 import threading
@@ -18,9 +18,8 @@ Renders = Callable[[], AbstractContextManager[Mapping[tuple[str, int], Progress]
 class ProgressBars:
     """One thread that sends the progress of a worker's renders to Flower.
 
-    It uses the event stream of their tasks. Flower takes a bar that arrives after the end of a task for its result: so
-    no bar may be sent once the task is about to end, and those before must arrive before. With a stream of its own
-    the task would have to wait for it.
+    It uses the event stream of their tasks. Flower takes a bar that arrives after the end of a task for its result, so
+    all bars must arrive before the task's last event. With a separate stream the task would have to wait for them.
     """
 
     def __init__(self, renders: Renders, seconds: float) -> None:
@@ -30,11 +29,11 @@ class ProgressBars:
         self._stopped = threading.Event()
 
     def start(self, reporter: Reporter) -> None:
-        """Send from now on, every `seconds`."""
+        """Send every `seconds` from now on."""
         threading.Thread(target=self._run, args=(reporter,), name="progress", daemon=True).start()
 
     def stop(self) -> None:
-        """Send nothing more."""
+        """Stop sending."""
         self._stopped.set()
 
     def _run(self, reporter: Reporter) -> None:
@@ -45,7 +44,7 @@ class ProgressBars:
                 log.exception("can't send the progress of the renders")
 
     def send(self, reporter: Reporter) -> None:
-        """Send the bars that have changed since they were sent last; none while Redis is away."""
+        """Send the bars that have changed since the last call; none while Redis is unreachable."""
         if not reporter.connected:
             return
         with self._renders() as renders:
@@ -53,7 +52,7 @@ class ProgressBars:
                 if seen.seconds is None or self._sent.get((job_id, attempt)) == seen.steps_done:
                     continue
                 if attempt > 1 and (job_id, attempt) not in self._sent:
-                    # Otherwise Flower goes on showing the end of the earlier attempt.
+                    # Otherwise Flower still shows the end of the earlier attempt.
                     reporter.send("task-retried", job_id)
                 reporter.send("task-progress", job_id, result=steps_line(seen.steps_done, seen.steps_total))
             self._sent = {key: seen.steps_done for key, seen in renders.items() if seen.seconds is not None}

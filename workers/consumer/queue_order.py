@@ -1,4 +1,4 @@
-"""Which message a worker takes next: queues of loaded models first, and urgent messages also while it is busy."""
+"""The order of consumption: queues of loaded models first, and urgent messages even while the worker is busy."""
 
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
@@ -12,16 +12,16 @@ from farm.queue.broker import URGENT_STEP, queue_name
 
 
 class HeldFirst:
-    """kombu's `queue_order_strategy` of a worker: queues of held models come first, so that few models are reloaded.
+    """kombu's `queue_order_strategy` of a worker: queues of loaded models first, so that few models are reloaded.
 
-    `held` names the models that are loaded, most recently used first, and `failed` those that can't be loaded. Queues
-    of held models are served round robin, and so are the others, with two exceptions:
-    - A model that is being loaded, because a message of its queue was taken, comes before all others, and the model
-      that it will most likely replace comes after it. Otherwise the two would replace each other for ever.
-    - Every `rounds`-th message comes from the queues of the other models first, so that their jobs do not starve.
+    `held` returns the loaded models, most recently used first, and `failed` those that can't be loaded. Queues of
+    loaded models are served round robin, and so are the other queues, with two exceptions:
+    - A model that is being loaded comes first, and the model that it will most likely evict comes after it. Otherwise
+      the two could evict each other forever.
+    - For every `rounds`-th message the queues of the other models come first, so that their jobs do not starve.
 
-    Priority comes first: kombu's Redis transport looks into every queue for an urgent message before it looks into any
-    for a less urgent one.
+    Priority comes first: kombu's Redis transport checks every queue for an urgent message before it checks any for a
+    less urgent message.
     """
 
     def __init__(
@@ -32,11 +32,11 @@ class HeldFirst:
         self.rounds = rounds
 
     def __call__(self) -> "_Cycle":
-        """The order of one channel's queues; called by each channel when it is made."""
+        """The order of a channel's queues; called by each new channel."""
         return _Cycle(self)
 
     def __json__(self) -> str:
-        """Its form in Flower and `celery inspect stats`, which show the options of a worker's connection as JSON."""
+        """The JSON form for Flower and `celery inspect stats`, which show the options of a worker's connection."""
         return type(self).__name__
 
 
@@ -48,7 +48,7 @@ class _Cycle(round_robin_cycle):  # type: ignore[type-arg]  # generic in its stu
         self._coming: str | None = None
 
     def consume(self, n: int) -> Any:
-        """The queues, in the order in which kombu looks for the next message."""
+        """The queues, in the order in which kombu checks them for the next message."""
         held = [queue_name(model) for model in self._order.held()]
         if self._coming in [*held, *map(queue_name, self._order.failed())]:
             self._coming = None
@@ -61,7 +61,7 @@ class _Cycle(round_robin_cycle):  # type: ignore[type-arg]  # generic in its stu
         return sorted(super().consume(n), key=lambda queue: places.get(queue, others))
 
     def rotate(self, last_used: str) -> None:
-        """Called with the queue of a message that was taken: it becomes the last of its kind."""
+        """Move the queue of a consumed message to the end of its group."""
         self._taken += 1
         if last_used not in [queue_name(model) for model in self._order.held()]:
             self._coming = last_used
@@ -69,12 +69,12 @@ class _Cycle(round_robin_cycle):  # type: ignore[type-arg]  # generic in its stu
 
 
 class UrgentConsumer(bootsteps.StartStopStep):
-    """Celery's bootstep that takes urgent messages, and no others, also while the ordinary consumer is paused.
+    """Celery's bootstep that consumes only urgent messages, even while the ordinary consumer is paused.
 
-    The ordinary consumer takes urgent messages too, and first. Each of the two is limited by its own running tasks
-    alone, and neither pauses the other: Redis may be answering the other's wait with an urgent message just then.
+    The ordinary consumer takes urgent messages too, and first. Each consumer is limited only by its own running tasks,
+    and neither pauses the other: Redis may be sending the other an urgent message at that moment.
 
-    It has a connection of its own, which Celery's loop serves and restarts like the ordinary one: within one
+    It has its own connection, which Celery's loop serves and restarts like the ordinary one: within one
     connection, kombu delivers all messages of a queue to its last consumer.
     """
 
@@ -87,11 +87,11 @@ class UrgentConsumer(bootsteps.StartStopStep):
         self._taken: set[str] = set()
 
     def start(self, c: Any) -> None:
-        """Begin to consume; called whenever Celery has connected to Redis, with its consumer."""
+        """Start consuming; called with Celery's consumer whenever Celery has connected to Redis."""
         self._connection = c.connect()
         channel = self._connection.default_channel
         channel.priority_steps = [URGENT_STEP]
-        # Any channel puts back what dead workers left unacknowledged, and must not make it urgent.
+        # Every channel restores unacknowledged messages of dead workers: it must not make them urgent.
         channel.priority = c.task_consumer.channel.priority
         channel.qos.can_consume = lambda: self._under_way() < c.pool.limit
         handle = c.create_task_handler()
@@ -101,7 +101,7 @@ class UrgentConsumer(bootsteps.StartStopStep):
             request = state.requests.get(message.properties.get("correlation_id"))
             if request is not None:
                 self._taken.add(request.id)
-                # The ordinary consumer counts these, and this one must not use up its threads.
+                # The ordinary consumer counts these, and urgent tasks must not use up its threads.
                 state.reserved_requests.discard(request)
 
         self._consumer = c.app.amqp.TaskConsumer(channel, on_decode_error=c.on_decode_error)
@@ -109,7 +109,7 @@ class UrgentConsumer(bootsteps.StartStopStep):
         self._consumer.consume()
 
     def stop(self, _c: Any) -> None:
-        """Stop consuming, for good or until the next `start`; messages that arrive meanwhile go back to Redis."""
+        """Stop consuming, until the next `start` if any; messages that arrive meanwhile go back to Redis."""
         if self._consumer is not None:
             ignore_errors(self._connection, self._consumer.cancel)
         if self._connection is not None:

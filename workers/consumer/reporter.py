@@ -1,4 +1,4 @@
-"""Task events of a worker, sent together a few times a second."""
+"""Sends the task events of a worker in batches, a few times a second."""
 
 import time
 from typing import Any
@@ -14,8 +14,8 @@ _AWAY_SECONDS = 2.0
 class Reporter(bootsteps.StartStopStep):
     """Celery's bootstep that sends many task events in one message.
 
-    Celery collects them until its loop is free, which between short tasks is at once: each event then becomes a message
-    of its own.
+    Celery buffers events until its loop is free, which is at once between short tasks: each event then becomes a
+    separate message.
     """
 
     requires = ("celery.worker.consumer.events:Events", "celery.worker.consumer.tasks:Tasks")
@@ -24,7 +24,7 @@ class Reporter(bootsteps.StartStopStep):
         super().__init__(c, **kwargs)
         c.reporter = self
         self._events: Any = None
-        self._due: float | None = None  # since when an event waits for the loop
+        self._due: float | None = None  # the time since which an event waits for the loop
 
     def start(self, c: Any) -> None:
         """Called whenever Celery has connected to Redis, with a new dispatcher of events."""
@@ -45,10 +45,10 @@ class Reporter(bootsteps.StartStopStep):
 
         self._events = c.event_dispatcher
         self._events.on_send_buffered = buffered
-        self._events.buffer_limit = 1024  # it is full only where the loop stands still
+        self._events.buffer_limit = 1024  # the buffer is full only if the loop is blocked
 
     def stop(self, c: Any) -> None:
-        """Called when Celery's loop ends, because it has lost Redis or because the worker stops.
+        """Called when Celery's loop ends, on a lost connection to Redis or at the worker's end.
 
         Tasks that end after the loop of a stopping worker send their events themselves.
         """
@@ -58,7 +58,7 @@ class Reporter(bootsteps.StartStopStep):
 
     @property
     def connected(self) -> bool:
-        """Whether events are sent: not while Redis is away."""
+        """Whether events are sent: not while Redis is unreachable."""
         return self._events is not None and (self._due is None or time.monotonic() - self._due < _AWAY_SECONDS)
 
     def send(self, kind: str, job_id: str, **fields: str) -> None:

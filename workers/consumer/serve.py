@@ -1,4 +1,4 @@
-"""One worker process on one device: its models are loaded, then it takes Celery's messages until it is to stop."""
+"""A worker process on one device: it loads its models, then consumes Celery's messages until SIGTERM."""
 
 import logging
 import os
@@ -24,7 +24,7 @@ from workers.service.worker import Worker, build_worker
 def serve(name: str | None, given: dict[str, Any]) -> None:
     """Load the models, then render until SIGTERM; `given` are the settings of the command line.
 
-    The process ends with 2 where another start would end the same way, and with 3 where it may not.
+    The exit status is 2 if a restart cannot help, and 3 if it may.
     """
     nodename = f"{name or f'worker-{os.getpid()}'}@{socket.gethostname()}"
     configure()
@@ -46,7 +46,7 @@ def serve(name: str | None, given: dict[str, Any]) -> None:
     order = HeldFirst(lambda: worker.pins.held, lambda: worker.pins.failures)
     app.conf.broker_transport_options["queue_order_strategy"] = order
     app.steps["consumer"].add(UrgentConsumer)
-    signals.setup_logging.connect(lambda **_: None, weak=False)  # keep the farm's own
+    signals.setup_logging.connect(lambda **_: None, weak=False)  # keep the farm's logging
     tasks.register(app, worker)
     attach(app, worker)
     app.worker_main(
@@ -54,7 +54,7 @@ def serve(name: str | None, given: dict[str, Any]) -> None:
             "worker",
             f"--hostname={nodename}",
             f"--queues={','.join(queue_name(model) for model in worker.pins.names)}",
-            # More threads than slots: while some render, others encode and upload, and one waits to join.
+            # More threads than slots: some render, others encode and upload, and another job waits for a slot.
             f"--concurrency={worker.engine.slots + max(2, worker.engine.slots // 2)}",
             "--without-mingle",
             "--without-gossip",
@@ -64,7 +64,7 @@ def serve(name: str | None, given: dict[str, Any]) -> None:
 
 
 def attach(app: Celery, worker: Worker) -> None:
-    """Start the worker when Celery consumes, drain it when Celery is to stop, and stop it after Celery."""
+    """Start the worker when Celery consumes, drain it when Celery begins to stop, and stop it after Celery."""
     seconds = worker.settings.progress_seconds
     bars = ProgressBars(worker.leases.renders, seconds) if seconds is not None else None
 

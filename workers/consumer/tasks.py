@@ -1,4 +1,4 @@
-"""The one Celery task: `render_job`, its outcome translated into what Celery and Flower show."""
+"""The Celery task: it calls `render_job` and translates the outcome into Celery's task states."""
 
 from celery import Celery
 from celery.exceptions import Ignore, Retry
@@ -19,10 +19,10 @@ def register(app: Celery, worker: Worker) -> None:
 
 
 def task_result(outcome: RenderOutcome) -> str:
-    """The result of the task that Flower shows.
+    """The task's result, as Flower shows it.
 
-    Raises `Retry` for a job that goes on under its next message, the error that failed it, and `Ignore`, which Flower
-    does not see, where another worker reports how the job ends.
+    Raises `Retry` for a job that continues with its next message, the error of a failed job, and `Ignore`, which sends
+    no event, if another worker reports the end of the job.
     """
     match outcome:
         case Succeeded():

@@ -1,4 +1,4 @@
-"""A request in the engine, with its pipeline, its forward key and its futures."""
+"""The engine's record of a request: its pipeline, its forward key and its futures."""
 
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -15,7 +15,7 @@ Ending = Callable[[Snapshot | None], FarmError]
 
 @dataclass(eq=False)
 class ActiveRender:
-    """A request that an engine has accepted and not yet ended."""
+    """A request in the engine, from acceptance to its end."""
 
     request: RenderRequest
     pipeline: Pipeline
@@ -35,4 +35,4 @@ class ActiveRender:
 def cancel(snapshot: Future[Snapshot]) -> None:
     """Cancel a pending snapshot, and wake its waiters."""
     snapshot.cancel()
-    snapshot.set_running_or_notify_cancel()  # else `wait` does not count it as done
+    snapshot.set_running_or_notify_cancel()  # otherwise `wait` does not count it as done

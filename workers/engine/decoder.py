@@ -1,4 +1,4 @@
-"""The decoding of a request's last latents into its picture, in a thread beside the render loop."""
+"""Decodes a request's last latents into its picture, in a thread beside the render loop."""
 
 import logging
 import threading
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 class Decoder:
-    """A thread that decodes denoised requests, all waiting ones of the same pipeline and shape at once.
+    """A thread that decodes denoised requests, batched by pipeline and shape.
 
     It calls `on_decoded` with each request's picture or error, and `on_lost` when the device is lost.
     """
@@ -35,7 +35,7 @@ class Decoder:
     def add(self, pipeline: Pipeline, request: RenderRequest, *, idle: bool = False) -> None:
         """Queue a denoised request, from the thread that denoised it; returns at once.
 
-        On the CPU, if that thread is `idle`, it decodes here instead, since it has all the cores.
+        On the CPU, an `idle` calling thread decodes instead, since it has all the cores.
         """
         # A GPU works asynchronously: the event marks the end of the last step.
         event = torch.cuda.current_stream().record_event() if request.latents.is_cuda else None
@@ -47,7 +47,7 @@ class Decoder:
             self.side.start(pipeline.device, self._decode)
 
     def discard(self, request: RenderRequest) -> bool:
-        """Remove a request that waits to be decoded; False if it does not, as while it is being decoded."""
+        """Remove a request that waits to be decoded; False if it is being decoded or unknown."""
         with self._lock:
             left = [entry for entry in self._waiting if entry[1] is not request]
             discarded = len(left) < len(self._waiting)
@@ -55,7 +55,7 @@ class Decoder:
         return discarded
 
     def preview(self, pipeline: Pipeline, snapshot: Snapshot, *, vae: bool) -> Image.Image:
-        """The picture of a snapshot's latents, decoded after the requests that wait."""
+        """The picture of a snapshot's latents, decoded after the waiting requests."""
         request = RenderRequest("preview", snapshot.spec, resume=snapshot)
         device = snapshot.latents.device
         # As in `add`: the step that computes them may not have ended.
@@ -74,7 +74,7 @@ class Decoder:
     def _decode(self) -> None:
         with self._lock:
             if not self._waiting:
-                return  # an earlier call decoded it together with another
+                return  # an earlier call decoded it with another request
             pipeline, first, _ = self._waiting[0]
             same = [
                 (request, event)
@@ -106,7 +106,7 @@ class Decoder:
             self.side.start(pipeline.device, self._decode)
 
     def _together(self, pipeline: Pipeline, requests: list[RenderRequest]) -> list[torch.Tensor]:
-        """Their pictures, decoded at once; empty for a single request, or if that fails."""
+        """The pictures of requests decoded in one batch; empty for a single request, or if that fails."""
         if len(requests) == 1:
             return []
         try:
@@ -123,7 +123,7 @@ def rendered(
 ) -> Rendered:
     """The result of a request, from its decoded picture, float (3, height, width) in [0, 1].
 
-    `answered` is called after each frame of a trajectory, as a sign that the device does not hang. Raises `BadImage`
+    `answered` is called after each frame of a trajectory, to show that the device does not hang. Raises `BadImage`
     for a picture that is black or not finite.
     """
     step = int(request.first_bad) if request.first_bad is not None else 0

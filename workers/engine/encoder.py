@@ -1,4 +1,4 @@
-"""The encoding of a request's texts and its first noise, in a thread beside the render loop."""
+"""Encodes a request's texts and draws its first noise, in a thread beside the render loop."""
 
 import logging
 from collections.abc import Callable

@@ -36,8 +36,8 @@ class Engine:
     timestep (continuous batching, Orca, OSDI 2022). Texts are encoded before a request is queued and pictures decoded
     after its last step, both in threads of their own. All methods may be called from any thread.
 
-    `slots` is the most requests that run at once. `sizes` measures the best number of rows of a forward, which is
-    unbounded without it. A `deterministic` engine renders every request as if its spec asked for that. The loop's
+    `slots` is the most requests that run at once. `sizes` measures the best number of rows per forward; without it the
+    number is unlimited. A `deterministic` engine renders every request as if its spec asked for that. The loop's
     operators use `threads` cores, by default torch's number; no other thread may use more than one (`use_threads`).
     """
 
@@ -80,14 +80,14 @@ class Engine:
 
     @property
     def slots(self) -> int:
-        """The most requests that run at once: not more than the rows of the largest forward measured so far."""
+        """The most requests that run at once, limited by the rows of the largest measured forward."""
         return min(self._slots, self._sizes.largest or self._slots)
 
     @property
     def busy_seconds(self) -> float:
         """The age of the current step, encoding or decoding, whichever is longest; 0 when idle.
 
-        A device that hangs makes it grow without end.
+        It grows without limit if the device hangs.
         """
         began = self._step_began
         step = 0.0 if began is None else time.monotonic() - began
@@ -97,8 +97,8 @@ class Engine:
         """Queue a request; its future ends with the picture or with a `FarmError`.
 
         Loads the model if necessary, encodes the texts, and blocks while the queue is full, except for an urgent
-        request. Of two requests with the same id the one of the later attempt stays, or else this one; the other ends
-        with `RenderCancelled`. The future's own `cancel` has no effect; use the engine's.
+        request. Of two requests with the same id the later attempt stays, or this request if they are equal; the other
+        ends with `RenderCancelled`. The future's own `cancel` has no effect; use the engine's.
 
         Raises `ModelError` for a model that can't be loaded, `BadRequest` for a spec that it can't render,
         `RenderHandedBack` while the engine drains or has not started, and `EngineFailed` after its loop has failed.
@@ -132,12 +132,12 @@ class Engine:
     def cancel(self, request_id: str) -> bool:
         """End a request with `RenderCancelled`; False if its id is unknown.
 
-        It is in no later forward, and its future ends when the device no longer works on it.
+        It joins no further forward, and its future ends once the device no longer works on it.
         """
         return self._withdraw(request_id, lambda _: RenderCancelled(f"{request_id} was cancelled"))
 
     def hand_back(self, request_id: str, why: str) -> bool:
-        """End a request with `HandedBack`, which has its state; False if its id is unknown.
+        """End a request with `HandedBack`, which carries its state; False if its id is unknown.
 
         A request that is already denoised ends with its picture instead.
         """
@@ -150,7 +150,7 @@ class Engine:
     def snapshot(self, request_id: str, steps_done: int = 0) -> Future[Snapshot]:
         """A request's state after its next step with at least that many steps done.
 
-        The future is cancelled if the request ends before. Costs the loop next to nothing.
+        The future is cancelled if the request ends before. The cost to the loop is negligible.
         """
         future: Future[Snapshot] = Future()
         with self._changed:
@@ -173,10 +173,10 @@ class Engine:
             return {request_id: render.request.progress(now) for request_id, render in self._renders.items()}
 
     def drain(self, seconds: float) -> None:
-        """Accept no more requests and end those in the engine within that time; returns when none is left.
+        """Accept no more requests, and end those in the engine within that time; returns when it is empty.
 
-        Requests that can finish in time at their measured pace do. All others end with `HandedBack`, which has their
-        state, so that another worker can resume them: waiting ones at once, running ones after their next step.
+        Requests that can finish in time at their measured pace do. All others end with `HandedBack`, which carries
+        their state, so that another worker can resume them: waiting ones at once, running ones after their next step.
         """
         now = time.monotonic()
         deadline, finish_by = now + seconds, now + seconds * (1 - _HAND_BACK_SHARE)
@@ -223,7 +223,7 @@ class Engine:
                 self._leaving.append((render, ending))
                 self._changed.notify_all()
             elif render.request.denoised and not self._decoder.discard(render.request):
-                render.cancelled_with = ending(None)  # it ends when the device is done with it
+                render.cancelled_with = ending(None)  # its future ends when the device is done with it
             elif all(render is not other for other, _ in self._leaving):
                 self._end(render, ending(render.state))
         return True
@@ -273,7 +273,7 @@ class Engine:
             return not self._stopping and self.failed is None
 
     def _schedule(self) -> list[list[ActiveRender]]:
-        """Give free slots to waiting requests, and choose those of the next forward, split by its limit of rows."""
+        """Give free slots to waiting requests, and choose the next forward, split by its row limit."""
         with self._changed:
             # Running requests too: while others are measured, new ones may arrive and be admitted.
             active = [self._renders[each] for each in (*self._scheduler.running, *self._scheduler.waiting)]
@@ -287,13 +287,13 @@ class Engine:
             for request_id in self._scheduler.admit():
                 request = self._renders[request_id].request
                 request.started, request.stepped = request.started or now, now
-            self._changed.notify_all()  # the queue has room again
+            self._changed.notify_all()  # the queue is no longer full
             renders = [self._renders[request_id] for request_id in self._scheduler.next_forward()]
         parts = self._sizes.split(renders[0].key, [render.request.rows for render in renders]) if renders else []
         return [renders[part] for part in parts]
 
     def _advance(self, renders: list[ActiveRender]) -> None:
-        """Run one forward of these requests, and step each with its output."""
+        """Run a forward of these requests, and step each with its output."""
         pipeline, requests = renders[0].pipeline, [render.request for render in renders]
         began, rows = time.monotonic(), sum(request.rows for request in requests)
         padded = self._sizes.padded_rows(pipeline, renders[0].key, requests)
@@ -309,7 +309,7 @@ class Engine:
             self._postprocess(renders, outputs)
 
     def _retry_in_halves(self, renders: list[ActiveRender], rows: int, error: Exception) -> None:
-        """Repeat a failed forward in halves, until the request that fails is alone, and end that."""
+        """Repeat a failed forward in halves until the failing request is alone, and end that request."""
         traceback.clear_frames(error.__traceback__)  # frees their tensors, which matters after an OutOfMemoryError
         key, request = renders[0].key, renders[0].request
         if isinstance(error, torch.OutOfMemoryError):
@@ -329,7 +329,7 @@ class Engine:
             self._end(renders[0], caused(EngineFailed(f"the forward failed: {error!r}"), error))
 
     def _postprocess(self, renders: list[ActiveRender], outputs: torch.Tensor) -> None:
-        """Step each request with its output: requests with tables together, those with scheduler objects one by one."""
+        """Step each request with its output: those with tables in one call, those with scheduler objects one by one."""
         together = [place for place, render in enumerate(renders) if render.request.scheduler is None]
         alone = [[place] for place, render in enumerate(renders) if render.request.scheduler is not None]
         for places in filter(None, (together, *alone)):
@@ -337,7 +337,7 @@ class Engine:
             self._step([renders[place] for place in places], own)
 
     def _step(self, renders: list[ActiveRender], outputs: torch.Tensor) -> None:
-        """Step these requests together, or one by one if that raises; hand on those that are denoised."""
+        """Step these requests together, or one by one if that raises; pass on the denoised ones."""
         try:
             latents = renders[0].pipeline.step([render.request for render in renders], outputs)
         except torch.AcceleratorError:
@@ -351,7 +351,7 @@ class Engine:
                     self._step([render], outputs[place : place + 1])
             return
         finite, now = latents.isfinite().flatten(1).all(1), time.monotonic()
-        # Reading a number from a GPU waits for it: there the first bad step is kept on the device until the end.
+        # Reading a number from a GPU blocks: on a GPU the first bad step stays on the device until the end.
         flags = finite.tolist() if latents.is_cpu else [True] * len(renders)
         for place, render in enumerate(renders):
             request = render.request
@@ -378,7 +378,7 @@ class Engine:
         if request.denoised:
             with self._changed:
                 if self._renders.get(request.id) is not render:
-                    return  # it has ended, and the id may belong to a newer attempt
+                    return  # the request has ended; the id may belong to a newer attempt
                 self._scheduler.remove(request.id)
                 idle = not self._scheduler.running and not self._scheduler.waiting
             self._decoder.add(render.pipeline, request, idle=idle)
@@ -390,7 +390,7 @@ class Engine:
                 self._end(render, render.cancelled_with or outcome)
 
     def _end(self, render: ActiveRender, outcome: Rendered | FarmError) -> bool:
-        """Remove a request and resolve its future; False if that was done before."""
+        """Remove a request and resolve its future; False if it was resolved before."""
         with self._changed:
             if self._renders.get(render.request.id) is not render:
                 return False

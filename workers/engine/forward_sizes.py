@@ -33,7 +33,7 @@ FIXED_ROWS = 8
 
 @dataclass
 class Curve:
-    """The measured forwards of one kind."""
+    """The measured times of a forward by its number of rows."""
 
     seconds: dict[int, float] = field(default_factory=dict)
     """The time of a forward, by its rows."""
@@ -42,7 +42,7 @@ class Curve:
 
     @property
     def best(self) -> int:
-        """The rows with the highest throughput; fewer if more gain less than `GAIN`."""
+        """The rows with the highest throughput, or fewer if more rows gain less than `GAIN`."""
         sizes = sorted(rows for rows in self.seconds if rows <= self.most)
         if not sizes:
             return self.most
@@ -53,7 +53,7 @@ class Curve:
         return best
 
     def bucket(self, rows: int) -> int:
-        """The smallest measured size of at least that many rows; the number itself if there is none."""
+        """The smallest measured size of at least that many rows; else the number itself."""
         return min((size for size in self.seconds if rows <= size <= self.most), default=rows)
 
 
@@ -61,7 +61,7 @@ class ForwardSizes:
     """The curves of a worker, in memory and in a JSON file that the workers of a machine may share.
 
     If the file can't be read or written, forwards are measured again. Without `measured` forwards are not limited. All
-    methods may be called from any thread, `measure` only from the one that owns the model.
+    methods may be called from any thread, except `measure`: only from the thread that owns the model.
     """
 
     def __init__(self, path: Path | None = None, most_rows: int = 32, *, measured: bool = True) -> None:
@@ -79,7 +79,7 @@ class ForwardSizes:
 
     @property
     def largest(self) -> int:
-        """The largest known limit; 0 if none is known."""
+        """The largest known limit; 0 if no limit is known."""
         return max(self._limits.values(), default=0)
 
     def limit(self, key: ForwardKey) -> int:
@@ -110,7 +110,7 @@ class ForwardSizes:
             return request.rows
 
     def split(self, key: ForwardKey, rows: Sequence[int]) -> list[slice]:
-        """The requests of a key, given the rows of each, by forward: one, unless the limit has shrunk since."""
+        """Split the requests of a key, given their rows, into forwards: only one unless the limit has shrunk."""
         cuts, room = list[int](), 0
         for place, count in enumerate(rows):
             if count > room:
@@ -144,8 +144,8 @@ class ForwardSizes:
             return curve if curve and curve.seconds else None
 
     def _measure(self, kind: str, pipeline: Pipeline, template: RenderRequest) -> Curve:
-        """Time forwards of 1, 2, 4, … rows until more gain nothing."""
-        known = self._curves.get(kind, Curve())  # without times: only what ran out of memory is known
+        """Time forwards of 1, 2, 4, … rows until more rows gain nothing."""
+        known = self._curves.get(kind, Curve())  # without times: only the size that ran out of memory is known
         curve, began, rows = Curve(most=known.most), time.monotonic(), 1
         while rows <= min(self._most_rows, curve.most) and time.monotonic() - began < _MEASURE_SECONDS:
             try:
@@ -193,14 +193,14 @@ class ForwardSizes:
 
 
 def _timed(pipeline: Pipeline, requests: list[RenderRequest]) -> float:
-    """The time of a forward, after another one for warm-up."""
+    """The time of a forward, after a warm-up forward."""
     took: list[float] = []
     while len(took) <= _REPEATS and sum(took[1:]) < _SLOW_SECONDS:
         began = time.monotonic()
         if pipeline.denoise(requests).is_cuda:
             torch.cuda.synchronize(pipeline.device)
         took.append(time.monotonic() - began)
-    return min(took[1:])  # other load of the machine only adds to it
+    return min(took[1:])  # other load on the machine only adds to it
 
 
 def _kind(pipeline: Pipeline, key: ForwardKey) -> str:

@@ -32,8 +32,8 @@ class _Entry:
 class StepScheduler:
     """A queue of waiting requests, `slots` running ones, and the turns of their forward keys.
 
-    The queue is served by priority, then first come, first served, with one exception: a request may overtake one of
-    another key while the forwards of its own key have room, but no request is overtaken more than `skips` times. A key
+    The queue is served by priority, then first come, first served, with one exception: a request may overtake requests
+    of other keys while the forwards of its own key have room, but none is overtaken more than `skips` times. A key
     never has more rows running than a forward takes (`most_rows`), so that a running request is in every forward of its
     key. Keys take turns, one forward each. A priority of `urgent` or more does not wait: its key has the next turn or
     the one after, and it preempts running requests of lower priority, which resume before others of their priority.
@@ -63,7 +63,7 @@ class StepScheduler:
 
     @property
     def waiting(self) -> tuple[str, ...]:
-        """The ids in the queue, next first, with the preempted ones."""
+        """The ids in the queue with the preempted ones, next first."""
         return tuple(self._waiting)
 
     @property
@@ -79,7 +79,7 @@ class StepScheduler:
     def enqueue(self, request_id: str, key: ForwardKey, rows: int = 1, priority: int = 0) -> None:
         """Queue a request behind those of its priority.
 
-        Raises `ValueError` for an id that is here already, and while the queue is full, except for an urgent request.
+        Raises `ValueError` for a known id, and while the queue is full, except for an urgent request.
         """
         if self.full and priority < self.urgent:
             raise ValueError(f"the line of {self.line} is full")
@@ -96,7 +96,7 @@ class StepScheduler:
         return tuple(admitted)
 
     def next_forward(self) -> tuple[str, ...]:
-        """The ids of the next forward: all running ones of the key whose turn it is; empty if none runs."""
+        """The ids of the next forward: all running requests of the key whose turn it is; empty if none runs."""
         if not self._turns:
             return ()
         key = next(iter(self._turns))
@@ -121,7 +121,7 @@ class StepScheduler:
             self._waiting.move_to_end(other)
 
     def _next(self) -> str | None:
-        """The id that takes a slot now, after preemptions if it is urgent; None if none can."""
+        """The id that gets a slot now, after preemptions if it is urgent; None if no request can."""
         passed: list[str] = []
         full: set[ForwardKey] = set()
         for request_id, entry in self._waiting.items():
@@ -131,7 +131,7 @@ class StepScheduler:
             if victims is None:
                 if len(self._running) >= self.slots:
                     return None
-                # Requests of other keys do not delay it by going first; a smaller one of its own key would.
+                # A request of another key that goes first does not delay it; a smaller request of its own key would.
                 full.add(entry.key)
                 continue
             if not victims and self._opens_key(entry) and self._may_wait(request_id, entry):
@@ -145,7 +145,7 @@ class StepScheduler:
         return passed[0] if passed else None
 
     def _victims(self, entry: _Entry) -> list[str] | None:
-        """The running requests to preempt for it: none if there is room, and None if it has to wait.
+        """The running requests to preempt for it: empty if a slot is free, None if it has to wait.
 
         An urgent request preempts the lowest priority first, then its own key, then the latest.
         """
@@ -165,12 +165,12 @@ class StepScheduler:
         return victims or latest[:1] or None
 
     def _fits(self, entry: _Entry, without: Sequence[str] = ()) -> bool:
-        """Whether the forward of its key has room; a single request always fits."""
+        """Whether it fits into the forward of its key; a single request always does."""
         beside = [self._running[other].rows for other in self._turns.get(entry.key, ()) if other not in without]
         return not beside or sum(beside) + entry.rows <= self._most_rows(entry.key)
 
     def _opens_key(self, entry: _Entry) -> bool:
-        """Whether it would add a key, and so a forward, to those that run."""
+        """Whether it would add a key, and thus a forward, to the running keys."""
         return bool(self._turns) and entry.key not in self._turns
 
     def _may_wait(self, request_id: str, entry: _Entry) -> bool:

@@ -1,4 +1,4 @@
-"""The warm-up of a worker's models before their first job."""
+"""Warms up a worker's models before their first job."""
 
 import logging
 
@@ -12,9 +12,9 @@ log = logging.getLogger(__name__)
 
 
 def warm(engine: Engine, pins: Pins) -> None:
-    """Render two steps with every loaded model, which measures its forwards too, so that the first job is not slow.
+    """Render two steps with every loaded model, and so measure its forwards, so that the first job is not slow.
 
-    The engine has to run. Raises `ModelError` for a model that can't render.
+    The engine must be running. Raises `ModelError` for a model that can't render.
     """
     for name in pins.held:
         spec = RenderSpec(prompt="warm", num_inference_steps=2, seed=0, model=name)

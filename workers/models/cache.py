@@ -1,7 +1,7 @@
-"""Models from the object store on this machine's disk: fetched once for all its workers, checked, bounded in size.
+"""The disk cache of models from the object store: shared by a machine's workers, checked, limited in size.
 
-A version is a folder, which appears complete under its name or not at all. Each has two locks of the kernel, which end
-with their process: `fetching` is exclusive, for the worker that fetches or repairs the version; `used` is shared by the
+A version is a folder, which appears under its name only when complete. Each has two kernel file locks, released when
+their process ends: `fetching` is exclusive, for the worker that fetches or repairs the version; `used` is shared by the
 workers that have it loaded. Deleting it takes both exclusively. A third lock, `room`, serialises the workers that make
 room for different versions.
 """
@@ -57,12 +57,12 @@ class _Kept:
 
 
 class ModelCache:
-    """A folder that all workers of a machine share. All methods may be called from any thread and process."""
+    """A folder shared by all workers of a machine. All methods may be called from any thread and process."""
 
     def __init__(
         self, folder: Path, storage: Storage, most_bytes: int | None = None, stopping: threading.Event | None = None
     ) -> None:
-        """Keep models in a folder, at most `most_bytes` in all; `stopping` ends a fetch."""
+        """Keep at most `most_bytes` of models in a folder; `stopping` aborts a fetch."""
         self._folder = folder.expanduser()
         self._storage = storage
         self._most = most_bytes
@@ -72,8 +72,8 @@ class ModelCache:
     def load(self, source: str, load: Callable[[str], T]) -> T:
         """Call `load` with a source, or with its folder in the cache if it is in the object store.
 
-        The folder is not deleted as long as the result exists. A damaged one is repaired, and loaded once more. Raises
-        what `load` raises, `ModelUnavailable` while the object store does not answer or there is no room, and
+        The folder is not deleted as long as the result exists. A damaged folder is repaired, and loaded again. Raises
+        what `load` raises, `ModelUnavailable` while the object store does not answer or the disk is full, and
         `ModelError` for a model that can't be fetched.
         """
         if not is_remote(source):
@@ -117,13 +117,13 @@ class ModelCache:
         return sum(file.bytes for file in files if file.path.endswith(_WEIGHTS))
 
     def _remote(self, source: str) -> RemoteModel:
-        # Asked once: a worker loads the version that it has announced, even if another is pushed meanwhile.
+        # Queried once: a worker loads the version that it has announced, even if another is pushed meanwhile.
         if source not in self._remotes:
             self._remotes[source] = find_remote(self._storage, source)
         return self._remotes[source]
 
     def _open(self, source: str) -> tuple[IO[bytes], Path]:
-        """Fetch a model unless it is here; returns a lock against its deletion, held until closed, and its folder."""
+        """Fetch a model unless it is cached; returns a lock that prevents its deletion until closed, and its folder."""
         try:
             remote = self._remote(source)
             used = self._lock(f"{remote.version}.used")
@@ -152,7 +152,7 @@ class ModelCache:
                 self._fetch(remote, missing, fetching)
 
     def _missing(self, remote: RemoteModel) -> list[RemoteFile]:
-        """The files that are missing or differ, by their sizes and the manifest beside them."""
+        """The files that are missing, or differ in size or from the manifest beside them."""
         folder = self._folder / remote.version
         hashes = _known(folder)
         return [
@@ -231,7 +231,7 @@ class ModelCache:
                     why = f"{excess / _GB:.2f} GB above its limit" if excess > 0 else f"{lacking / _GB:.2f} GB too few"
                     raise ModelUnavailable(f"{gb}, {why} in the cache {self._folder}, and {held}")
                 others.remove(gone)
-            # Other workers count this size from now on.
+            # From here on other workers count this size.
             os.ftruncate(fetching.fileno(), 0)
             os.pwrite(fetching.fileno(), str(remote.bytes).encode(), 0)
 
@@ -274,7 +274,7 @@ class ModelCache:
         return self._folder / "locks"
 
     def _lock(self, name: str) -> IO[bytes]:
-        """The open file of a lock, not yet locked. It is never deleted: two workers could hold the same lock then."""
+        """The open file of a lock, not yet locked. It is never deleted, or two workers could hold the same lock."""
         self._locks.mkdir(parents=True, exist_ok=True)
         return (self._locks / name).open("a+b", buffering=0)
 
@@ -286,7 +286,7 @@ class ModelCache:
             raise ModelUnavailable("this worker stops, and waits for no model")
 
     def _progress_logger(self, remote: RemoteModel) -> Callable[[], None]:
-        """A function that logs the progress of the other worker every ten seconds."""
+        """A function that logs the progress of the fetching worker every ten seconds."""
         told = time.monotonic()
 
         def tell() -> None:

@@ -1,4 +1,4 @@
-"""The check of a checkpoint, local or from the hub: safetensors only, and no code from a checkpoint ever runs."""
+"""Checks a checkpoint, local or from the hub: safetensors only, and no code from it ever runs."""
 
 import hashlib
 import re
@@ -36,7 +36,7 @@ class Family:
 
 
 _WITHOUT_WEIGHTS = ("scheduler", "tokenizer", "tokenizer_2", "tokenizer_3")
-# The classes that a part may have. The libraries' `Auto…` and `…Pipeline` classes can run code from the folder of the
+# The allowed classes of parts. The libraries' `Auto…` and `…Pipeline` classes can run code from the folder of the
 # weights.
 _CLASS = re.compile(
     r"(?!Auto(?!encoder)|\w*Pipeline)(\w+(Scheduler|Tokenizer|TokenizerFast|Model|WithProjection)|Autoencoder\w+)"
@@ -48,7 +48,7 @@ _TEMPORARY = (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_M
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checked model: it has all parts that its family loads, as safetensors."""
+    """A checked model: it has all parts that its family needs, as safetensors."""
 
     source: str
     path: Path
@@ -64,7 +64,7 @@ class Checkpoint:
 
 
 def open_checkpoint(source: str, families: Mapping[str, Family], *, weights: bool = True) -> Checkpoint:
-    """Check a local folder, or download a hub id (`org/name`) and check that.
+    """Check a local folder, or download a hub id (`org/name`) and check it.
 
     Reads all weights once, for the hash; without `weights` it downloads, checks and hashes configs only. Raises
     `ModelError` with the name of a missing or invalid part, and `ModelUnavailable` while the hub does not answer.
@@ -113,10 +113,10 @@ def _download(source: str, families: Mapping[str, Family], files: Iterable[str])
 
 
 def _hub_refuses(error: Exception) -> bool:
-    """Whether the hub refuses a model for good, rather than being unreachable for a while."""
+    """Whether the hub refuses a model permanently, rather than being unreachable."""
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    # Without an answer the library looks into its cache and finds nothing: the cause is the original error.
+    # If the hub is unreachable, the library reports that its cache is empty: the cause is the original error.
     why = error.__cause__ or error if isinstance(error, LocalEntryNotFoundError) else error
     if isinstance(why, HfHubHTTPError):
         status = why.response.status_code
@@ -125,7 +125,7 @@ def _hub_refuses(error: Exception) -> bool:
 
 
 def _check_part(path: Path, part: str, entry: Any) -> bool:
-    """Whether a part has weights, after checking that it exists and needs only code of the libraries."""
+    """Check that a part exists and needs only code of the libraries; returns whether it has weights."""
     folder = path / part
     if not isinstance(entry, list) or len(entry) != 2 or None in entry:
         raise ModelError(f"{path}/model_index.json names no {part}")
@@ -164,7 +164,7 @@ def _hash(path: Path, files: list[Path]) -> str:
 
 
 def _compare(path: Path, hashes: Mapping[str, str]) -> None:
-    """Raise `ModelError` for a file that differs from the manifest beside it, because it was damaged or changed."""
+    """Raise `ModelError` for a damaged or changed file, which differs from the manifest beside it."""
     expected = parse_manifest((path / MANIFEST).read_bytes(), str(path / MANIFEST)).hashes
     other = next((file for file, found in hashes.items() if expected.get(file) != found), None)
     if other is not None:

@@ -1,6 +1,6 @@
-"""The download of a model's files into a folder: several pieces at once, hashed on arrival, resumed if interrupted.
+"""Downloads a model's files into a folder: pieces in parallel, hashed on arrival, resumed if interrupted.
 
-boto3's downloads (s3transfer) begin at the first byte each time, and write pieces out of order, which can't be hashed.
+boto3's downloads (s3transfer) cannot resume, and write pieces out of order, which prevents hashing on arrival.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ def fetch(
 ) -> dict[str, str]:
     """Download files of a model into a folder, each synced to the disk; returns their SHA-256, by path.
 
-    A file whose hash is known is resumed where an interrupted download left it; `report` counts those bytes too. Raises
+    A file whose hash is known is resumed where an interrupted download stopped; `report` counts those bytes too. Raises
     `ModelError` with the name of an object that differs from what was pushed, `StorageUnavailable` if the store did not
     answer for some seconds, `ModelUnavailable` once `stopping` is set, and `OSError` when the disk is full.
     """
@@ -64,7 +64,7 @@ def fetch(
                 if not have:
                     where = f"s3://{remote.bucket}/{remote.prefix}{file.path}"
                     raise ModelError(f"{where} is not what was pushed: its SHA-256 differs")
-                again.append(file)  # the part that was resumed may be the wrong one
+                again.append(file)  # the resumed part may be from another file
                 report(-file.bytes)
         left = again
     return found
@@ -77,7 +77,7 @@ def sha256_of(path: Path) -> str:
 
 
 def _resume(path: Path, file: RemoteFile) -> tuple[int, "hashlib._Hash"]:
-    """The number of a file's bytes that are here already, and their running SHA-256."""
+    """The number of bytes that are on disk already, and their running SHA-256."""
     path.parent.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256()
     have = 0

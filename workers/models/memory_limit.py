@@ -1,4 +1,4 @@
-"""How large a picture may fit into a device's memory, found without rendering."""
+"""Finds the largest picture that may fit into a device's memory, without rendering."""
 
 import math
 from contextlib import suppress
@@ -13,10 +13,10 @@ _STEP = 64
 
 
 def memory_limit(pipeline: Pipeline, total_bytes: int) -> MemoryLimit | None:
-    """The limit on a device with that much memory; None if every picture may fit.
+    """The size limit on a device with that much memory; None if every picture may fit.
 
-    It is a lower bound of what a forward takes: larger pictures do not fit, and smaller ones may not either. Raises the
-    same as tracing a forward.
+    It follows from a lower bound of a forward's memory: larger pictures do not fit, smaller ones may still not fit.
+    Raises the same errors as tracing a forward.
     """
     available = max(1, total_bytes - pipeline.nbytes)
     side, taken = _largest(pipeline)
@@ -34,7 +34,7 @@ def memory_limit(pipeline: Pipeline, total_bytes: int) -> MemoryLimit | None:
 
 
 def _largest(pipeline: Pipeline) -> tuple[int, int]:
-    """The longest side of the squares that a model draws, and the bytes that a forward of that size takes."""
+    """The side of the largest square that a model can draw, and the bytes that its forward takes."""
     for side in range(MAX_SIZE, MIN_SIZE, -_STEP):
         with suppress(BadRequest):
             return side, pipeline.forward_bytes(_square(side))

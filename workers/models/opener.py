@@ -22,8 +22,8 @@ log = logging.getLogger(__name__)
 def model_sources(models: str) -> dict[str, str]:
     """Name and source of each model of a list like `tiny,sd15=/models/sd15,org/name,farm:sdxl,s3://bucket/prefix`.
 
-    A source is a hub id, a folder, `farm:name` or `farm:name@version` of what was pushed, an `s3://` prefix, or `tiny`;
-    a hub id names itself and a pushed model too, a folder and a prefix are named by their last part. Raises
+    A source is a hub id, a folder, `farm:name` or `farm:name@version` of a pushed model, an `s3://` prefix, or `tiny`.
+    The default name is the hub id, the pushed model's name, or the last part of a folder or prefix. Raises
     `ModelError`.
     """
     found: dict[str, str] = {}
@@ -52,7 +52,7 @@ def weights_bytes(source: str) -> int:
 
 
 class Opener:
-    """The source of each model of `FARM_MODELS`, and how it is loaded onto this worker's device."""
+    """Loads the models of `FARM_MODELS` onto this worker's device."""
 
     def __init__(
         self,
@@ -96,7 +96,7 @@ class Opener:
         return pipeline
 
     def outline(self, name: str) -> Pipeline:
-        """A model without its weights, which can only be traced. Raises `FarmError`."""
+        """A model without its weights, for tracing only. Raises `FarmError`."""
         meta = torch.device("meta")
         return self._cache.load_configs(
             self.sources[name], lambda folder: self._load(folder, meta, self._dtype, **self._options)

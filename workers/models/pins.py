@@ -25,10 +25,10 @@ _TEMPORARY_SECONDS = 5.0
 
 
 class Pins:
-    """The models that a worker serves: loaded in the order given up to the memory budget, evicted by least recent use.
+    """The models that a worker serves: loaded in the given order up to the memory budget, evicted by least recent use.
 
-    All methods may be called from any thread; users of a loaded model never wait for a load. Loads are queued, first
-    come, first served, and a model that has to be evicted for one accepts no new users until that load is done.
+    All methods may be called from any thread; users of a loaded model never wait for a load. Loads are served in
+    order of arrival. A model to be evicted accepts no new users until the load that evicts it is done.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Pins:
         self._users: Counter[str] = Counter()
         self._leaving: frozenset[str] = frozenset()  # still in use, but closed to new users
         self._line: dict[str, list[Future[Pipeline]]] = {}  # the waiting users of each model, in order of arrival
-        self._sizes: dict[str, int] = {}  # of each model that was ever loaded
+        self._sizes: dict[str, int] = {}  # of each model that has been loaded once
         self._failures: dict[str, tuple[str, type[ModelError], float]] = {}  # reason, kind of error, until when
 
     @classmethod
@@ -71,7 +71,7 @@ class Pins:
         return pins
 
     def load_all(self) -> None:
-        """Load each model that fits beside those before it; the others are loaded at their first use.
+        """Load each model that fits beside the earlier ones; load the others at their first use.
 
         Call it before the first `use`. If no model can be loaded it raises `ModelError` with the reason for each, or
         `ModelUnavailable` if a later try may succeed.
@@ -94,7 +94,7 @@ class Pins:
 
     @property
     def failures(self) -> Mapping[str, str]:
-        """The reason why a model could not be loaded, by model, until it is loaded."""
+        """The reason why each model could not be loaded, until it is loaded."""
         with self._changed:
             return {name: why for name, (why, _, _) in self._failures.items()}
 
@@ -109,7 +109,7 @@ class Pins:
 
         Loads the model if necessary: it evicts others, least recently used first, and waits for those in use, so a user
         of a model must not wait for another model. Raises `ModelUnavailable` for a temporary failure, and `ModelError`
-        for a model that is not served here, can't be loaded, or exceeds the budget even alone.
+        for a model that is not served here, can't be loaded, or exceeds the budget by itself.
         """
         with self._changed:
             if name not in self._sources:
@@ -154,7 +154,7 @@ class Pins:
         try:
             with self._changed:
                 self._changed.wait_for(lambda: next(iter(self._line)) == name)
-            if name not in self._held:  # it is, if it was to be evicted and that became unnecessary
+            if name not in self._held:  # still loaded: its eviction became unnecessary
                 self._bring(name, evict=True)
         except BaseException as caught:  # noqa: BLE001 - raised by the futures, in every thread that waits
             error = caught
@@ -164,7 +164,7 @@ class Pins:
             self._changed.notify_all()
 
     def _bring(self, name: str, *, evict: bool) -> bool:
-        """Load a model; False if there is no room for it and `evict` is not set.
+        """Load a model; False if it does not fit and `evict` is not set.
 
         Every error is a `ModelError`, and the model is refused for a while.
         """
@@ -221,7 +221,7 @@ class Pins:
         self._refuse_too_large(name)
         needed: float = self._sizes.get(name, 0)
         if name not in self._sizes and self._size:
-            needed = min(self._size(self._sources[name]), self._budget)  # an estimate is no reason to refuse it
+            needed = min(self._size(self._sources[name]), self._budget)  # an estimate must not refuse a model
         with self._changed:
             while (excess := sum(self.memory_used.values()) + needed - self._budget) > 0 and evict:
                 if not self._evict_unused():
@@ -233,7 +233,7 @@ class Pins:
             return excess <= 0
 
     def _evict_unused(self) -> bool:
-        """Evict the least recently used of the models that are not in use; False if there is none."""
+        """Evict the least recently used of the unused models; False if all are in use."""
         with self._changed:
             name = next((name for name in self._held if not self._users[name]), None)
             if name is None:

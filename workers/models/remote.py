@@ -15,7 +15,7 @@ S3 = "s3://"
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file of a model, and what identifies its content."""
+    """A file of a model, with its size and the identity of its content."""
 
     path: str
     """Relative to the model, with slashes."""
@@ -40,7 +40,7 @@ class RemoteModel:
 
     @property
     def bytes(self) -> int:
-        """The size of all its files."""
+        """The total size of its files."""
         return sum(file.bytes for file in self.files)
 
 
@@ -52,7 +52,7 @@ def is_remote(source: str) -> bool:
 def find_remote(storage: Storage, source: str) -> RemoteModel:
     """The current version of the model at a source.
 
-    With a manifest at the source, its files have hashes; without one, they are those listed under the prefix. Raises
+    With a manifest its files have hashes; otherwise they are listed from the prefix. Raises
     `NotFound`, `StorageUnavailable`, and `ModelError` for an invalid name or manifest.
     """
     if source.startswith(FARM):
@@ -68,7 +68,7 @@ def find_remote(storage: Storage, source: str) -> RemoteModel:
         with storage.client(source) as s3:
             s3.head_object(Bucket=bucket, Key=f"{prefix}{INDEX}")
     except NotFound:
-        prefix += f"{manifest.version}/"  # in the farm's store, the current manifest is beside the versions
+        prefix += f"{manifest.version}/"  # in the farm's store the current manifest lies beside the versions
     return _of(source, manifest, bucket, prefix)
 
 
@@ -78,7 +78,7 @@ def _of(source: str, manifest: Manifest, bucket: str, prefix: str) -> RemoteMode
 
 
 def _listed(storage: Storage, source: str, bucket: str, prefix: str) -> RemoteModel:
-    """The model under a prefix: of its objects, only files that checkpoints consist of, and none outside its folder."""
+    """The model under a prefix: only the files of a checkpoint, and none outside its folder."""
     files = []
     with storage.client(source) as s3:
         for page in s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):

@@ -1,4 +1,4 @@
-"""What this worker says about the models that it serves, and about its device's memory."""
+"""The worker's description of its models and of its device's memory, for publishing."""
 
 import logging
 import threading
@@ -23,10 +23,10 @@ _SHARES = 100
 
 
 class Served:
-    """The models and the memory as they were at the last `refresh`. All methods may be called from any thread."""
+    """The models and the memory at the last `refresh`. All methods may be called from any thread."""
 
     def __init__(self, pins: Pins, opener: Opener, device: torch.device) -> None:
-        """Trace how large a picture of each model may be. Loads no weights."""
+        """Find the largest picture of each model by tracing. Loads no weights."""
         self._pins, self._opener, self._device = pins, opener, device
         self._lock = threading.Lock()
         self.memory: DeviceMemory | None = _rounded(memory(device))
@@ -40,7 +40,7 @@ class Served:
         return tuple(self._models.values())
 
     def refresh(self) -> None:
-        """Look which models are loaded now, and how much memory is used."""
+        """Update the loaded models and the memory in use."""
         loaded, now = self._pins.held, _rounded(memory(self._device))
         with self._lock:
             self._models = {
@@ -50,12 +50,12 @@ class Served:
             self.memory = now
 
     def allows(self, spec: RenderSpec) -> bool:
-        """Whether there may be memory here for a picture."""
+        """Whether the device may have enough memory for a picture."""
         model = self._models.get(spec.model)
         return model is None or model.limit is None or model.limit.allows(spec)
 
     def forbid(self, spec: RenderSpec) -> None:
-        """Allow no picture as large as this one, which ran out of memory alone, until this worker restarts.
+        """Refuse pictures of this size or larger until a restart, after a forward of this size ran out of memory alone.
 
         Does nothing if its model is no longer loaded.
         """
@@ -71,7 +71,7 @@ class Served:
             self._models = {**self._models, model.name: replace(model, limit=lower)}
 
     def _traced(self, name: str) -> ServedModel:
-        """A model with its limit, traced without its weights if it is not loaded; without a limit if that fails."""
+        """A model with its size limit, traced without weights if it is not loaded; no limit if tracing fails."""
         model = ServedModel(name)
         try:
             loaded = name in self._pins.held

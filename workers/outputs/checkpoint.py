@@ -72,7 +72,7 @@ def _flattened(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
     if type(value) is dict:
         flat = {str(key): _flattened(item, f"{path}.{key}", tensors) for key, item in value.items() if key[0] != "_"}
         memory = {key: item for key, item in flat.items() if item is not None}
-        # The only private attributes that are needed: the next step.
+        # the only private attributes that the next step needs
         steps = {key: {"value": value[key]} for key in ("_step_index", "_begin_index") if key in value}
         return {"dict": {**memory, **steps}}
     return None

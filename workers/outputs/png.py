@@ -32,7 +32,7 @@ def versions() -> Mapping[str, str]:
 
 
 def parameters(spec: RenderSpec, rendered: Rendered) -> str:
-    """The settings in the format of AUTOMATIC1111's web UI: prompt, negative prompt, one line with the others."""
+    """The settings in the format of AUTOMATIC1111's web UI: prompt, negative prompt, a line with the rest."""
     lines = [spec.prompt]
     if spec.negative_prompt:
         lines.append(f"Negative prompt: {spec.negative_prompt}")

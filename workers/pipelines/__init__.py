@@ -1,4 +1,4 @@
-"""The model families: one file each, found by the class name in a checkpoint's model_index.json."""
+"""The model families, one file each, selected by the class name in a checkpoint's model_index.json."""
 
 import logging
 from collections.abc import Mapping

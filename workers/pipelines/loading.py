@@ -1,4 +1,4 @@
-"""From a checked checkpoint to diffusers' pipeline on its device."""
+"""Loads a checked checkpoint as diffusers' pipeline on its device."""
 
 import logging
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ _GRAPHS = 1024
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' warnings about image processors, which diffusers imports and no family uses."""
+    """Suppress transformers' warnings about image processors, which diffusers imports and no family uses."""
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
@@ -36,7 +36,7 @@ def load_pipe(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, 
 
     On the device `meta` they are loaded without weights. Raises the libraries' errors and `torch.OutOfMemoryError`.
     """
-    import diffusers  # here, since they take seconds to import
+    import diffusers  # imported here: they take seconds
     import transformers
     from diffusers.utils import is_accelerate_available
 
@@ -68,9 +68,9 @@ def load_pipe(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, 
 
 
 def compile_blocks(denoiser: Any) -> bool:
-    """Let torch.compile compile the blocks that repeat in a denoiser; False, with a line in the log, if none do.
+    """Compile the repeated blocks of a denoiser with torch.compile; False, with a log line, if there are none.
 
-    Only those: a minute instead of ten. Each size of a forward gets its own graph, since sizes are measured.
+    Compiling only these takes a minute instead of ten. Each forward size gets its own graph, since sizes are measured.
     """
     repeated = getattr(denoiser, "_repeated_blocks", None) or ()
     if all(type(module).__name__ not in repeated for module in denoiser.modules()):

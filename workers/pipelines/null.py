@@ -1,4 +1,4 @@
-"""A null pipeline for tests and benchmarks: it has a pace and draws flat pictures, without a model.
+"""A null pipeline for tests and benchmarks: it draws flat pictures at a set pace, without a model.
 
 `null:` or `null:?seconds_per_step=0.02&width=64&height=64`. The picture is one colour, drawn from the seed and mixed
 in equal parts over the steps, so that a missing or extra step changes it. A forward takes `seconds_per_step`, for any
@@ -73,7 +73,7 @@ class NullPipeline:
         tables.start(request, torch.zeros(1, *self._shape(request.spec), device=self.device))
 
     def denoise(self, requests: Sequence[RenderRequest], rows: int | None = None) -> torch.Tensor:
-        """Take as long as a forward would; each output is the request's colour."""
+        """Sleep for the time of a forward; each output is the request's colour."""
         time.sleep(self.seconds_per_step)
         if 0 < self.most_pixels < 64 * requests[0].latents[0, 0].numel():
             raise torch.OutOfMemoryError(f"there is no more than {self.most_pixels} pixels")

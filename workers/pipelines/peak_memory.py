@@ -1,4 +1,4 @@
-"""How much memory operators take, found without taking it."""
+"""Estimates the peak memory of operators without allocating it."""
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -12,11 +12,11 @@ from torch.utils._pytree import tree_leaves
 
 
 def peak_bytes(call: Callable[[], object]) -> int:
-    """The most bytes that tensors made by `call` hold at any one time, at least; nothing is computed or allocated.
+    """A lower bound of the peak bytes of the tensors that `call` creates; nothing is computed or allocated.
 
-    Tensors are fakes of torch's in there, of which only shape, dtype and device are real. What operators use within
-    themselves is not counted, nor what the allocator loses; attention counts as its output, which is all that its fused
-    kernels keep.
+    `call` runs under torch's `FakeTensorMode`: tensors have a shape, a dtype and a device, but no data. Workspace
+    inside operators and fragmentation of the allocator are not counted; attention counts as its output only, as its
+    fused kernels store nothing else.
     """
     with (
         torch.no_grad(),
@@ -43,7 +43,7 @@ class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
         made = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(made):
             if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()  # the same object for all views of it, for as long as one is alive
+                storage = tensor.untyped_storage()  # the same object for all live views of a storage
                 if id(storage) not in self._alive:
                     self._alive.add(id(storage))
                     self._now += storage.nbytes()

@@ -1,4 +1,4 @@
-"""The common base of the families of diffusers checkpoints; each family's own file has the rest."""
+"""The common base class of the families of diffusers checkpoints."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -24,9 +24,9 @@ from workers.sampling.noise_schedulers import NoiseSchedulers
 
 
 class DiffusersPipeline(ABC):
-    """A `Pipeline` over the parts of a diffusers pipeline, which draws the same pictures.
+    """A `Pipeline` over the parts of a diffusers pipeline; it draws the same pictures.
 
-    Does what that pipeline's own loop does, for many requests at once. Latents stay in float32 between the denoiser's
+    It runs that pipeline's denoising loop for many requests at once. Latents stay in float32 between the denoiser's
     calls, so that devices differ less. Attention is diffusers' default, torch's `scaled_dot_product_attention`. No
     safety checker is loaded.
     """

@@ -31,7 +31,7 @@ class StableDiffusion3(DiffusersPipeline):
     text_options = frozenset({"clip_skip", "max_sequence_length"})
 
     def amended(self, pipe: Any) -> Any:
-        """Name the blocks that repeat in the transformer, which diffusers does not."""
+        """Name the repeated blocks of the transformer, which diffusers omits."""
         pipe.transformer._repeated_blocks = ["JointTransformerBlock"]  # noqa: SLF001
         return pipe
 

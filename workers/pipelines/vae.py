@@ -1,4 +1,4 @@
-"""From latents to pictures, in as many pieces as the memory asks for."""
+"""Decodes latents into pictures, in slices or tiles if memory is short."""
 
 import logging
 from typing import Any
@@ -15,9 +15,9 @@ PREVIEW_SIZE = 32
 
 
 def decode(vae: Any, latents: torch.Tensor, factor: int) -> torch.Tensor:
-    """Pictures of unscaled (n, channels, height, width) latents: float32 in [0, 1], `factor` times as high and wide.
+    """Decode unscaled latents, (n, channels, height, width), into pictures: float32 in [0, 1], `factor` times the size.
 
-    Raises `torch.OutOfMemoryError` if several do not fit at once; one alone is tried in tiles before.
+    Raises `torch.OutOfMemoryError` if several do not fit at once; a single picture is first retried in tiles.
     """
     latents = latents.to(vae.dtype)
     width, height = latents.shape[-1] * factor, latents.shape[-2] * factor
@@ -36,7 +36,7 @@ def decode(vae: Any, latents: torch.Tensor, factor: int) -> torch.Tensor:
 
 
 def shrunk(latents: torch.Tensor) -> torch.Tensor:
-    """Latents at most `PREVIEW_SIZE` wide and high: what they decode to is small, and cheap."""
+    """Shrink latents to at most `PREVIEW_SIZE` in width and height, so that decoding them is cheap."""
     longest = max(latents.shape[-2:])
     return (
         nn.interpolate(latents, scale_factor=PREVIEW_SIZE / longest, mode="area") if longest > PREVIEW_SIZE else latents

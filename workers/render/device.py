@@ -1,4 +1,4 @@
-"""The device, its memory and precision, torch's threads, and threads beside the engine's."""
+"""The device, its memory and precision, torch's threads, and side threads of the engine."""
 
 import ctypes
 import gc
@@ -54,7 +54,7 @@ def choose_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
 
 def use_threads(count: int) -> None:
     """Let torch's operators use that many threads when this thread calls them, whatever other threads set."""
-    torch.get_num_threads()  # a thread's first operator takes the number that any thread set last: call it before
+    torch.get_num_threads()  # a thread's first operator takes the number that any thread set last, so call this before
     torch.set_num_threads(count)
 
 
@@ -84,10 +84,10 @@ def memory(device: torch.device) -> tuple[int, int] | None:
         used = page * int(Path("/proc/self/statm").read_text().split()[1])
     except (OSError, ValueError):
         return None
-    with suppress(OSError, ValueError):  # without a limit it is not a number
+    with suppress(OSError, ValueError):  # not a number if there is no limit
         total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
     with suppress(OSError, ValueError, ImportError):
-        import resource  # not on every platform
+        import resource  # not available on every platform
 
         limit, _ = resource.getrlimit(resource.RLIMIT_DATA)
         total = min(total, limit if limit != resource.RLIM_INFINITY else total)

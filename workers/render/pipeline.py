@@ -23,9 +23,9 @@ class Options(TypedDict, total=False):
 
 
 class Pipeline(Protocol):
-    """One loaded model as the engine drives it: plan, encode, then denoise and step by turns, then decode.
+    """The interface of a loaded model: plan, encode, then denoise and step in turn, then decode.
 
-    A pipeline keeps no state of a request; that is in the `RenderRequest`. All calls are made under
+    A pipeline stores no state of a request; the `RenderRequest` does. All calls are made under
     `torch.inference_mode`: `denoise` and `step` in the engine's thread, the others beside it.
     """
 
@@ -48,11 +48,11 @@ class Pipeline(Protocol):
 
     @property
     def native_size(self) -> tuple[int, int]:
-        """(width, height) in pixels, for a spec without."""
+        """(width, height) in pixels, for a spec without a size."""
 
     @property
     def guidance(self) -> Guidance:
-        """When its pictures are guided, for everything that estimates memory and time without the model."""
+        """The condition for guidance, for estimates of memory and time without the model."""
 
     def plan(self, request: RenderRequest) -> tuple[int, ...]:
         """Set the request's rows, text tokens and sampling; returns the shape of its latents, without rows.
@@ -71,8 +71,8 @@ class Pipeline(Protocol):
     def denoise(self, requests: Sequence[RenderRequest], rows: int | None = None) -> torch.Tensor:
         """One forward for all requests: their guided outputs, float32, (requests, *shape).
 
-        Called with requests of one shape, each at its own timestep. The forward is filled up to `rows`, if that is more
-        than theirs. After an exception the engine tries again with fewer requests.
+        Called with requests of one shape, each at its own timestep. The forward is padded to `rows`, if that exceeds
+        theirs. After an exception the engine tries again with fewer requests.
         """
 
     def step(self, requests: Sequence[RenderRequest], outputs: torch.Tensor) -> torch.Tensor:
@@ -85,11 +85,11 @@ class Pipeline(Protocol):
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Pictures, float32 in [0, 1], (n, 3, height, width), of (n, *shape) latents.
 
-        After an exception the engine decodes each alone.
+        After an exception the engine decodes each picture alone.
         """
 
     def preview(self, latents: torch.Tensor) -> torch.Tensor:
-        """Small, rough pictures of (n, *shape) latents, as `decode` returns them, at a constant cost."""
+        """Small, rough pictures of (n, *shape) latents, in the form of `decode`, at a constant cost."""
 
     def forward_bytes(self, spec: RenderSpec) -> int:
         """The least bytes of memory that a forward of one request takes beside the parameters; 0 if unknown."""

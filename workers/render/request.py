@@ -66,7 +66,7 @@ class Snapshot:
 
 
 class HandedBack(RenderHandedBack):
-    """Raised for a request that its worker hands back, with its state if it has begun."""
+    """Raised for a request that its worker hands back; carries its state if it has started."""
 
     def __init__(self, message: str, snapshot: Snapshot | None) -> None:
         super().__init__(message)
@@ -75,10 +75,10 @@ class HandedBack(RenderHandedBack):
 
 @dataclass(eq=False)
 class RenderRequest:
-    """A job in the engine, made from its id and its spec.
+    """A job in the engine, created from its id and its spec.
 
-    `Pipeline.plan` and `Pipeline.encode` set the other attributes. Everything that the picture depends on is in here,
-    so that a request can be preempted, moved or stored between any two steps.
+    `Pipeline.plan` and `Pipeline.encode` set the other attributes. It contains everything that the picture
+    depends on, so a request can be preempted, moved or stored between any two steps.
     """
 
     id: str
@@ -189,7 +189,7 @@ class RenderRequest:
 
 @dataclass(frozen=True)
 class Rendered:
-    """A finished picture, and how it was rendered."""
+    """A finished picture with the facts of its render."""
 
     image: Image.Image
     """8-bit RGB."""

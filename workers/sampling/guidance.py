@@ -10,7 +10,7 @@ from workers.sampling.tables import column, to_device
 def guide(
     outputs: torch.Tensor, rows: Sequence[int], scales: Sequence[float], rescales: Sequence[float]
 ) -> torch.Tensor:
-    """The guided outputs, (requests, …), of a forward; each request has two `rows` (negative, positive), or one.
+    """The guided outputs of a forward, (requests, …); each request has two `rows` (negative, positive) or one row.
 
     A request with one row has no guidance. `rescales`, 0 to 1, are the shares of guidance's added contrast that are
     removed: Lin et al. 2023, section 3.4, as diffusers' `rescale_noise_cfg`.

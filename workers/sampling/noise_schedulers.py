@@ -18,8 +18,8 @@ _MOST_KEPT = 512
 class NoiseSchedulers:
     """The samplings of one checkpoint, each computed once and shared by all requests with the same options.
 
-    `base` is the checkpoint's own scheduler, of a `family`. `kind` is the recipe of a `farm.specs.samplers.Sampler`
-    that it takes, `diffusion` or `flow`. `sampling` may be called from any thread.
+    `base` is the checkpoint's own scheduler, of a `family`. `kind`, `diffusion` or `flow`, selects the recipe of a
+    `farm.specs.samplers.Sampler`. `sampling` may be called from any thread.
     """
 
     def __init__(self, base: Any, family: str, kind: str, name: str) -> None:
@@ -32,7 +32,7 @@ class NoiseSchedulers:
     ) -> Sampling:
         """The sampling of a spec for latents of a shape.
 
-        `timestep_kwargs(scheduler)` are the arguments of `set_timesteps` beside the number of steps. Raises
+        `timestep_kwargs(scheduler)` are the arguments of `set_timesteps` besides the number of steps. Raises
         `BadRequest` for a sampler, or a number of steps, that this checkpoint does not support.
         """
         # Only flows shift their timesteps by size.

@@ -1,7 +1,7 @@
-"""Samplers as tables: diffusers' own noise schedulers, tabulated once and then stepped for many requests at a time.
+"""Samplers as tables: diffusers' noise schedulers, tabulated once and then stepped for many requests at a time.
 
-A step of a noise scheduler is linear in the sample, the model's outputs and its noise. So its own code is run once for
-each (sampler, steps) on random vectors, and least squares finds the weights of a short recurrence
+A step of a noise scheduler is linear in the sample, the model's outputs and its noise. So the scheduler's code is run
+once for each (sampler, steps) on random vectors, and least squares finds the weights of a short recurrence
 
     latents[i+1] = Σ_k  a[i,k]·latents[i-k] + b[i,k]·output[i-k]  +  Σ_j c[i,j]·noise[i,j]
 
@@ -139,7 +139,7 @@ def _close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
 
 
 def start(request: RenderRequest, noise: torch.Tensor) -> None:
-    """Set a request's latents to its first noise, scaled for its sampler, or to the state from which it resumes."""
+    """Set a request's latents to its first noise, scaled for its sampler, or to the state that it resumes."""
     sampling = request.sampling
     request.latents = noise * sampling.init_noise_sigma
     if not sampling.lags:
@@ -186,7 +186,7 @@ def step(requests: Sequence[RenderRequest], outputs: torch.Tensor) -> torch.Tens
         sampling, index = request.sampling, request.step_index
         own = [request.latents, outputs[place : place + 1], *request.history][: 2 * sampling.lags]
         noises = _noises(request)
-        filled = (request.latents,)  # with a weight of 0; its own, since 0 times another request's NaN is NaN
+        filled = (request.latents,)  # with weight 0; its own latents, since 0 times another request's NaN is NaN
         terms += [*own, *filled * (2 * lags - len(own)), *noises, *filled * (draws - len(noises))]
         row, width = sampling.weights[index], 2 * sampling.lags
         missing = 2 * lags - len(own)

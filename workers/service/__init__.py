@@ -1,1 +1,1 @@
-"""A worker's life around its engine: leases, heartbeat, the render of one job, metrics, supervision."""
+"""The worker around its engine: leases, heartbeat, the render of a job, metrics, supervision."""

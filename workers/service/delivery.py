@@ -1,4 +1,4 @@
-"""A finished picture as the objects to be stored, and what SQL records of it."""
+"""Converts a finished picture to the objects to store and the record for SQL."""
 
 import hashlib
 import io
@@ -15,7 +15,7 @@ from workers.render.request import Rendered
 
 @dataclass(frozen=True)
 class StoredObject:
-    """One object to be stored."""
+    """An object to store."""
 
     key: str
     data: bytes
@@ -24,7 +24,7 @@ class StoredObject:
 
 @dataclass(frozen=True)
 class Delivery:
-    """What an attempt delivers."""
+    """The result of an attempt: its objects and its record."""
 
     success: Success
     """What SQL records once the objects are stored."""

@@ -1,7 +1,7 @@
-"""The GPUs of this machine, as `nvidia-smi` lists them, and the choice among them by `--gpus`.
+"""Lists the GPUs of this machine with `nvidia-smi`, and selects those of `--gpus`.
 
-torch would take memory on each GPU to list them. nvidia-ml-py would not, but a hanging driver would block this process
-without end, while a program has a time limit.
+torch would take memory on each GPU to list them. nvidia-ml-py would not, but a hung driver would block this process
+forever; a subprocess has a time limit.
 """
 
 import re
@@ -18,7 +18,7 @@ _MIG = re.compile(r"\s+MIG .*\sDevice\s+(\d+): \(UUID: (MIG-[\w/-]+)\)")
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU, or one MIG instance of one."""
+    """A GPU or a MIG instance."""
 
     name: str
     """`gpu0`, or `gpu0-mig1`: stable across restarts."""
@@ -27,9 +27,9 @@ class Gpu:
 
 
 def listed(text: str) -> list[Gpu]:
-    """The GPUs in the output of `nvidia-smi -L`; of a GPU that is split into MIG instances, those instead.
+    """The GPUs in the output of `nvidia-smi -L`; a GPU split into MIG instances is replaced by them.
 
-    Their ids are UUIDs: CUDA numbers the fastest GPU first, nvidia-smi the first on the bus.
+    Their ids are UUIDs, since CUDA numbers GPUs by speed and nvidia-smi by bus.
     """
     found: list[Gpu] = []
     whole: Gpu | None = None
@@ -56,7 +56,7 @@ def here(environ: Mapping[str, str]) -> list[Gpu]:
             )
         return found
     ids = [entry.strip() for entry in visible.split(",")]
-    ids = ids[: next((place for place, entry in enumerate(ids) if entry in ("", "-1")), len(ids))]  # as CUDA does
+    ids = ids[: next((place for place, entry in enumerate(ids) if entry in ("", "-1")), len(ids))]  # like CUDA
     if not ids:
         raise NotConfigured("CUDA_VISIBLE_DEVICES hides every GPU: unset it, or render on the CPU with --workers N")
     names = {gpu.id: gpu.name for gpu in _ask_driver()} if not all(map(str.isdigit, ids)) else {}

@@ -1,4 +1,4 @@
-"""Many calls that threads make at the same time, combined into few: group commit."""
+"""Group commit: combines simultaneous calls of many threads into few."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -16,11 +16,11 @@ GATHER_SECONDS = 0.02
 
 
 class GroupCommit(Generic[A, R]):
-    """A call of one argument that may be made by many threads: calls that arrive during one share the next one.
+    """A function of one argument for many threads: calls that arrive during a call share the next.
 
-    `together` takes all their arguments, and returns their results in order. A call after a quiet time is made at
-    once. If a shared call raises, each of its calls is made alone, unless a service is away; the error goes to the
-    call that caused it.
+    `together` takes a list of arguments and returns their results in order. A call that finds none running starts at
+    once. If a shared call raises, each argument is retried alone, unless a service is unreachable, so that the error
+    reaches only the call that caused it.
     """
 
     def __init__(self, together: Callable[[Sequence[A]], Sequence[R]], name: str) -> None:
@@ -30,7 +30,7 @@ class GroupCommit(Generic[A, R]):
         self._next_at = 0.0
 
     def __call__(self, argument: A) -> R:
-        """Make the call, together with others, and wait for its result."""
+        """Call `together`, possibly with other threads' arguments, and wait for the result."""
         result: Future[R] = Future()
         self._line.put((argument, result))
         self._thread.submit(self._serve)

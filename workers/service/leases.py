@@ -1,4 +1,4 @@
-"""A worker's leases on jobs: claimed, renewed with every heartbeat, and given up before they run out."""
+"""A worker's leases on jobs: claimed, renewed with every heartbeat, given up before they expire."""
 
 import logging
 import threading
@@ -38,8 +38,8 @@ class Lease:
 class Leases:
     """The leases of one worker. Its methods may be called from any thread.
 
-    `progress`, `cancel` and `hand_back` are the engine's. `previews` takes the jobs of this worker that are watched,
-    with every heartbeat: whether their previews are to be decoded by the VAE, by job id.
+    `progress`, `cancel` and `hand_back` are the engine's. `previews` is called with every heartbeat, with the watched
+    jobs of this worker: for each job id, whether its previews are to be decoded by the VAE.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Leases:
         self._lock = threading.Lock()
         self._claims = GroupCommit(self._claim_all, "claims")
         self._heartbeat = Periodic("heartbeat", self._beat_seconds, self.renew)
-        # In a thread of its own: a database that hangs can block a heartbeat for long.
+        # In a separate thread: a hung database can block a heartbeat for long.
         self._guard = Periodic("leases", self._beat_seconds / 4, self.stop_expiring)
 
     def start(self) -> None:
@@ -71,7 +71,7 @@ class Leases:
         self._guard.start()
 
     def stop(self) -> None:
-        """Renew no more leases."""
+        """Stop renewing leases."""
         self._guard.stop()
         self._heartbeat.stop(self._beat_seconds + 5)
 
@@ -89,14 +89,14 @@ class Leases:
         return lease
 
     def release(self, lease: Lease) -> None:
-        """Renew a lease no more: its attempt has ended."""
+        """Stop renewing a lease: its attempt has ended."""
         with self._lock:
             if self._holds(lease):
                 del self._leases[lease.claim.job_id]
 
     @contextmanager
     def renders(self) -> Iterator[Mapping[tuple[str, int], Progress]]:
-        """The progress of each render, by job id and attempt; none of their leases is released within the block."""
+        """The progress of each render, by job id and attempt; their leases are not released within the block."""
         progress = self._progress()
         with self._lock:
             yield {
@@ -106,7 +106,7 @@ class Leases:
             }
 
     def renew(self) -> None:
-        """Renew all leases, and stop the renders that are cancelled, paused or lost; one heartbeat."""
+        """One heartbeat: renew all leases, and stop the renders that are cancelled, paused or lost."""
         try:
             beat = self._renew(self._all())
         except ServiceUnavailable as error:
@@ -115,7 +115,7 @@ class Leases:
             self._previews(beat.previews)
 
     def stop_expiring(self) -> None:
-        """Stop every render whose lease is about to run out: another worker may get its job then."""
+        """Stop every render whose lease is about to expire: another worker may then get its job."""
         oldest = self._clock() - (self._lease_seconds - self._beat_seconds)
         for lease in self._all():
             if lease.renewed_at < oldest:
@@ -138,12 +138,12 @@ class Leases:
         asked = self._clock()
         progress = self._progress()
         for lease in leases:
-            if seen := progress.get(lease.claim.job_id):  # else it is not in the engine yet, or no longer
+            if seen := progress.get(lease.claim.job_id):  # else it is not in the engine
                 lease.pace = Pace(seen.steps_done, seen.seconds_per_step)
         beat = self._jobs.beat(
             self._worker, {(lease.claim.job_id, lease.claim.attempt): lease.pace for lease in leases}
         )
-        # A job that is not in the engine yet ignores all of this: so it is repeated with every heartbeat.
+        # A job that is not in the engine yet ignores this, so it is repeated with every heartbeat.
         for lease in leases:
             job_id = lease.claim.job_id
             if job_id in beat.lost:

@@ -31,7 +31,7 @@ _ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 class WorkerMetrics:
-    """The metrics of a worker, counted also without a port to serve them on: some microseconds a forward.
+    """The metrics of a worker, counted even if no port is set: a few microseconds per forward.
 
     Labels are models and outcomes, never a batch, an owner or a job, whose number is unbounded.
     """
@@ -63,7 +63,7 @@ class WorkerMetrics:
     # --- the server
 
     def listen(self) -> None:
-        """Bind the port, if one is set. Raises `NotConfigured` if it is taken."""
+        """Bind the port, if set. Raises `NotConfigured` if it is taken."""
         if self._settings.metrics_port is not None:
             self._server = MetricsServer(self._settings, self._registry)
 
@@ -75,9 +75,9 @@ class WorkerMetrics:
     def start(
         self, info: WorkerInfo, device: torch.device, engine: Engine, pins: Pins, services: Mapping[str, Service]
     ) -> None:
-        """Serve the metrics from now on, with those of these parts."""
+        """Start serving the metrics, with those of these parts."""
         self._models = pins.names
-        for model in pins.names:  # Prometheus sees an increase only from a value of 0 on
+        for model in pins.names:  # Prometheus sees an increase only after a sample of 0
             for outcome in Outcome:
                 self._jobs.labels(model, outcome.value)
             for metric in (self._device_seconds, self._hits, self._misses, self._waits, self._renders, self._steps):
@@ -106,24 +106,24 @@ class WorkerMetrics:
         )
 
     def lost(self, jobs: int) -> None:
-        """Count the jobs that an earlier worker of this name left."""
+        """Count the jobs that an earlier worker of this name lost."""
         self._lost_leases.inc(jobs)
 
     def claimed(self, claim: Claim) -> None:
-        """Count an attempt that begins."""
+        """Count a started attempt."""
         if claim.attempt == 1:
             self._waits.labels(self._model(claim)).observe(claim.waited_seconds)
 
     def rendered(self, claim: Claim, picture: Picture) -> None:
-        """Count a picture that is recorded."""
+        """Count a recorded picture."""
         model = self._model(claim)
         self._renders.labels(model).observe(picture.render_seconds)
         self._device_seconds.labels(model).inc(picture.device_seconds or 0.0)
-        if not claim.checkpoint_key:  # else an earlier attempt did some of its steps
+        if not claim.checkpoint_key:  # else an earlier attempt did some of the steps
             self._steps.labels(model).observe(picture.render_seconds / claim.spec.num_inference_steps)
 
     def ended(self, claim: Claim, recorded: Outcome, error_class: ErrorClass | None) -> None:
-        """Count an attempt that has ended, with the outcome that SQL says, and the class of the error that ended it."""
+        """Count an ended attempt, by its outcome in SQL and the class of its error."""
         self._jobs.labels(self._model(claim), recorded.value).inc()
         if error_class is not None:
             self._errors.labels(error_class.value).inc()
@@ -134,7 +134,7 @@ class WorkerMetrics:
 
 
 class _Counted:
-    """A pipeline that counts its forwards and texts; everything else is the pipeline's own."""
+    """A pipeline that counts its forwards and texts; all other attributes are the wrapped pipeline's."""
 
     def __init__(self, pipeline: Pipeline, forwards: Histogram, hits: Counter, misses: Counter) -> None:
         self._pipeline = pipeline
@@ -144,12 +144,12 @@ class _Counted:
         return getattr(self._pipeline, name)
 
     def denoise(self, requests: Sequence[RenderRequest], rows: int | None = None) -> torch.Tensor:
-        """Called once a forward."""
+        """Called once per forward."""
         self._forwards.observe(sum(request.rows for request in requests))
         return self._pipeline.denoise(requests, rows)
 
     def encode(self, request: RenderRequest) -> None:
-        """Called once a request, by one thread: so the counts of the cache that it changes are this request's."""
+        """Called once per request, by one thread: a change of the cache's counters is due to this request."""
         cache: Embeddings | None = getattr(self._pipeline, "embeddings", None)
         hits, misses = (cache.hits, cache.misses) if cache else (0, 0)
         self._pipeline.encode(request)

@@ -1,4 +1,4 @@
-"""Checkpoints and previews of running renders, written to the object store beside the render loop."""
+"""Writes checkpoints and previews of running renders to the object store, outside the render loop."""
 
 import io
 import logging
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class Observation:
-    """What is written of one attempt while it runs; only the `Observer` writes its fields."""
+    """The checkpoints and previews of an attempt; only the `Observer` writes its fields."""
 
     claim: Claim
     checkpointed_at: float
@@ -71,14 +71,14 @@ class Observer:
         return observation
 
     def begin(self, observation: Observation) -> None:
-        """Checkpoint it every `checkpoint_steps`, if they are set; called once its request is in the engine."""
+        """Checkpoint an attempt every `checkpoint_steps`, if set; called once its request is in the engine."""
         if self._checkpoint_steps is not None and not observation.claim.spec.trajectory:
             self._after_steps(observation, self._checkpoint_steps, self._checkpoint_on)
 
     def observe(self, previews: Mapping[str, bool]) -> None:
-        """Begin the checkpoints that are due and the previews that are watched; called with every heartbeat.
+        """Start due checkpoints and watched previews; called with every heartbeat.
 
-        `previews` says of each watched job whether its previews are decoded by the VAE.
+        `previews` says for each watched job whether its previews are decoded by the VAE.
         """
         now = self._clock()
         with self._lock:
@@ -102,7 +102,7 @@ class Observer:
         if self._put(observation, key, checkpoint.pack(snapshot), "application/octet-stream"):
             try:
                 if not self._attempts.record_checkpoint(claim, key):
-                    return  # the next attempt may resume from this object; the sweep deletes it in the end
+                    return  # the next attempt may resume from this object; the sweep deletes it later
                 if claim.checkpoint_key is not None:
                     self._storage.delete(claim.checkpoint_key)
             except FarmError as error:
@@ -111,7 +111,7 @@ class Observer:
                 log.info("checkpointed job_id=%s attempt=%d step=%d", claim.job_id, claim.attempt, snapshot.steps_done)
 
     def close(self, observation: Observation) -> None:
-        """Write nothing more of an attempt; waits for the object that is being written."""
+        """Stop writing for an attempt; waits for the object that is being written."""
         with self._lock:
             if self._open.get(observation.claim.job_id) is observation:
                 del self._open[observation.claim.job_id]
@@ -119,7 +119,7 @@ class Observer:
             observation.closed = True
 
     def delete_leftovers(self, observation: Observation) -> None:
-        """Close it, and delete what this and earlier attempts wrote; raises `StorageUnavailable`."""
+        """Close it, and delete the objects of this and earlier attempts; raises `StorageUnavailable`."""
         self.close(observation)
         claim = observation.claim
         for attempt in range(1, claim.attempt):  # a worker that died may not have recorded its last checkpoint
@@ -166,7 +166,7 @@ class Observer:
     def _after_steps(
         self, observation: Observation, steps_done: int, then: Callable[[Observation, Snapshot], None]
     ) -> None:
-        """Take a snapshot after so many steps, or after the next one, and pass it on in a thread of the observer."""
+        """Take a snapshot after that many steps, or after the next step; process it in a thread of the observer."""
 
         def taken(future: Future[Snapshot]) -> None:
             # Called by the render loop between two steps: it must not wait.

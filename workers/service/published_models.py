@@ -1,4 +1,4 @@
-"""What a worker publishes in SQL about itself: its models, how large a picture each allows, its device's memory."""
+"""Publishes a worker's models, their largest pictures and the device's memory in SQL."""
 
 import logging
 import threading
@@ -17,7 +17,7 @@ class PublishedModels:
     """The description of a worker in SQL, kept up to date. All methods may be called from any thread."""
 
     def __init__(self, workers: Workers, info: WorkerInfo, served: Served) -> None:
-        """`info` is the worker without its models. Nothing is published yet."""
+        """`info` describes the worker without its models. Publishes nothing yet."""
         self._workers, self._served = workers, served
         self._worker = info
         self._lock = threading.Lock()
@@ -25,7 +25,7 @@ class PublishedModels:
 
     @property
     def info(self) -> WorkerInfo:
-        """The worker with its models, as they were at the last refresh."""
+        """The worker with its models, at the last refresh."""
         return replace(self._worker, models=self._served.models, memory=self._served.memory)
 
     def publish(self) -> None:
@@ -37,11 +37,11 @@ class PublishedModels:
             log.error("can't publish the models: %s", error)
 
     def allows(self, spec: RenderSpec) -> bool:
-        """Whether the device may have memory for a picture of that size."""
+        """Whether the device may have enough memory for a picture of that size."""
         return self._served.allows(spec)
 
     def forbid(self, spec: RenderSpec) -> None:
-        """Publish that the device has no memory for a picture of that size, until this worker is restarted."""
+        """Publish that the device lacks memory for a picture of that size, until this worker restarts."""
         self._served.forbid(spec)
         self._update()
 

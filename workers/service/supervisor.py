@@ -1,4 +1,4 @@
-"""`farm worker --gpus` and `--workers`: several workers of one machine, each kept running until all are to stop."""
+"""Runs the workers of `farm worker --gpus` and `--workers`, and restarts them until a signal stops all."""
 
 import contextlib
 import hashlib
@@ -44,7 +44,7 @@ class Seat:
 def seats(
     environ: Mapping[str, str], settings: Settings, name: str | None, *, gpus: str | None, workers: int | None
 ) -> list[Seat]:
-    """The workers to run: one for each of these GPUs, or so many on the CPU. Raises `NotConfigured`."""
+    """The workers to run: one per GPU, or that many on the CPU. Raises `NotConfigured`."""
     if gpus is not None:
         if ":" in (settings.device or ""):
             raise NotConfigured(f"each worker sees one GPU alone, so {settings.device} is none: leave the device out")
@@ -59,7 +59,7 @@ def seats(
     for place, (called, gpu) in enumerate(own):
         env = {"CUDA_VISIBLE_DEVICES": gpu, "OMP_NUM_THREADS": threads}
         if settings.device is None:
-            # A worker whose torch can't use its GPU must fail, and not render on the CPU instead.
+            # A worker whose torch can't use its GPU must fail, not render on the CPU.
             env["FARM_DEVICE"] = "cuda" if gpu else "cpu"
         if settings.metrics_port:
             env["FARM_METRICS_PORT"] = str(settings.metrics_port + place)
@@ -89,7 +89,7 @@ def supervise(name: str | None, given: dict[str, Any], *, gpus: str | None, work
 
 
 def _check(settings: Settings) -> None:
-    """Refuse a schema that doesn't fit in one line, before each worker refuses it in one of its own."""
+    """Report a wrong schema once, instead of once per worker."""
     database = Database(settings.database_url)
     try:
         database.check_schema()
@@ -100,7 +100,7 @@ def _check(settings: Settings) -> None:
 
 
 class Crew:
-    """The workers of one machine; `command` and `--name` start one."""
+    """The workers of one machine; each is started by `command` with `--name`."""
 
     def __init__(self, places: Sequence[Seat], command: Sequence[str], stop_seconds: float) -> None:
         policy = RestartPolicy(RESTART_BACKOFF.seconds, HEALTHY_SECONDS, _restarting, _refused)
@@ -131,7 +131,7 @@ class Crew:
 
 
 class WorkerProcess(ChildProcess):
-    """One process of a worker, whose output goes to standard error with its name before each line."""
+    """A worker process; its output goes to standard error, each line prefixed with its name."""
 
     def __init__(self, seat: Seat, command: Sequence[str]) -> None:
         env = {**os.environ, **seat.env, "PYTHONUNBUFFERED": "1"}
@@ -143,7 +143,7 @@ class WorkerProcess(ChildProcess):
         self._reader.start()
 
     def clear(self) -> None:
-        """Kill what is left of it, and pass on the rest of its output."""
+        """Kill the process if it still runs, and forward the rest of its output."""
         super().clear()
         self._reader.join(1)  # the pipe has ended, unless a stray child holds it
 
@@ -186,9 +186,9 @@ def _say(text: str, name: str = "") -> None:
 
 @contextlib.contextmanager
 def _only_one(name: str, settings: Settings) -> Iterator[None]:
-    """Hold a worker's name on this machine: a second worker of that name would take the first one's jobs away.
+    """Reserve a worker's name on this machine: a second worker of that name would take over the first one's jobs.
 
-    The name is an abstract Unix socket, which leaves no file and ends with its process; only Linux has those.
+    The name is an abstract Unix socket (Linux only), which leaves no file and ends with its process.
     """
     if sys.platform != "linux":
         yield

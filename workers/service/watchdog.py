@@ -1,4 +1,4 @@
-"""The end of a worker whose engine is broken or hangs: a supervisor starts another one."""
+"""Ends a worker whose engine is broken or hangs; its supervisor then starts another."""
 
 import logging
 import os
@@ -11,7 +11,7 @@ log = logging.getLogger(__name__)
 
 
 class Watchdog:
-    """Ends this process when its engine can render no more; `check` is called with every heartbeat."""
+    """Ends this process when its engine can no longer render; `check` is called with every heartbeat."""
 
     def __init__(self, engine: Engine, stuck_seconds: float, draining: threading.Event) -> None:
         self._engine, self._stuck_seconds, self._draining = engine, stuck_seconds, draining
@@ -24,7 +24,7 @@ class Watchdog:
             self._stopping = True
             os.kill(os.getpid(), signal.SIGTERM)  # its jobs have failed as retryable
         if self._engine.busy_seconds > self._stuck_seconds:
-            # Nothing frees a thread that waits for a hung device. The leases run out, and a job that hangs every
-            # worker is set aside after some of them.
+            # A thread that waits for a hung device can't be freed. The leases expire, and a job that hangs every
+            # worker is set aside as failed after several attempts.
             log.critical("a forward hangs for %.0f s: this worker ends", self._engine.busy_seconds)
             os._exit(os.EX_SOFTWARE)

@@ -24,7 +24,7 @@ NOTHING_KNOWN = "?"
 _LEAST_CONTRAST = 30.0
 _LEAST_AREA = 24
 _LEAST_OVERLAP = 0.75
-_FARTHEST_COLOUR = 44.0  # half the distance between orange and yellow, the two nearest colours
+_FARTHEST_COLOUR = 44.0  # half the distance between orange and yellow, the closest pair of colours
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,5 +130,5 @@ def _colour_name(colour: npt.NDArray[np.float32], names: tuple[str, ...]) -> str
 
 
 def _size_name(radius: float, figures: int) -> str:
-    """The size word whose radius is nearest, in a scene of so many figures."""
+    """The size word of the nearest radius, in a scene with that many figures."""
     return min(scenes.SIZES, key=lambda size: abs(scenes.RADII[min(figures, 2), size] - radius))

@@ -25,7 +25,7 @@ SNR_CAP = 5.0
 
 
 class Denoiser(nn.Module):
-    """The two parts that are trained together.
+    """The UNet and the text encoder, trained together.
 
     Attention is not fused: at this size on a CPU, the backward pass of torch's fused attention takes several times as
     long, and a whole training step half as long again.

@@ -55,8 +55,8 @@ def fit(
 ) -> Module:
     """Train `model` in place and return the running average of its weights; resumes from `folder`.
 
-    The state lies in `folder/NAME.pt`, written aside and moved into place, so that a kill at any moment leaves a whole
-    one. `stop_at` ends the run early, as a kill would.
+    The state is in `folder/NAME.pt`, replaced atomically, so that a kill at any moment leaves a complete file.
+    `stop_at` ends the run early, as a kill would.
     """
     path = folder / f"{name}.pt"
     folder.mkdir(parents=True, exist_ok=True)

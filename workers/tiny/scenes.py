@@ -6,7 +6,7 @@ given `random.Random`, so the same seed gives the same scene, picture and words.
 
 Held out: `held_out` picks about a tenth of all (shape, colour, background) triples by a hash of their names.
 `random_scene` never puts a figure of a held-out triple into a scene, whether or not the caption would say so;
-every figure in `held_out_captions` is one of them, with its colour and background said.
+every figure in `held_out_captions` is such a triple, with its colour and background in the text.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def held_out(shape: str, colour: str, background: str) -> bool:
 
 
 def random_scene(rng: random.Random) -> Scene:
-    """A complete scene of the training set: one figure in two of five cases, else two."""
+    """A complete scene of the training set: a single figure in two of five cases, else two."""
     background = rng.choice(BACKGROUNDS)
     figures: list[Figure] = []
     wanted = 1 if rng.random() < 0.4 else 2

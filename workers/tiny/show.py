@@ -1,4 +1,4 @@
-"""Draws how noise is added, and how it is removed.
+"""Draws the noising and the denoising of a picture.
 
     python -m workers.tiny.show "a red heart left of a yellow star on a blue background"
 
