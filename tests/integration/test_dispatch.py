@@ -17,6 +17,7 @@ from farm.errors import BrokerUnavailable, DatabaseUnavailable, ErrorClass, Inva
 from farm.jobs.database import Database, now_plus
 from farm.jobs.fair_share import LEAST_WINDOW
 from farm.jobs.leadership import Leadership
+from farm.jobs.queries import Queries
 from farm.jobs.records import WorkerInfo
 from farm.jobs.schema import BatchRow
 from farm.jobs.served_models import ServedModel
@@ -99,14 +100,14 @@ def test_without_redis_a_batch_is_safe_in_sql(settings: Settings, database: Data
 def test_a_batch_is_handed_in_whatever_goes_away_after_that(
     settings: Settings, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def away(*_: object) -> None:
+    def away(*_: object, **__: object) -> None:
         raise DatabaseUnavailable("the database does not answer")
 
-    monkeypatch.setattr(Dispatcher, "fill", away)
+    monkeypatch.setattr("farm.client.farm.fill", away)
     with Farm(settings) as farm:
         assert farm.submit(["one"]).status().counts[JobState.PENDING] == 1
         with monkeypatch.context() as patch:
-            patch.setattr(JobStore, "batch", away)
+            patch.setattr(Queries, "batch", away)
             with pytest.raises(
                 DatabaseUnavailable, match=r"^batch \S+ is handed in, but the database does not answer$"
             ):
