@@ -176,10 +176,12 @@ class ChaosFarm:
         *,
         loud: bool = False,
         small: bool = False,
+        lease_seconds: float = LEASE_SECONDS,
         place: OneMachine | None = None,
         more_models: str = "",
     ) -> None:
         self.kind, self.seed, self.scale, self._small = kind, seed, scale, small
+        self._lease_seconds = lease_seconds
         self._place = place or OneMachine()
         self._models = ",".join(filter(None, (f"tiny=null:?seconds_per_step={scale.seconds_per_step}", more_models)))
         self._loud = loud
@@ -226,8 +228,8 @@ class ChaosFarm:
             update={
                 "database_url": database_url,
                 "s3_endpoint_url": f"http://{self._place.address}:{self.proxy.port}",
-                "lease_seconds": LEASE_SECONDS,
-                "beat_seconds": LEASE_SECONDS / 5,
+                "lease_seconds": self._lease_seconds,
+                "beat_seconds": self._lease_seconds / 5,
                 "forward_sizes": self.home.path / "forwards.json",
                 "window": 16,
             }

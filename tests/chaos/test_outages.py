@@ -14,16 +14,20 @@ from farm.client.batch import Batch
 from farm.jobs.schema import BatchRow
 from farm.jobs.states import JobState
 from farm.specs.object_keys import manifest_key
-from tests.chaos.farm import LEASE_SECONDS, ROOT, SLOTS, ChaosFarm, Standing
+from tests.chaos.farm import ROOT, SLOTS, ChaosFarm, Standing
 from tests.chaos.orders import Scale
 from tests.chaos.test_chaos import sweep
 from tests.integration.conftest import environment
 
-SCALE = Scale(jobs=0, batch=(1, 1), steps=(1, 1), seconds_per_step=0.02, backlog=0)
-SHORT_STEPS, LONG_STEPS = 20, 300
-"""Of jobs that are denoised before their lease ends, renewed or not, and of one that is not."""
+LEASE_SECONDS = 8.0
+SCALE = Scale(jobs=0, batch=(1, 1), steps=(1, 1), seconds_per_step=0.1, backlog=0)
+SHORT_STEPS, LONG_STEPS = 4, 160
+"""Of jobs that are denoised before their lease ends, renewed or not, and of one that is not.
+
+Both are so even if everything stands still for 5 s: 0.4 s are far below the lease, and 16 s far above it.
+"""
 JOBS = 24
-REST_SECONDS = 3.0
+REST_SECONDS = LEASE_SECONDS
 """How long after a service went away everybody does nothing but wait for it."""
 
 
@@ -47,12 +51,14 @@ AWAY: dict[str, Away] = {"Redis": lambda farm: farm.redis.away(), "S3": lambda f
 
 @pytest.fixture(scope="module", params=["postgresql", pytest.param("sqlite", marks=pytest.mark.chaos)])
 def farm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ChaosFarm]:
-    with ChaosFarm(tmp_path_factory.mktemp("outages"), request.param, 0, SCALE, small=True) as farm:
+    with ChaosFarm(
+        tmp_path_factory.mktemp("outages"), request.param, 0, SCALE, small=True, lease_seconds=LEASE_SECONDS
+    ) as farm:
         yield farm
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("seconds", [3 * LEASE_SECONDS, pytest.param(60.0, marks=pytest.mark.chaos)])
+@pytest.mark.parametrize("seconds", [1.5 * LEASE_SECONDS, pytest.param(60.0, marks=pytest.mark.chaos)])
 @pytest.mark.parametrize("service", AWAY)
 def test_a_service_that_is_away_costs_time_and_nothing_else(farm: ChaosFarm, service: str, seconds: float) -> None:
     long = farm.farm.submit(["long"], num_inference_steps=LONG_STEPS, name=f"long without {service}")

@@ -53,7 +53,19 @@ def imports_of_libraries() -> Iterator[tuple[str, str, str]]:
             yield contract["name"], importer, library
 
 
-FORBIDDEN = [*imports_of_higher_layers(), *imports_of_libraries()]
+def imports_of_siblings() -> Iterator[tuple[str, str, str]]:
+    """(contract, package, other package or module of its layer), for every two of one layer."""
+    for contract in CONTRACTS:
+        if contract["type"] == "layers":
+            (product,) = contract["containers"]
+            for layer in contract["layers"]:
+                names = [f"{product}.{name.strip()}" for name in layer.split("|")]
+                for package, other in itertools.permutations(names, 2):
+                    if package in packages(product):
+                        yield contract["name"], package, other
+
+
+FORBIDDEN = [*imports_of_higher_layers(), *imports_of_siblings(), *imports_of_libraries()]
 
 
 def copied(folder: Path) -> Path:
@@ -109,6 +121,21 @@ def test_the_tree_as_it_is_keeps_all_contracts(tmp_path: Path) -> None:
 def test_every_package_is_tried(product: str) -> None:
     assert packages(product)
     assert set(packages(product)) <= {importer for _, importer, _ in FORBIDDEN}
+
+
+@pytest.mark.parametrize(
+    ("importer", "imported"),
+    [
+        ("farm.show", "farm.queue"),
+        ("farm.queue", "farm.show"),
+        ("farm.jobs", "farm.objects"),
+        ("farm.objects", "farm.jobs"),
+        *itertools.permutations(("workers.models", "workers.sampling", "workers.outputs"), 2),
+        ("workers.tiny", "workers.consumer"),
+    ],
+)
+def test_siblings_and_the_small_model_are_tried_too(importer: str, imported: str) -> None:
+    assert (importer, imported) in {(package, other) for _, package, other in FORBIDDEN}
 
 
 def test_a_module_with_a_forbidden_import_breaks_its_contract(broken: dict[str, str]) -> None:

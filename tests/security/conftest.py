@@ -8,7 +8,7 @@ from rich.console import Console
 
 from farm.errors import NotConfigured
 from farm.local import LocalFarm
-from tests.servers import missing
+from tests.servers import missing, needs_torch
 
 HOSTILE = {
     "terminal": "\x1b[2J\x1b]0;pwned\x07 a cat \x9b31m",
@@ -27,6 +27,7 @@ HOSTILE = {
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalFarm]:
     """A farm that runs, as `farm up` starts it, its output kept."""
+    needs_torch()
     home = tmp_path_factory.mktemp("whole") / "home"
     farm = LocalFarm(home, console=Console(file=io.StringIO(), width=200))
     with pytest.MonkeyPatch.context() as patch:

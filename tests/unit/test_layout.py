@@ -1,4 +1,4 @@
-"""`tests/unit` mirrors the packages: a test lies in the folder of the package that it imports."""
+"""`tests/unit` mirrors the packages: each has a folder of tests, and a test imports the package of its folder."""
 
 import ast
 from pathlib import Path
@@ -7,10 +7,19 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 UNIT = ROOT / "tests" / "unit"
-FOLDERS = sorted(
-    path for product in ("farm", "workers") for path in (UNIT / product).rglob("*") if (path / "__init__.py").exists()
-)
-FILES = sorted(path for folder in FOLDERS for path in folder.glob("test_*.py"))
+
+
+def packages(root: Path) -> list[Path]:
+    """The packages below `farm` and `workers` in a root, relative to it."""
+    return sorted(
+        path.parent.relative_to(root)
+        for product in ("farm", "workers")
+        for path in (root / product).rglob("*/__init__.py")
+    )
+
+
+PACKAGES, FOLDERS = packages(ROOT), packages(UNIT)
+FILES = sorted(path for folder in FOLDERS for path in (UNIT / folder).glob("test_*.py"))
 
 
 def imported(path: Path) -> set[str]:
@@ -24,9 +33,24 @@ def imported(path: Path) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.relative_to(UNIT).as_posix())
-def test_every_folder_of_unit_tests_is_a_package_of_the_product(folder: Path) -> None:
-    assert (ROOT / folder.relative_to(UNIT) / "__init__.py").exists()
+def names_of_tests(path: Path) -> list[str]:
+    """The test functions of a file."""
+    functions = (node for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef))
+    return [function.name for function in functions if function.name.startswith("test_")]
+
+
+def test_every_folder_of_unit_tests_is_a_package_of_the_product() -> None:
+    assert [folder for folder in FOLDERS if folder not in PACKAGES] == []
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=Path.as_posix)
+def test_every_package_of_the_product_has_a_unit_test(package: Path) -> None:
+    assert any(names_of_tests(path) for path in (UNIT / package).glob("test_*.py"))
+
+
+def test_every_folder_with_unit_tests_is_looked_at() -> None:
+    every = {path for product in ("farm", "workers") for path in (UNIT / product).rglob("*/test_*.py")}
+    assert every == set(FILES)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(UNIT).as_posix())
