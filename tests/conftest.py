@@ -36,11 +36,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """With `--without-torch`, ignore the test files that import what only a worker needs."""
-    if not config.getoption("--without-torch") or not collection_path.match("test_*.py"):
+    """With `--without-torch`, ignore the test files that import what only a worker needs, or whose fixtures do."""
+    path = collection_path / "conftest.py" if collection_path.is_dir() else collection_path
+    looked_at = path.name == "conftest.py" or path.match("test_*.py")
+    if not (config.getoption("--without-torch") and looked_at and path.exists()):
         return None
     try:
-        importlib.import_module(".".join(collection_path.relative_to(config.rootpath).with_suffix("").parts))
+        importlib.import_module(".".join(path.relative_to(config.rootpath).with_suffix("").parts))
     except ModuleNotFoundError as error:
         if error.name and error.name.partition(".")[0] in RENDERING:
             return True
