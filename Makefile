@@ -20,7 +20,7 @@ demo: $(VENV)/.farm  ## start the embedded farm, render examples/prompts.txt, sh
 up: $(VENV)/.farm  ## start the embedded farm and keep it running until Ctrl-C
 	@$(BIN)/farm up
 
-test: $(VENV)/.dev  ## run all tests but the long ones, against real servers (five minutes on two cores)
+test: $(VENV)/.dev  ## run all tests but the long ones, against real servers
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-long: $(VENV)/.dev  ## run the long tests: the commands of docs/, every sampler of diffusers, whole farms on SQLite
