@@ -3,7 +3,7 @@
 import os
 import sys
 import threading
-from contextlib import closing
+from contextlib import ExitStack, closing
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -77,25 +77,20 @@ def dispatcher() -> None:
 
     configure()
     stop = threading.Event()
-    with stop_signals(stop):
+    with stop_signals(stop), ExitStack() as opened:
         settings = Settings.load()
-        db = Database(settings.database_url)
+        db = opened.enter_context(closing(Database(settings.database_url)))
         db.check_schema()
-        broker = Broker(settings)
-        storage = Storage(settings)
+        storage = opened.enter_context(closing(Storage(settings)))
+        broker = opened.enter_context(closing(Broker(settings)))
         store, leadership = JobStore.over(db, settings), Leadership(db, DISPATCHER)
         dispatcher = Dispatcher(store, broker, storage, settings)
         metrics = serve(
             db, store.workers, dispatcher, leadership, settings, {"sql": db, "redis": broker, "s3": storage}
         )
-        try:
-            dispatcher.run(stop, leadership)
-        finally:
-            if metrics is not None:
-                metrics.close()
-            broker.close()
-            storage.close()
-            db.close()
+        if metrics is not None:
+            opened.callback(metrics.close)
+        dispatcher.run(stop, leadership)
 
 
 @app.command()

@@ -4,6 +4,7 @@ import getpass
 import logging
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeGuard
@@ -58,11 +59,16 @@ class Farm:
 
     def __init__(self, settings: Settings | None = None) -> None:
         self.settings = settings or Settings.load()
-        self._db = Database(self.settings.database_url)
-        self._db.check_schema()
+        with ExitStack() as opened:
+            self._db = Database(self.settings.database_url)
+            opened.callback(self._db.close)
+            self._db.check_schema()
+            self._storage = Storage(self.settings)
+            opened.callback(self._storage.close)
+            self._broker = Broker(self.settings)
+            opened.callback(self._broker.close)
+            self._opened = opened.pop_all()
         self._store = JobStore.over(self._db, self.settings)
-        self._storage = Storage(self.settings)
-        self._broker = Broker(self.settings)
 
     def check(self) -> None:
         """Raise `ServiceUnavailable` for the first service that does not answer."""
@@ -241,9 +247,7 @@ class Farm:
 
     def close(self) -> None:
         """Close every connection."""
-        self._broker.close()
-        self._storage.close()
-        self._db.close()
+        self._opened.close()
 
     def __enter__(self) -> Self:
         return self

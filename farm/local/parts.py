@@ -10,6 +10,7 @@ import sys
 import sysconfig
 from base64 import b64encode
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -115,15 +116,15 @@ def seaweed(home: Home, access: Access, settings: Settings) -> Part:
     data = home.data("s3")
     ports = access.ports
     doors = ("s3", "master", "volume", "filer", "admin")
-    storage = Storage(settings)
 
     def answers(_process: PartProcess) -> bool:
         if not _listens(access.host, ports["s3"]):  # boto3 would retry for seconds
             return False
         try:
-            storage.ensure_bucket()
-            storage.put(".probe", b"farm")
-            storage.delete(".probe")
+            with closing(Storage(settings)) as storage:
+                storage.ensure_bucket()
+                storage.put(".probe", b"farm")
+                storage.delete(".probe")
         except FarmError:
             return False
         return True
