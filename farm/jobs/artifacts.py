@@ -16,6 +16,19 @@ _COLUMNS = frozenset({"key", "sha256", "bytes", "width", "height"})
 _FACTS = frozenset(field.name for field in fields(Picture)) - _COLUMNS
 """The fields of a picture that are kept as JSON: a new field needs no column."""
 
+PICTURE_COLUMNS: Mapping[str, str] = {
+    "image_key": "key",
+    "image_sha256": "sha256",
+    "image_bytes": "bytes",
+    "width": "width",
+    "height": "height",
+    "model_sha256": "model_sha256",
+    "render_seconds": "render_seconds",
+    "device_seconds": "device_seconds",
+    "warnings": "warnings",
+}
+"""The fields of a picture that a job's row has, too, by column: release 0.1 writes and reads only these."""
+
 
 def artifact_rows(job_id: str, picture: Picture, others: Sequence[Artifact] = ()) -> Iterator[dict[str, Any]]:
     """The rows of a picture and of the artifacts beside it, to be inserted."""

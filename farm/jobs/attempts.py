@@ -11,7 +11,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from farm.errors import ErrorClass
-from farm.jobs.artifacts import artifact_rows
+from farm.jobs.artifacts import PICTURE_COLUMNS, artifact_rows
 from farm.jobs.conditions import in_state
 from farm.jobs.database import Database, now_plus
 from farm.jobs.records import Artifact, Claim, Picture, Success
@@ -153,24 +153,13 @@ _CLAIMED = (
 )
 # Never waits for a row while it locks others, so that transactions can't deadlock.
 _CLAIMED_UNLOCKED = _CLAIMED.with_for_update(skip_locked=True)
-_PICTURE = (
-    "steps_done",
-    "image_key",
-    "image_sha256",
-    "image_bytes",
-    "width",
-    "height",
-    "model_sha256",
-    "render_seconds",
-    "device_seconds",
-    "warnings",
-)
 _INSERT_ARTIFACTS = sa.insert(ArtifactRow)
 _SUCCEED = Move(
     {JobState.RUNNING: JobState.SUCCEEDED},
     lease_until=None,
     error=None,
-    **{name: sa.bindparam(name) for name in _PICTURE},
+    steps_done=sa.bindparam("steps_done"),
+    **{column: sa.bindparam(column) for column in PICTURE_COLUMNS},
 )
 
 
@@ -179,15 +168,7 @@ def _succeeded(claim: Claim, picture: Picture) -> dict[str, Any]:
         "of_job": claim.job_id,
         "of_attempt": claim.attempt,
         "steps_done": claim.spec.num_inference_steps,
-        "image_key": picture.key,
-        "image_sha256": picture.sha256,
-        "image_bytes": picture.bytes,
-        "width": picture.width,
-        "height": picture.height,
-        "model_sha256": picture.model_sha256,
-        "render_seconds": picture.render_seconds,
-        "device_seconds": picture.device_seconds,
-        "warnings": list(picture.warnings),
+        **{column: getattr(picture, field) for column, field in PICTURE_COLUMNS.items()},
     }
 
 

@@ -4,8 +4,9 @@ The cost of a pass depends on the batches with pending jobs and on the jobs that
 backlog: an index finds the batches one by one, and only as many jobs of a batch are read as it has turns.
 """
 
+import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import sqlalchemy as sa
@@ -42,12 +43,13 @@ class Pass:
 class Backlog:
     """Queues pending jobs and puts queued jobs back. Any number of processes may do so at once."""
 
-    def __init__(self, db: Database, settings: Settings) -> None:
+    def __init__(self, db: Database, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
         self._db = db
         self._lease_seconds = settings.lease_seconds
         self._starvation_seconds = settings.starvation_seconds
         self._most_queued = settings.most_queued
-        self._corrected_at = -_CORRECT_SECONDS
+        self._clock = clock
+        self._corrected_at = -math.inf
         self._costs = Costs()
         self._ahead: dict[tuple[str, str], int] = {}
 
@@ -96,9 +98,9 @@ class Backlog:
 
     def _correct_charges(self) -> None:
         """Correct the charges of jobs that have ended, in separate transactions, so that a pass stays short."""
-        if time.monotonic() - self._corrected_at < _CORRECT_SECONDS:
+        if self._clock() - self._corrected_at < _CORRECT_SECONDS:
             return
-        self._corrected_at = time.monotonic()
+        self._corrected_at = self._clock()
         corrected = charges.MOST
         while corrected == charges.MOST:
             with self._db.write() as session:

@@ -6,6 +6,7 @@ import os
 import secrets
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,19 +52,22 @@ class Leadership:
     the first does not know yet that its lease has expired.
     """
 
-    def __init__(self, db: Database, name: str, lease_seconds: float = LEASE_SECONDS) -> None:
+    def __init__(
+        self, db: Database, name: str, lease_seconds: float = LEASE_SECONDS, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._db = db
         self._name = name
         self._lease_seconds = lease_seconds
         self.holder = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
         self.leads = False
         """Whether it held the lease when it last sought it."""
+        self._clock = clock
         self._asked = -math.inf
 
     def keep(self) -> bool:
         """Return whether this process leads; seeks the lease at most once in `RENEW_SECONDS`."""
-        if time.monotonic() - self._asked >= RENEW_SECONDS:
-            self._asked = time.monotonic()
+        if self._clock() - self._asked >= RENEW_SECONDS:
+            self._asked = self._clock()
             self.seek()
         return self.leads
 

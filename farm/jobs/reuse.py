@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import sqlalchemy as sa
 from sqlalchemy.orm import Session, aliased, selectinload
 
-from farm.jobs.artifacts import artifacts_of, copy_artifacts
+from farm.jobs.artifacts import PICTURE_COLUMNS, artifacts_of, copy_artifacts
 from farm.jobs.conditions import JOB_PAUSED, in_state
 from farm.jobs.database import Database, now
 from farm.jobs.leadership import DISPATCHER
@@ -271,32 +271,19 @@ def _copying(row: sa.Row[*tuple[Any, ...]], source: JobRow) -> Copying:
     return Copying(row.id, row.attempt, source.id, source.image_bytes or 0, keys)
 
 
-_FACTS = (
-    "steps_done",
-    "image_sha256",
-    "image_bytes",
-    "width",
-    "height",
-    "model_sha256",
-    "render_seconds",
-    "device_seconds",
-    "warnings",
-)
-"""The columns that are copied from the source job."""
-
-
 def _facts_of(source: type[JobRow], one: Copying) -> dict[str, Any]:
     copied = {
-        name: sa.select(getattr(source, name)).where(source.id == one.source_id).scalar_subquery() for name in _FACTS
+        column: sa.select(getattr(source, column)).where(source.id == one.source_id).scalar_subquery()
+        for column in ("steps_done", *PICTURE_COLUMNS)
     }
     return {
         "not_before": None,
         "error": None,
         "worker": None,
-        "image_key": next(iter(one.keys.values())),
         "reused_from": one.source_id,
         "work_sha256": None,
         # A job without earlier attempts has no objects beside its picture.
         "leftovers": False if one.attempt == 1 else JobRow.leftovers,
         **copied,
+        "image_key": next(iter(one.keys.values())),
     }

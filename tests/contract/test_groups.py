@@ -14,7 +14,7 @@ from farm.jobs.states import JobState, Outcome
 from farm.jobs.store import JobStore
 from farm.settings import Settings
 from farm.specs.spec import RenderSpec
-from workers.service.leases import Leases
+from workers.service.leases import HeldLeases
 
 PICTURE = Picture("b/1.png", "f" * 64, 123, 64, 64, "e" * 64, 1.5, ("cut off",), device_seconds=0.75)
 
@@ -87,7 +87,7 @@ def test_a_group_waits_for_a_job_that_somebody_else_changes_now(store: JobStore,
 
 def test_of_two_messages_for_one_job_one_claims_it(database: Database, store: JobStore) -> None:
     ignored = {"progress": dict, "cancel": id, "hand_back": max, "previews": id}
-    leases = Leases(store.leases, "w1@host", Settings(database_url="", broker_url="", s3_bucket=""), **ignored)
+    leases = HeldLeases(store.leases, "w1@host", Settings(database_url="", broker_url="", s3_bucket=""), **ignored)
     (job_id,) = queued(store, 1)
     claims = leases._claim_all([job_id, job_id])
     assert [claim is not None for claim in claims] == [True, False]

@@ -18,7 +18,7 @@ from workers.engine.step_scheduler import ForwardKey, StepScheduler
 from workers.models.pins import Pins
 from workers.render.device import use_threads
 from workers.render.failures import as_failure, caused, first_line, shape_text
-from workers.render.request import URGENT, HandedBack, Progress, Rendered, RenderRequest, Snapshot
+from workers.render.request import URGENT, Progress, Rendered, RenderRequest, RequestHandedBack, Snapshot
 from workers.sampling import tables
 
 log = logging.getLogger(__name__)
@@ -137,7 +137,7 @@ class Engine:
         return self._withdraw(request_id, lambda _: RenderCancelled(f"{request_id} was cancelled"))
 
     def hand_back(self, request_id: str, why: str) -> bool:
-        """End a request with `HandedBack`, which carries its state; False if its id is unknown.
+        """End a request with `RequestHandedBack`, which carries its state; False if its id is unknown.
 
         A request that is already denoised ends with its picture instead.
         """
@@ -145,7 +145,7 @@ class Engine:
             render = self._renders.get(request_id)
             if render is not None and render.request.denoised:
                 return True
-            return self._withdraw(request_id, lambda snapshot: HandedBack(f"{request_id}: {why}", snapshot))
+            return self._withdraw(request_id, lambda snapshot: RequestHandedBack(f"{request_id}: {why}", snapshot))
 
     def snapshot(self, request_id: str, steps_done: int = 0) -> Future[Snapshot]:
         """A request's state after its next step with at least that many steps done.
@@ -175,8 +175,9 @@ class Engine:
     def drain(self, seconds: float) -> None:
         """Accept no more requests, and end those in the engine within that time; returns when it is empty.
 
-        Requests that can finish in time at their measured pace do. All others end with `HandedBack`, which carries
-        their state, so that another worker can resume them: waiting ones at once, running ones after their next step.
+        Requests that can finish in time at their measured pace do. All others end with `RequestHandedBack`, which
+        carries their state, so that another worker can resume them: waiting ones at once, running ones after their
+        next step.
         """
         now = time.monotonic()
         deadline, finish_by = now + seconds, now + seconds * (1 - _HAND_BACK_SHARE)
@@ -193,7 +194,7 @@ class Engine:
             for render in renders:
                 self.hand_back(render.request.id, "not done in time, and its worker drains")
         for render in renders:  # the device hangs in a forward or a decoding
-            self._end(render, HandedBack(f"{render.request.id}: its worker drains", None))
+            self._end(render, RequestHandedBack(f"{render.request.id}: its worker drains", None))
 
     def stop(self, timeout: float = 10.0) -> None:
         """Hand back all requests and end the loop, waiting at most `timeout` seconds for the current step."""

@@ -64,9 +64,9 @@ class ForwardSizes:
     methods may be called from any thread, except `measure`: only from the thread that owns the model.
     """
 
-    def __init__(self, path: Path | None = None, most_rows: int = 32, *, measured: bool = True) -> None:
+    def __init__(self, path: Path | None = None, slots: int = 16, *, measured: bool = True) -> None:
         self._path = path
-        self._most_rows = most_rows
+        self._slots = slots
         self._measured = measured
         self._curves: dict[str, Curve] = {}
         self._fixed: dict[ForwardKey, bool] = {}
@@ -147,7 +147,8 @@ class ForwardSizes:
         """Time forwards of 1, 2, 4, … rows until more rows gain nothing."""
         known = self._curves.get(kind, Curve())  # without times: only the size that ran out of memory is known
         curve, began, rows = Curve(most=known.most), time.monotonic(), 1
-        while rows <= min(self._most_rows, curve.most) and time.monotonic() - began < _MEASURE_SECONDS:
+        most = self._slots * pipeline.guidance.factor
+        while rows <= min(most, curve.most) and time.monotonic() - began < _MEASURE_SECONDS:
             try:
                 curve.seconds[rows] = _timed(pipeline, [template] * rows)
             except torch.OutOfMemoryError:

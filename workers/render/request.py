@@ -65,7 +65,7 @@ class Snapshot:
     """The attributes of a noise scheduler that is stepped as an object; empty for a table."""
 
 
-class HandedBack(RenderHandedBack):
+class RequestHandedBack(RenderHandedBack):
     """Raised for a request that its worker hands back; carries its state if it has started."""
 
     def __init__(self, message: str, snapshot: Snapshot | None) -> None:

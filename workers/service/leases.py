@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from farm.errors import ServiceUnavailable
-from farm.jobs.leases import Leases as JobLeases
+from farm.jobs.leases import Leases
 from farm.jobs.records import Beat, Claim, Pace
 from farm.runtime.periodic import Periodic
 from farm.settings import Settings
@@ -20,11 +20,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class Lease:
-    """The right to render one attempt of a job; only `Leases` writes its fields."""
+    """The right to render one attempt of a job; only `HeldLeases` writes its fields."""
 
     claim: Claim
     renewed_at: float
-    """When the renewal that it lives by was requested, by the clock of `Leases`."""
+    """When the renewal that it lives by was requested, by the clock of `HeldLeases`."""
     pace: Pace = field(default_factory=lambda: Pace(0, None))
     """The progress that the last renewal reported."""
     cancelled: bool = False
@@ -35,7 +35,7 @@ class Lease:
     """Whether the lease belongs to another worker now, or could not be renewed in time."""
 
 
-class Leases:
+class HeldLeases:
     """The leases of one worker. Its methods may be called from any thread.
 
     `progress`, `cancel` and `hand_back` are the engine's. `previews` is called with every heartbeat, with the watched
@@ -44,7 +44,7 @@ class Leases:
 
     def __init__(
         self,
-        jobs: JobLeases,
+        jobs: Leases,
         worker: str,
         settings: Settings,
         *,

@@ -16,8 +16,7 @@ from farm.jobs.records import Claim
 from farm.jobs.states import Outcome
 from farm.runtime.retrying import insist
 from workers.outputs import checkpoint
-from workers.render.request import HandedBack as EngineHandedBack
-from workers.render.request import Rendered, RenderRequest, Snapshot
+from workers.render.request import Rendered, RenderRequest, RequestHandedBack, Snapshot
 from workers.service.delivery import delivery
 from workers.service.leases import Lease
 from workers.service.observer import Observation
@@ -102,7 +101,7 @@ class _Attempt:
         except RenderCancelled:
             return self._cancel() if self.lease.cancelled else self._lose()
         except RenderHandedBack as error:
-            snapshot = error.snapshot if isinstance(error, EngineHandedBack) else None
+            snapshot = error.snapshot if isinstance(error, RequestHandedBack) else None
             if snapshot is not None and not claim.spec.trajectory:
                 self.worker.observer.checkpoint(self.observation, snapshot)
             self.worker.observer.close(self.observation)

@@ -27,7 +27,7 @@ from workers.pipelines import load
 from workers.render.device import choose_device, choose_dtype, keep_freed_memory, use_threads
 from workers.render.pipeline import Pipeline
 from workers.service.group_commit import GroupCommit
-from workers.service.leases import Leases
+from workers.service.leases import HeldLeases
 from workers.service.metrics import WorkerMetrics
 from workers.service.observer import Observer
 from workers.service.published_models import PublishedModels
@@ -66,7 +66,7 @@ class Worker:
         """Set once the worker claims no more jobs."""
         self.store = JobStore.over(db, settings)
         self.observer = Observer(engine, storage, self.store.attempts, settings)
-        self.leases = Leases(
+        self.leases = HeldLeases(
             self.store.leases,
             name,
             settings,
@@ -150,7 +150,7 @@ def build_worker(settings: Settings, name: str) -> Worker:
             pins,
             slots=settings.slots,
             line=4 * settings.slots,
-            sizes=ForwardSizes(settings.forward_sizes, most_rows=2 * settings.slots),
+            sizes=ForwardSizes(settings.forward_sizes, slots=settings.slots),
             deterministic=settings.deterministic,
             threads=threads,
         )

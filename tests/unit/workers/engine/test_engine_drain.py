@@ -12,7 +12,7 @@ from tests.gated import SOON, Gated, fail, in_thread, pixel, request, running
 from workers.engine.engine import Engine
 from workers.outputs import checkpoint
 from workers.pipelines.null import NullPipeline
-from workers.render.request import HandedBack, Rendered, Snapshot
+from workers.render.request import Rendered, RequestHandedBack, Snapshot
 
 LONG = 10 * SOON
 """Seconds of a drain that the test does not wait for: only one that ends early ends in time."""
@@ -36,7 +36,7 @@ def drain_and_see(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Future[Non
 def handed_back(future: Future[Rendered]) -> Snapshot | None:
     """The state that a request was handed back with."""
     error = future.exception(SOON)
-    assert isinstance(error, HandedBack)
+    assert isinstance(error, RequestHandedBack)
     return error.snapshot
 
 

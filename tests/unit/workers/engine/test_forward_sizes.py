@@ -75,14 +75,14 @@ def test_the_smallest_size_beyond_which_more_rows_gain_nothing_is_best(clock: Cl
 
 def test_two_doublings_without_a_gain_end_it(clock: Clock, template: RenderRequest) -> None:
     pipeline = Scripted(clock=clock, seconds=lambda rows: 0.01 * rows)
-    assert ForwardSizes(most_rows=64).measure(pipeline, KEY, template) == 1
+    assert ForwardSizes(slots=32).measure(pipeline, KEY, template) == 1
     assert sorted(set(pipeline.forwards)) == [1, 2, 4]
 
 
 def test_one_doubling_without_a_gain_does_not(clock: Clock, template: RenderRequest) -> None:
     took = {1: 1.0, 2: 2.0, 4: 2.0, 8: 4.0, 16: 8.0}
     pipeline = Scripted(clock=clock, seconds=lambda rows: took[rows] / 100)
-    assert ForwardSizes(most_rows=64).measure(pipeline, KEY, template) == 4
+    assert ForwardSizes(slots=32).measure(pipeline, KEY, template) == 4
 
 
 def test_a_gain_of_next_to_nothing_is_none(clock: Clock, template: RenderRequest) -> None:
@@ -92,13 +92,13 @@ def test_a_gain_of_next_to_nothing_is_none(clock: Clock, template: RenderRequest
 
 def test_no_more_rows_are_tried_than_asked_for(clock: Clock, template: RenderRequest) -> None:
     pipeline = Scripted(clock=clock, seconds=lambda _: 0.01)
-    assert ForwardSizes(most_rows=4).measure(pipeline, KEY, template) == 4
+    assert ForwardSizes(slots=2).measure(pipeline, KEY, template) == 4
     assert max(pipeline.forwards) == 4
 
 
 def test_a_slow_model_is_measured_once_a_size_and_for_half_a_minute(clock: Clock, template: RenderRequest) -> None:
     pipeline = Scripted(clock=clock, seconds=lambda _: 2.0)
-    ForwardSizes(most_rows=64).measure(pipeline, KEY, template)
+    ForwardSizes(slots=32).measure(pipeline, KEY, template)
     assert pipeline.forwards == [1, 1, 2, 2]  # each 20 seconds, its warming up among them
 
 

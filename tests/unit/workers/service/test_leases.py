@@ -11,7 +11,7 @@ from farm.settings import Settings
 from tests.integration.conftest import wait_until
 from tests.unit.workers.service.conftest import ELSEWHERE, HERE, Clock, Jobs, UnsteadyDatabase
 from workers.render.request import Progress
-from workers.service.leases import Leases
+from workers.service.leases import HeldLeases
 
 
 class Engine:
@@ -23,8 +23,8 @@ class Engine:
         self.handed_back: list[str] = []
         self.previews: list[Mapping[str, bool]] = []
 
-    def leases(self, store: JobStore, settings: Settings, clock: Clock) -> Leases:
-        return Leases(
+    def leases(self, store: JobStore, settings: Settings, clock: Clock) -> HeldLeases:
+        return HeldLeases(
             store.leases,
             HERE,
             settings,
@@ -42,11 +42,11 @@ def engine() -> Engine:
 
 
 @pytest.fixture
-def leases(database: UnsteadyDatabase, settings: Settings, engine: Engine, clock: Clock) -> Leases:
+def leases(database: UnsteadyDatabase, settings: Settings, engine: Engine, clock: Clock) -> HeldLeases:
     return engine.leases(JobStore.over(database, settings), settings, clock)
 
 
-def test_a_heartbeat_renews_the_lease_to_its_full_length(jobs: Jobs, leases: Leases) -> None:
+def test_a_heartbeat_renews_the_lease_to_its_full_length(jobs: Jobs, leases: HeldLeases) -> None:
     job_id = jobs.queued()
     assert leases.claim(job_id) is not None
     jobs.age_lease(job_id, 8)
@@ -58,7 +58,7 @@ def test_a_heartbeat_renews_the_lease_to_its_full_length(jobs: Jobs, leases: Lea
 
 
 def test_a_heartbeat_writes_the_progress_and_keeps_the_last_one_of_a_render_that_left_the_engine(
-    jobs: Jobs, leases: Leases, engine: Engine
+    jobs: Jobs, leases: HeldLeases, engine: Engine
 ) -> None:
     job_id = jobs.queued()
     leases.claim(job_id)
@@ -70,14 +70,14 @@ def test_a_heartbeat_writes_the_progress_and_keeps_the_last_one_of_a_render_that
     assert (info.steps_done, info.seconds_per_step) == (3, 0.25)
 
 
-def test_a_job_that_is_not_queued_any_more_is_not_claimed(jobs: Jobs, leases: Leases) -> None:
+def test_a_job_that_is_not_queued_any_more_is_not_claimed(jobs: Jobs, leases: HeldLeases) -> None:
     job_id = jobs.queued()
     jobs.store.leases.claim(job_id, ELSEWHERE)
     assert leases.claim(job_id) is None
 
 
 def test_a_render_whose_lease_was_not_renewed_is_stopped_before_it_runs_out(
-    jobs: Jobs, leases: Leases, engine: Engine, clock: Clock, caplog: pytest.LogCaptureFixture
+    jobs: Jobs, leases: HeldLeases, engine: Engine, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
     job_id = jobs.queued()
     lease = leases.claim(job_id)
@@ -94,7 +94,7 @@ def test_a_render_whose_lease_was_not_renewed_is_stopped_before_it_runs_out(
 
 
 def test_a_renewed_lease_is_as_old_as_the_request_for_its_renewal(
-    jobs: Jobs, leases: Leases, engine: Engine, clock: Clock, database: UnsteadyDatabase
+    jobs: Jobs, leases: HeldLeases, engine: Engine, clock: Clock, database: UnsteadyDatabase
 ) -> None:
     leases.claim(jobs.queued())
     clock.now += 2
@@ -109,7 +109,7 @@ def test_a_renewed_lease_is_as_old_as_the_request_for_its_renewal(
 
 
 def test_while_sql_is_away_leases_are_not_renewed_and_their_renders_are_stopped_in_time(
-    jobs: Jobs, leases: Leases, engine: Engine, clock: Clock, database: UnsteadyDatabase
+    jobs: Jobs, leases: HeldLeases, engine: Engine, clock: Clock, database: UnsteadyDatabase
 ) -> None:
     lease = leases.claim(jobs.queued())
     database.away = True
@@ -121,7 +121,7 @@ def test_while_sql_is_away_leases_are_not_renewed_and_their_renders_are_stopped_
 
 
 def test_an_outage_of_sql_that_is_short_stops_no_render(
-    jobs: Jobs, leases: Leases, engine: Engine, clock: Clock, database: UnsteadyDatabase
+    jobs: Jobs, leases: HeldLeases, engine: Engine, clock: Clock, database: UnsteadyDatabase
 ) -> None:
     lease = leases.claim(jobs.queued())
     database.away = True
@@ -138,7 +138,7 @@ def test_an_outage_of_sql_that_is_short_stops_no_render(
 
 
 def test_a_lease_that_was_claimed_while_the_database_hung_is_renewed_at_once(
-    jobs: Jobs, leases: Leases, engine: Engine, clock: Clock, database: UnsteadyDatabase
+    jobs: Jobs, leases: HeldLeases, engine: Engine, clock: Clock, database: UnsteadyDatabase
 ) -> None:
     job_id = jobs.queued()
     hangs = iter([9.0])
@@ -150,7 +150,7 @@ def test_a_lease_that_was_claimed_while_the_database_hung_is_renewed_at_once(
 
 
 def test_a_lease_that_was_lost_while_the_database_hung_is_not_taken_for_renewed(
-    jobs: Jobs, leases: Leases, engine: Engine, clock: Clock, database: UnsteadyDatabase
+    jobs: Jobs, leases: HeldLeases, engine: Engine, clock: Clock, database: UnsteadyDatabase
 ) -> None:
     job_id = jobs.queued()
 
@@ -167,7 +167,7 @@ def test_a_lease_that_was_lost_while_the_database_hung_is_not_taken_for_renewed(
 
 
 def test_a_cancelled_job_is_stopped_with_every_heartbeat_until_its_attempt_ends(
-    jobs: Jobs, leases: Leases, engine: Engine
+    jobs: Jobs, leases: HeldLeases, engine: Engine
 ) -> None:
     job_id = jobs.queued()
     lease = leases.claim(job_id)
@@ -180,7 +180,7 @@ def test_a_cancelled_job_is_stopped_with_every_heartbeat_until_its_attempt_ends(
     assert len(engine.cancelled) == 2
 
 
-def test_a_paused_job_is_handed_back(jobs: Jobs, leases: Leases, engine: Engine) -> None:
+def test_a_paused_job_is_handed_back(jobs: Jobs, leases: HeldLeases, engine: Engine) -> None:
     job_id = jobs.queued()
     lease = leases.claim(job_id)
     jobs.store.steering.pause(job_id=job_id)
@@ -188,7 +188,7 @@ def test_a_paused_job_is_handed_back(jobs: Jobs, leases: Leases, engine: Engine)
     assert (engine.handed_back, engine.cancelled, lease.paused) == ([job_id], [], True)
 
 
-def test_a_job_that_another_worker_took_is_stopped(jobs: Jobs, leases: Leases, engine: Engine) -> None:
+def test_a_job_that_another_worker_took_is_stopped(jobs: Jobs, leases: HeldLeases, engine: Engine) -> None:
     job_id, other = jobs.queued(), jobs.queued()
     lease, kept = leases.claim(job_id), leases.claim(other)
     jobs.taken_by_another_worker(job_id)
@@ -196,7 +196,7 @@ def test_a_job_that_another_worker_took_is_stopped(jobs: Jobs, leases: Leases, e
     assert (engine.cancelled, lease.lost, kept.lost) == ([job_id], True, False)
 
 
-def test_a_released_lease_is_not_renewed(jobs: Jobs, leases: Leases) -> None:
+def test_a_released_lease_is_not_renewed(jobs: Jobs, leases: HeldLeases) -> None:
     job_id = jobs.queued()
     leases.release(leases.claim(job_id))
     before = jobs.store.queries.job(job_id)
@@ -208,7 +208,7 @@ def test_a_released_lease_is_not_renewed(jobs: Jobs, leases: Leases) -> None:
 
 
 def test_an_older_attempt_neither_releases_nor_stops_the_newer_one_of_the_same_worker(
-    jobs: Jobs, leases: Leases, engine: Engine, clock: Clock
+    jobs: Jobs, leases: HeldLeases, engine: Engine, clock: Clock
 ) -> None:
     job_id = jobs.queued()
     older = leases.claim(job_id)
@@ -227,7 +227,7 @@ def test_an_older_attempt_neither_releases_nor_stops_the_newer_one_of_the_same_w
         assert set(renders) == {(job_id, 2)}
 
 
-def test_no_lease_is_released_while_the_renders_are_reported(jobs: Jobs, leases: Leases, engine: Engine) -> None:
+def test_no_lease_is_released_while_the_renders_are_reported(jobs: Jobs, leases: HeldLeases, engine: Engine) -> None:
     job_id = jobs.queued()
     lease = leases.claim(job_id)
     engine.under_way[job_id] = Progress(1, 4, 0.5, None)
@@ -242,7 +242,9 @@ def test_no_lease_is_released_while_the_renders_are_reported(jobs: Jobs, leases:
         assert renders == {}
 
 
-def test_the_observer_hears_of_watched_jobs_with_every_heartbeat(jobs: Jobs, leases: Leases, engine: Engine) -> None:
+def test_the_observer_hears_of_watched_jobs_with_every_heartbeat(
+    jobs: Jobs, leases: HeldLeases, engine: Engine
+) -> None:
     job_id = jobs.queued()
     leases.claim(job_id)
     leases.renew()
