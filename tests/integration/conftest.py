@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from farm.client.farm import Farm
 from farm.jobs.database import Database
 from farm.settings import Settings
+from tests.forked import ForkedProcess, run_forked
 from tests.servers import needs_torch
 
 
@@ -50,7 +52,7 @@ def wait_until(true: Callable[[], bool], what: str, seconds: float = 60) -> None
 class Process:
     """A process of the farm, and what it said."""
 
-    popen: subprocess.Popen[bytes]
+    popen: "subprocess.Popen[bytes] | ForkedProcess"
     log: Path
     name: str = ""
 
@@ -75,13 +77,11 @@ class Crew:
 
     def dispatcher(self, **env: object) -> Process:
         """Start a standing dispatcher."""
-        return self._start("dispatcher", ["farm", "dispatcher"], env)
+        return self._start("dispatcher", "farm", ["dispatcher"], env)
 
-    def worker(
-        self, name: str = "w1", models: str = "tiny=null:", slots: int = 4, *, memory: str = "unlimited", **env: object
-    ) -> Process:
-        """Start a worker and wait until it is known; it may take `memory` KiB."""
-        process = self.start_worker(name, models, memory=memory, FARM_SLOTS=slots, **env)
+    def worker(self, name: str = "w1", models: str = "tiny=null:", slots: int = 4, **more: Any) -> Process:
+        """Start a worker as `start_worker` does, and wait until it is known."""
+        process = self.start_worker(name, models, FARM_SLOTS=slots, **more)
         with Farm(self.settings) as farm:
             wait_until(
                 lambda: (
@@ -93,21 +93,45 @@ class Crew:
         assert process.popen.poll() is None, process.log.read_text()
         return process
 
-    def start_worker(self, name: str, models: str, *, memory: str = "unlimited", **env: object) -> Process:
-        """Start a worker, and wait for nothing."""
-        needs_torch()
-        return self._start(name, ["workers", "--name", name], {"FARM_MODELS": models, **env}, memory)
+    def start_worker(
+        self, name: str, models: str, *, fresh: bool = False, data_kib: int | None = None, **env: object
+    ) -> Process:
+        """Start a worker, and wait for nothing; it may take `data_kib` of memory.
 
-    def _start(self, name: str, module: list[str], env: dict[str, object], memory: str = "unlimited") -> Process:
-        log = self._folder / f"{name}-{len(self._started)}.log"
-        with log.open("wb") as stream:
-            popen = subprocess.Popen(
-                ["sh", "-c", 'ulimit -d "$0"; exec "$@"', memory, sys.executable, "-m", *module],
-                env=environment(self.settings, **env),
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+        `fresh`: in an interpreter of its own, for variables that packages read while they are imported.
+        """
+        needs_torch()
+        return self._start(
+            name, "workers", ["--name", name], {"FARM_MODELS": models, **env}, fresh=fresh, data_kib=data_kib
+        )
+
+    def supervisor(self, *arguments: str, **env: object) -> Process:
+        """Start `farm worker` with these arguments, in an interpreter of its own."""
+        return self._start("supervisor", "farm", ["worker", *arguments], env, fresh=True)
+
+    def _start(
+        self,
+        name: str,
+        module: str,
+        arguments: list[str],
+        env: dict[str, object],
+        *,
+        fresh: bool = False,
+        data_kib: int | None = None,
+    ) -> Process:
+        log, variables = self._folder / f"{name}-{len(self._started)}.log", environment(self.settings, **env)
+        popen: subprocess.Popen[bytes] | ForkedProcess
+        if fresh:
+            with log.open("wb") as stream:
+                popen = subprocess.Popen(
+                    [sys.executable, "-m", module, *arguments],
+                    env=variables,
+                    stdout=stream,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+        else:
+            popen = ForkedProcess(module, arguments, env=variables, stdout=log, data_kib=data_kib)
         self._started.append(Process(popen, log, name))
         return self._started[-1]
 
@@ -120,7 +144,7 @@ class Crew:
         database = Database(self.settings.database_url)
         with database.write():
             process.popen.send_signal(signal.SIGSTOP)
-            os.waitid(os.P_PID, process.popen.pid, os.WSTOPPED | os.WNOWAIT)  # all of its threads
+            wait_until(lambda: _stopped(process.popen.pid), f"{process.name} is frozen")
         database.close()
         try:
             yield
@@ -134,6 +158,12 @@ class Crew:
                 process.kill()
             said = process.log.read_text(errors="replace").splitlines()
             print(f"--- {process.log.name}", *said[-60:], sep="\n")
+
+
+def _stopped(pid: int) -> bool:
+    """Whether SIGSTOP has stopped every thread of a process."""
+    states = (stat.read_text().rpartition(")")[2].split()[0] for stat in Path(f"/proc/{pid}/task").glob("*/stat"))
+    return all(state == "T" for state in states)
 
 
 @pytest.fixture
@@ -161,14 +191,6 @@ def command(settings: Settings, tmp_path: Path) -> Command:
     """Runs `farm ARGUMENTS…` in the test's folder; returns its exit status and output."""
 
     def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
-        return subprocess.run(
-            [sys.executable, "-m", "farm", *arguments],
-            cwd=tmp_path,
-            env=environment(settings, COLUMNS=200),
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
+        return run_forked("farm", *arguments, cwd=tmp_path, env=environment(settings, COLUMNS=200))
 
     return run

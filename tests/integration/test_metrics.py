@@ -4,8 +4,6 @@ import json
 import math
 import os
 import re
-import subprocess
-import sys
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ from farm.jobs.states import JobState
 from farm.objects.storage import Storage
 from farm.settings import Settings
 from farm.specs.spec import RenderSpec
+from tests.forked import run_forked
 from tests.integration.conftest import Crew, environment, wait_until
 from tests.prometheus import ROOT, SHIPPED, Prometheus, free_port, prometheus, promtool
 
@@ -226,9 +225,7 @@ def test_configuration_and_alerts_are_valid_and_fire_when_they_should() -> None:
 
 def test_a_port_that_is_taken_is_said_in_a_line(watched: Watched) -> None:
     taken = environment(watched.crew.settings, FARM_METRICS_PORT=watched.dispatcher.rpartition(":")[2])
-    done = subprocess.run(
-        [sys.executable, "-m", "farm", "dispatcher"], env=taken, capture_output=True, text=True, timeout=60, check=False
-    )
+    done = run_forked("farm", "dispatcher", env=taken)
     assert done.returncode == 2
     assert re.search(r"no metrics at 127\.0\.0\.1:\d+: Address already in use; set FARM_METRICS_PORT", done.stderr)
     assert "Traceback" not in done.stderr

@@ -90,7 +90,9 @@ def test_a_model_that_was_pushed_is_pinned_fetched_and_rendered_without_any_hub(
     assert re.search(rf"small +{version[:12]} +StableDiffusionPipeline +[\d.]+ [kM]B +\d{{4}}-", shown), shown
     models = f"farm:small,theirs=s3://{settings.s3_bucket}/models/small,mine=farm:small@{version}"
     air_gapped = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": tmp_path / "hub"}
-    worker = crew.worker("w1", models, FARM_MODEL_CACHE=tmp_path / "cache", FARM_MODEL_CACHE_SIZE="1GB", **air_gapped)
+    worker = crew.worker(
+        "w1", models, FARM_MODEL_CACHE=tmp_path / "cache", FARM_MODEL_CACHE_SIZE="1GB", fresh=True, **air_gapped
+    )
     each = [{"prompt": "a cat", "model": model} for model in ("small", "theirs", "mine")]
     batch = farm.submit(each, num_inference_steps=2, scheduler="euler_a", seed=1, reuse=False, name="models")
     assert batch.wait(60).counts[JobState.SUCCEEDED] == 3

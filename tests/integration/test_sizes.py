@@ -1,7 +1,5 @@
 """A job too large for every worker: told at submit and in the status, and rendered by a worker that comes up later."""
 
-import subprocess
-import sys
 from contextlib import closing
 from pathlib import Path
 
@@ -13,6 +11,7 @@ from farm.jobs.states import JobState
 from farm.objects.model_store import ModelStore
 from farm.objects.storage import Storage
 from farm.specs.spec import RenderSpec
+from tests.forked import run_forked
 from tests.integration.conftest import Crew, environment, wait_until
 from workers import tiny
 from workers.models.opener import weights_bytes
@@ -20,9 +19,7 @@ from workers.models.opener import weights_bytes
 
 def complaint(crew: Crew, *arguments: str) -> str:
     """What a command, which succeeds, has to say beside its output."""
-    done = subprocess.run(
-        [sys.executable, "-m", "farm", *arguments], env=environment(crew.settings), capture_output=True, text=True
-    )
+    done = run_forked("farm", *arguments, env=environment(crew.settings))
     assert done.returncode == 0, done.stderr
     return done.stderr
 
@@ -58,7 +55,7 @@ def test_a_size_beyond_the_memory_is_told_at_the_first_submit_and_never_tried_th
     budget = 5 * weights_bytes(str(tiny.WEIGHTS)) // 2
     crew.worker(
         *("small", "tiny=tiny,other=farm:small"),
-        memory=str(3 * 2**20),
+        data_kib=3 * 2**20,
         FARM_MEMORY_BUDGET=budget,
         FARM_MODEL_CACHE=cache,
     )

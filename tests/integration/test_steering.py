@@ -1,8 +1,6 @@
 """Renders that people stop, pause, go on with and ask about, with real workers and the command line."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
@@ -10,6 +8,7 @@ from farm.client.farm import Farm
 from farm.client.job import Job
 from farm.jobs.states import JobState
 from farm.specs.spec import RenderSpec
+from tests.forked import run_forked
 from tests.integration.conftest import Crew, environment, wait_until
 from tests.integration.test_halfway import keys, resumed, rgb
 
@@ -20,8 +19,7 @@ SLOW = "tiny=null:?seconds_per_step=0.05"
 
 def farm_says(crew: Crew, *arguments: str) -> str:
     """What the command line answers."""
-    command = [sys.executable, "-m", "farm", *arguments]
-    ran = subprocess.run(command, env=environment(crew.settings, COLUMNS=200), capture_output=True, text=True)
+    ran = run_forked("farm", *arguments, env=environment(crew.settings, COLUMNS=200))
     assert ran.returncode == 0, ran.stderr
     return ran.stdout
 

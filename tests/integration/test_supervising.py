@@ -246,7 +246,7 @@ def test_one_command_puts_a_worker_on_each_gpu(crew: Crew, farm: Farm, tmp_path:
     driver.chmod(0o755)
     env = {"PATH": f"{driver.parent}:{os.environ['PATH']}", "FARM_DEVICE": "cpu", "FARM_SLOTS": 2}
     models = "tiny=null:?seconds_per_step=0.02"
-    node = crew._start("node", ["farm", "worker", "--gpus", "all", f"--models={models}"], env)
+    node = crew.supervisor("--gpus", "all", f"--models={models}", **env)
     names = {f"gpu0@{HOST}", f"gpu1@{HOST}"}
     wait_until(lambda: {one.name for one in farm.workers() if one.alive} == names, "both are there")
 
