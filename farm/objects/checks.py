@@ -4,13 +4,12 @@ import contextlib
 import secrets
 from collections.abc import Callable
 
-import boto3
 from botocore import UNSIGNED
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
 from farm.errors import FarmError, StorageUnavailable
-from farm.objects.storage import Storage, without_login
+from farm.objects.storage import Storage, new_session, without_login
 from farm.runtime.finding import Finding
 from farm.settings import Settings
 
@@ -56,7 +55,7 @@ def _remedy(error: StorageUnavailable) -> str:
 
 def _allowed_without_credentials(settings: Settings, key: str) -> list[str]:
     """The operations that the bucket allows without credentials; writes are tried on the object with this key."""
-    client = boto3.session.Session(region_name=settings.s3_region).client(
+    client = new_session(region_name=settings.s3_region).client(
         "s3",
         endpoint_url=settings.s3_endpoint_url,
         config=Config(

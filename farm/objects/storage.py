@@ -6,13 +6,16 @@ import socket
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import boto3
+import botocore.session
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
+from botocore.loaders import Loader, create_loader
 
 from farm.errors import NotFound, StorageUnavailable
 from farm.settings import Settings
@@ -31,6 +34,19 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 def without_login(url: str) -> str:
     """A URL without user and password, for messages."""
     return re.sub(r"(^|(?<=//))[^/?#]*@", "", url)
+
+
+@cache
+def _data_files() -> Loader:
+    """The descriptions of services and endpoints that come with boto3, which are parsed once in a process."""
+    return create_loader(botocore.session.get_session().get_config_variable("data_path"))
+
+
+def new_session(**options: Any) -> boto3.session.Session:
+    """A session with its own credentials; takes the arguments of `boto3.session.Session`."""
+    session = botocore.session.get_session()
+    session.register_component("data_loader", _data_files())
+    return boto3.session.Session(botocore_session=session, **options)
 
 
 class Storage:
@@ -54,11 +70,11 @@ class Storage:
         return self._client(self._endpoint)
 
     def _client(self, endpoint: str | None, *, patient: bool = True) -> "S3Client":
-        # Creating a client reads boto3's data files for a third of a second, so it is done on first use.
+        # The first client of a process reads boto3's data files for a third of a second, so it is made on first use.
         with self._making:
             if (endpoint, patient) not in self._made:
                 secret = self._settings.s3_secret_access_key
-                session = boto3.session.Session(
+                session = new_session(
                     aws_access_key_id=self._settings.s3_access_key_id,
                     aws_secret_access_key=secret.get_secret_value() if secret else None,
                     region_name=self._settings.s3_region,
