@@ -36,6 +36,12 @@ def _no_farm_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
 
 
+@pytest.fixture
+def no_takeover(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`farm doctor` waits for no other dispatcher to take over where none leads."""
+    monkeypatch.setattr("farm.jobs.checks.TAKEOVER_SECONDS", 0.0)
+
+
 @pytest.fixture(scope="session")
 def embedded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
     """The settings of an embedded farm's servers, without dispatcher, workers and Flower."""

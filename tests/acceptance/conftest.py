@@ -11,6 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.forked import run_forked
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -76,15 +78,7 @@ class UserFarm:
 
     def farm(self, *arguments: object, seconds: float = 300, **env: str) -> subprocess.CompletedProcess[str]:
         """Run a command of the farm in its folder."""
-        return subprocess.run(
-            [sys.executable, "-m", "farm", *map(str, arguments)],
-            cwd=self.folder,
-            env={**self.env, **env},
-            capture_output=True,
-            text=True,
-            timeout=seconds,
-            check=False,
-        )
+        return run_forked("farm", *map(str, arguments), cwd=self.folder, env={**self.env, **env}, timeout=seconds)
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import psutil
+import pytest
 import redis
 from PIL import Image
 
@@ -122,6 +123,7 @@ def test_a_second_farm_in_the_same_home_is_refused(user: UserFarm) -> None:
     assert user.farm("doctor").returncode == 0
 
 
+@pytest.mark.long
 def test_the_only_worker_killed_mid_batch_is_restarted_and_nothing_is_lost_or_done_twice(user: UserFarm) -> None:
     with client(user) as farm:
         batch = farm.submit(["a red circle"] * 16, name="killed", num_inference_steps=40)
@@ -137,6 +139,7 @@ def test_the_only_worker_killed_mid_batch_is_restarted_and_nothing_is_lost_or_do
         assert max(job.info.attempt for job in batch) == 2
 
 
+@pytest.mark.long
 def test_redis_flushed_mid_batch_loses_nothing(user: UserFarm) -> None:
     with client(user) as farm:
         batch = farm.submit(["a red circle"] * 40, name="flushed", num_inference_steps=10)
@@ -154,6 +157,7 @@ def test_the_readmes_client_code_runs_as_it_stands(user: UserFarm, monkeypatch) 
     assert (user.folder / "out" / "first" / "sheet.png").exists()
 
 
+@pytest.mark.long
 def test_a_restart_keeps_everything_and_a_stop_leaves_no_process(user: UserFarm) -> None:
     before = json.loads(user.farm("status", "--json").stdout)
     processes = user.processes()

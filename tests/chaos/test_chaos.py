@@ -34,7 +34,8 @@ _BETWEEN_SECONDS = 2.0
 """How long the farm is left alone between two strokes, at most."""
 
 
-@pytest.mark.parametrize("kind", ["postgresql", pytest.param("sqlite", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["postgresql", "sqlite"])
 def test_a_farm_under_fire_loses_no_job_and_does_none_twice(
     kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -57,6 +57,7 @@ def farm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         yield farm
 
 
+@pytest.mark.long
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("seconds", [1.5 * LEASE_SECONDS, pytest.param(60.0, marks=pytest.mark.chaos)])
 @pytest.mark.parametrize("service", AWAY)

@@ -30,6 +30,8 @@ from farm.runtime.finding import Finding
 from farm.settings import Settings
 from farm.specs.guidance import UNGUIDED
 
+pytestmark = pytest.mark.usefixtures("no_takeover")
+
 
 def found(settings: Settings, part: str) -> list[Finding]:
     return [finding for finding in check(settings) if finding.part == part]

@@ -21,6 +21,8 @@ from farm.runtime.finding import Finding
 from farm.settings import Settings
 from tests.integration.conftest import wait_until
 
+pytestmark = pytest.mark.usefixtures("no_takeover")
+
 
 def found(settings: Settings, part: str) -> Finding:
     (finding,) = [finding for finding in check(settings) if finding.part == part]

@@ -29,6 +29,8 @@ from farm.settings import Settings
 from tests.integration.conftest import wait_until
 from tests.security.conftest import HOSTILE
 
+pytestmark = pytest.mark.usefixtures("no_takeover")
+
 SECRETS = ("redis_password", "s3_secret_access_key", "s3_internal_key", "flower_password")
 
 
