@@ -6,6 +6,7 @@ arguments, environment and output as `python -m` would.
 """
 
 import atexit
+import contextlib
 import multiprocessing
 import os
 import resource
@@ -16,21 +17,11 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cache
-from importlib.util import find_spec
+from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
-IMPORTED = (
-    "tests.forked",
-    "farm.cli.main",
-    "farm.cli.operate",
-    "farm.cli.status",
-    "farm.cli.submit",
-    "farm.client.farm",
-    "farm.dispatch.dispatcher",
-    "farm.dispatch.metrics",
-)
-IMPORTED_BY_WORKERS = ("diffusers", "transformers", "workers.consumer.serve", "workers.pipelines")
+ROOT = Path(__file__).parents[1]
 
 
 class ForkedProcess:
@@ -93,9 +84,9 @@ def run_forked(
 @cache
 def _context() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
-    torch = "torch" not in sys.modules or sys.modules["torch"] is not None  # `--without-torch` makes it None
-    workers = IMPORTED_BY_WORKERS if torch and find_spec("torch") else ()
-    context.set_forkserver_preload([*IMPORTED, *workers])
+    context.set_forkserver_preload(["tests.preloaded"])
+    with contextlib.chdir(ROOT):  # where `tests` is found
+        forkserver.ensure_running()
     return context
 
 

@@ -72,7 +72,10 @@ def test_what_a_stranger_may_do_in_the_bucket_is_said(on_sqlite: Settings, actio
     allow = {"Effect": "Allow", "Principal": "*", "Action": action, "Resource": [bucket, f"{bucket}/*"]}
     policy = json.dumps({"Version": "2012-10-17", "Statement": [allow]})
     client.put_bucket_policy(Bucket=on_sqlite.s3_bucket, Policy=policy)
-    opened = found(on_sqlite, "storage")
+    try:
+        opened = found(on_sqlite, "storage")
+    finally:
+        client.delete_bucket_policy(Bucket=on_sqlite.s3_bucket)
     assert (opened.level, opened.do) == ("warn", "take away public access")
     assert opened.what.endswith(f"without credentials anyone can {may}")
     assert not client.list_objects_v2(Bucket=on_sqlite.s3_bucket).get("Contents")
