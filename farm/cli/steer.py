@@ -33,21 +33,19 @@ def cancel(which: Which = None, owner: OwnerName = None) -> None:
 @app.command()
 def pause(which: Which = None, owner: OwnerName = None) -> None:
     """Pause a batch, a job or an owner; running renders stop, and continue from there after `farm resume`."""
-    _steer(which, owner, lambda target: target.pause(), "{} paused", "paused; no job of it is left to wait")
+    _steer(which, owner, lambda target: target.pause(), "{} paused", "paused; none of its jobs is waiting")
 
 
 @app.command()
 def resume(which: Which = None, owner: OwnerName = None) -> None:
     """Resume a paused batch, job or owner."""
-    _steer(
-        which, owner, lambda target: target.resume(), "{} to go on with", "resumed; no job of it is left to go on with"
-    )
+    _steer(which, owner, lambda target: target.resume(), "{} resumed", "resumed; none of its jobs is waiting")
 
 
 @app.command()
 def retry(which: Which = None, owner: OwnerName = None) -> None:
     """Retry the failed jobs of a batch or an owner, or a failed job, with the full number of tries."""
-    _steer(which, owner, lambda target: target.retry(), "{} to be tried anew", "nothing has failed")
+    _steer(which, owner, lambda target: target.retry(), "{} will be retried", "nothing has failed")
 
 
 @app.command()

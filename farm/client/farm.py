@@ -133,11 +133,11 @@ class Farm:
         try:
             fill(self._store.backlog, self._store.workers, self._broker, self.settings.window)
         except ServiceUnavailable as error:
-            log.warning("batch %s is safe in SQL and starts when what is away is back: %s", batch_id, error)
+            log.warning("batch %s is stored in SQL, and starts when the service is back: %s", batch_id, error)
         try:
             return self.batch(batch_id)
         except DatabaseUnavailable as error:
-            raise DatabaseUnavailable(f"batch {batch_id} is handed in, but {error}") from error
+            raise DatabaseUnavailable(f"batch {batch_id} is submitted, but {error}") from error
 
     def dry_run(self, what: Given | Iterable[Given], **options: Any) -> DryRun:
         """The number of pictures, first specs and device seconds of a submission; writes nothing.

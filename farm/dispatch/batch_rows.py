@@ -246,5 +246,5 @@ class EventStream:
             if self._events is not None:
                 self._events.send("worker-offline")
         except Exception as error:  # noqa: BLE001 - Flower notices the missing heartbeats
-            log.debug("can't say goodbye to Flower: %s", error)
+            log.debug("can't report this sender offline: %s", error)
         self._drop()

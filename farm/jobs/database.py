@@ -126,7 +126,7 @@ class Database:
             except DatabaseUnavailable as error:
                 if _sqlstate(error.__cause__) != _DEADLOCK_DETECTED:
                     raise
-                log.info("done anew: %s", error)
+                log.info("retrying a transaction: %s", error)
         with self.write() as session:
             return change(session)
 
@@ -169,7 +169,7 @@ class Database:
                 if _sqlstate(error) != _LOCK_NOT_AVAILABLE or time.monotonic() > deadline:
                     raise
                 connection.rollback()
-                log.warning("somebody reads or writes for long, and the schema waits: %s", _line(error))
+                log.warning("the migration waits for a long transaction: %s", _line(error))
                 time.sleep(_STEP_SECONDS)
             else:
                 return
@@ -205,7 +205,7 @@ class Database:
         ).one_or_none()
         if release is None:
             raise SchemaMismatch(
-                f"the database's schema is {found}, which farm {__version__} (schema {head}) knows nothing of: "
+                f"the database's schema is {found}, which farm {__version__} (schema {head}) does not know: "
                 "install the version that the rest of the farm runs"
             )
         if head < release.serves_from:

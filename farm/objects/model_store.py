@@ -108,7 +108,7 @@ class ModelStore:
             there, _ = self._current(name)
             if there is not None and there.version == manifest.version:
                 return Pushed(there, sent, new=False)
-            raise StorageUnavailable(f"somebody else pushed {name} at the same time: push again if yours is to be used")
+            raise StorageUnavailable(f"another client pushed {name} at the same time: push again to use yours")
         return Pushed(manifest, sent, new=True)
 
     def find(self, reference: str) -> Manifest:

@@ -109,7 +109,7 @@ def test_a_batch_is_handed_in_whatever_goes_away_after_that(
         with monkeypatch.context() as patch:
             patch.setattr(Queries, "batch", away)
             with pytest.raises(
-                DatabaseUnavailable, match=r"^batch \S+ is handed in, but the database does not answer$"
+                DatabaseUnavailable, match=r"^batch \S+ is submitted, but the database does not answer$"
             ):
                 farm.submit(["two"], name="second")
         assert farm.batch("second").status().total == 1

@@ -134,7 +134,7 @@ def test_of_two_who_push_different_models_under_a_name_one_is_told(store: ModelS
         return Quiet()
 
     change(folder)
-    with pytest.raises(StorageUnavailable, match="somebody else pushed small"):
+    with pytest.raises(StorageUnavailable, match="another client pushed small"):
         store.push(folder, "small", "ann", bar)
     assert store.find("small").pushed_by == "bob"
     assert store.find("small").version != before.version

@@ -38,7 +38,7 @@ def test_a_paused_batch_frees_the_slots_and_goes_on_from_where_it_was(farm: Farm
     wait_until(lambda: job.refresh().state is JobState.PENDING, "it is handed back", seconds=10)
     assert farm.submit("short", num_inference_steps=2).wait(30).counts[JobState.SUCCEEDED] == 1
     assert job.refresh().state is JobState.PENDING
-    assert farm_says(crew, "resume", "long") == "1 job to go on with\n"
+    assert farm_says(crew, "resume", "long") == "1 job resumed\n"
     assert job.wait(60).state is JobState.SUCCEEDED
     assert resumed(worker) >= 10
     assert job.image().getcolors() == [(64 * 64, rgb(7))]  # no step too many or too few
@@ -69,7 +69,7 @@ def test_a_failed_job_tells_its_story_and_is_tried_anew(farm: Farm, crew: Crew) 
     shown = farm_says(crew, "show", job.id)
     for told in (job.id, "failed", "no folder '/no/such/folder'", "[bad_input]", worker.name, "model"):
         assert told in shown
-    assert farm_says(crew, "retry", job.id) == "1 job to be tried anew\n"
+    assert farm_says(crew, "retry", job.id) == "1 job will be retried\n"
     wait_until(lambda: len(job.attempts()) == 2, "it is tried anew")
     told = json.loads(farm_says(crew, "show", job.id, "--json"))
     assert [one["outcome"] for one in told["attempts"]] == ["failed", "failed"]

@@ -85,7 +85,7 @@ class ModelCache:
             except ModelError:
                 if not self._discard_damaged(folder):
                     raise
-                log.warning("%s is damaged in %s: fetching what is wrong anew", source, folder)
+                log.warning("%s is damaged in %s: fetching the damaged files again", source, folder)
                 used.close()
                 used, folder = self._open(source)
                 model = load(str(folder))
@@ -264,7 +264,7 @@ class ModelCache:
             if folder.is_dir():
                 folder.rename(part)  # a half-deleted version must not look complete
                 shutil.rmtree(part, ignore_errors=True)
-        log.info("deleted version %s from the cache: %.2f GB that nobody used", kept.version[:12], kept.bytes / _GB)
+        log.info("deleted version %s from the cache: %.2f GB unused", kept.version[:12], kept.bytes / _GB)
         return True
 
     # --- locks ----------------------------------------------------------------------------------------------

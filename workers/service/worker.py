@@ -109,7 +109,7 @@ class Worker:
         try:
             self.store.workers.deregister(self.name)
         except ServiceUnavailable as error:
-            log.warning("could not say goodbye: %s", error)
+            log.warning("can't remove the worker from SQL: %s", error)
         self.metrics.stop()
         self.storage.close()
         self._db.close()
