@@ -89,6 +89,7 @@ def test_a_checkpoint_that_was_not_recorded_because_sql_was_away_is_swept(
     assert list(storage.keys()) == [key]
 
 
+@pytest.mark.long
 def test_the_picture_of_an_attempt_whose_worker_died_before_its_success_is_deleted(
     crew: Crew, database: Database, storage: Storage, dispatcher: Dispatcher
 ) -> None:

@@ -22,6 +22,7 @@ def database_url(sqlite_url: str) -> str:
     return sqlite_url
 
 
+@pytest.mark.long
 def test_jobs_of_models_that_do_not_fit_together_are_rendered_with_few_reloads(
     farm: Farm, crew: Crew, tmp_path: Path
 ) -> None:

@@ -13,6 +13,7 @@ SLOW = "tiny=null:?seconds_per_step=0.05"
 
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+@pytest.mark.long
 def test_a_worker_that_can_not_renew_stops_its_renders_before_the_lease_runs_out(farm: Farm, crew: Crew) -> None:
     crew.settings = crew.settings.model_copy(update={"lease_seconds": 6.0, "beat_seconds": 2.0})
     worker = crew.worker("w1", SLOW)

@@ -63,6 +63,7 @@ def test_a_worker_killed_mid_render_loses_no_job(farm: Farm, crew: Crew) -> None
     assert {job.info.tries for job in batch} == {0}
 
 
+@pytest.mark.long
 def test_a_frozen_worker_changes_nothing_when_it_wakes(farm: Farm, crew: Crew) -> None:
     crew.dispatcher()
     zombie = crew.worker("w1", "tiny=null:?seconds_per_step=0.2")

@@ -45,6 +45,7 @@ def test_a_size_that_no_worker_can_take_waits_with_the_reason_until_one_can(farm
 
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+@pytest.mark.long
 def test_a_size_beyond_the_memory_is_told_at_the_first_submit_and_never_tried_there(
     farm: Farm, crew: Crew, tmp_path: Path
 ) -> None:
