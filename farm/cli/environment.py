@@ -82,7 +82,7 @@ def reach(settings: Settings) -> Iterator[str]:
             "can't reach: for them, let the services listen on an address of a network of yours and name that"
         )
     if settings.s3_access_key_id is None:
-        yield "there are no keys for S3 in it: each machine needs AWS credentials of its own, or a role"
+        yield "the settings contain no S3 keys: each machine needs its own AWS credentials, or a role"
 
 
 def _loopback(host: str | None) -> bool:

@@ -122,6 +122,6 @@ def _print_held(*, as_json: bool) -> None:
         return
     table = Table("model", "weights", "workers", "waiting", box=None, header_style="bold")
     for model_name, entry in sorted(held.items()):
-        holders = Text(", ".join(entry["workers"])) if entry["workers"] else Text("none holds it", style="red")
+        holders = Text(", ".join(entry["workers"])) if entry["workers"] else Text("no worker", style="red")
         table.add_row(Text(model_name), (entry["sha256"] or "")[:12], holders, str(entry["waiting"]))
-    out.print(table if held else "no worker is there, and nothing waits")
+    out.print(table if held else "no workers and no waiting jobs")

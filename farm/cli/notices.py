@@ -22,11 +22,11 @@ def print_errors(batch: Batch) -> None:
 def warn_of_waiting(farm: Farm, batch_id: str | None = None) -> None:
     """Warn of jobs whose model no worker serves, or that are too large for every worker."""
     if missing := farm.unheld(batch_id):
-        complain(f"no worker holds {', '.join(missing)} now; its jobs wait until one does (farm worker --models …)")
+        complain(f"no worker serves {', '.join(missing)} now; its jobs wait until one does (farm worker --models …)")
     for model, limit in farm.exceeded_limits(batch_id).items():
         guided = f" ({limit.pixels // limit.guidance.factor:,} with guidance)" if limit.guidance.field else ""
         most = f"{limit.pixels:,} pixels{guided}"
-        complain(f"no worker has the memory for {model} beyond {most} now; what is larger waits until one has")
+        complain(f"no worker has the memory for {model} beyond {most} now; larger jobs wait for one with more memory")
 
 
 @contextmanager

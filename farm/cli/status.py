@@ -32,7 +32,7 @@ def status(
             if as_json:
                 print_json([batch_json(batch) for batch in batches])
             else:
-                out.print(batch_table(batches) if batches else "no batches yet: `farm submit` hands one in")
+                out.print(batch_table(batches) if batches else "no batches yet: `farm submit` submits one")
                 warn_of_waiting(farm)
             return
         found = find(farm, which)

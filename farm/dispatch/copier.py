@@ -70,7 +70,7 @@ class Copier:
                 if self._copied(one):
                     made.append(one)
                 else:
-                    log.warning("the picture of job_id=%s is gone, or not its own: it serves no other", one.source_id)
+                    log.warning("the picture of job_id=%s is missing or changed: not reused", one.source_id)
                     self._reuse.withdraw(one.source_id)
             except ServiceUnavailable as raised:
                 error = raised

@@ -3,14 +3,10 @@
 import time
 from collections.abc import Callable, Iterator
 
-import sqlalchemy as sa
-
 from farm.errors import FarmError, SchemaMismatch
-from farm.jobs.conditions import JOB_PAUSED, VISIBLE, in_state
+from farm.jobs.conditions import JOB_PAUSED, waiting_by_model
 from farm.jobs.database import Database
 from farm.jobs.leadership import DISPATCHER, RENEW_SECONDS, leader
-from farm.jobs.schema import BatchRow, JobRow
-from farm.jobs.states import JobState
 from farm.jobs.workers import Workers
 from farm.runtime.finding import Finding
 from farm.settings import Settings
@@ -58,39 +54,23 @@ def check_workers(database: Database, settings: Settings) -> Iterator[Finding]:
     for worker in workers:
         models = ", ".join(model.name for model in worker.models)
         if not worker.alive:
-            yield Finding(
-                "worker", "warn", f"{worker.name} has not been heard of lately", "look whether it runs; restart it"
-            )
+            yield Finding("worker", "warn", f"{worker.name} sends no heartbeats", "check whether it runs; restart it")
         elif worker.version != __version__:
             yield Finding(
                 "worker", "warn", f"{worker.name} runs version {worker.version}, this is {__version__}", "upgrade one"
             )
         else:
-            yield Finding("worker", "ok", f"{worker.name} on {worker.device}, {worker.slots} slots, holds {models}")
+            yield Finding("worker", "ok", f"{worker.name} on {worker.device}, {worker.slots} slots, serves {models}")
     if not any(worker.alive for worker in workers):
         yield Finding("worker", "bad", "none is alive", "start one: `farm worker`")
     served = {model.name for worker in workers if worker.alive for model in worker.models}
-    for model, count in sorted(_waiting(database).items()):
+    with database.read() as session:
+        waiting = waiting_by_model(session, ~JOB_PAUSED)  # paused jobs wait for a person
+    for model, count in sorted(waiting.items()):
         if model not in served:
             yield Finding(
                 "models",
                 "bad",
-                f"{count} job{'s' * (count > 1)} wait{'s' * (count == 1)} for {model!r}, which no live worker holds",
+                f"{count} job{'s' * (count > 1)} wait{'s' * (count == 1)} for {model!r}, which no live worker serves",
                 f"start a worker with FARM_MODELS={model}=…, or cancel them",
             )
-
-
-def _waiting(database: Database) -> dict[str, int]:
-    """The number of jobs of each model that wait for a worker; paused jobs wait for a person."""
-    waiting: dict[str, int] = {}
-    with database.read() as session:
-        for state in (JobState.PENDING, JobState.QUEUED):
-            rows = session.execute(
-                sa.select(JobRow.model, sa.func.count())
-                .join(BatchRow)
-                .where(in_state(state), VISIBLE, ~JOB_PAUSED)
-                .group_by(JobRow.model)
-            )
-            for model, count in rows:
-                waiting[model] = waiting.get(model, 0) + count
-    return waiting

@@ -51,6 +51,21 @@ def models_in(session: Session, state: JobState) -> Iterator[str]:
         last = found
 
 
+def waiting_by_model(session: Session, *conditions: sa.ColumnElement[bool]) -> dict[str, int]:
+    """The number of jobs of each model that wait, in the backlog and in Redis, and meet the conditions."""
+    waiting: dict[str, int] = {}
+    for state in (JobState.PENDING, JobState.QUEUED):
+        rows = session.execute(
+            sa.select(JobRow.model, sa.func.count())
+            .join(BatchRow)
+            .where(in_state(state), VISIBLE, *conditions)
+            .group_by(JobRow.model)
+        )
+        for model, count in rows:
+            waiting[model] = waiting.get(model, 0) + count
+    return waiting
+
+
 def locked_batch(session: Session, batch_id: str) -> BatchRow | None:
     """Return a visible batch and lock its row; the transaction's next reads see the latest rows."""
     found = session.get(BatchRow, batch_id, with_for_update={"key_share": True})

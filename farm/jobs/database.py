@@ -190,7 +190,7 @@ class Database:
         if found != head:
             raise SchemaMismatch(
                 f"the database's schema is {found}, and farm {__version__} needs {head}: run `farm migrate` of this "
-                "version first; what runs goes on meanwhile"
+                "version first; running programs continue"
             )
 
     def _newer(self, connection: sa.Connection) -> str | None:

@@ -104,7 +104,7 @@ class FairLine:
         return taken
 
     def give_back(self, served: Served) -> None:
-        """Undo what a batch was charged for a job that it did not have, and take no more from it."""
+        """Refund a batch the charge for a turn that found no job, and skip the batch from then on."""
         if served.batch_id in self.shares:
             self._out[served.batch_id] = self.shares.pop(served.batch_id)
         share = self.share(served.batch_id)

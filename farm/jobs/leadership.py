@@ -35,10 +35,15 @@ class Leader:
     pid: int
 
 
+def holder_of(name: str) -> sa.Select[str]:
+    """The holder of the live lease under a name, by the database's clock."""
+    return sa.select(LeaderRow.holder).where(LeaderRow.name == name, LeaderRow.until >= now())
+
+
 def leader(db: Database, name: str) -> Leader | None:
     """Return the leader under a name; None if no lease is live by the database's clock."""
     with db.read() as session:
-        holder = session.scalar(sa.select(LeaderRow.holder).where(LeaderRow.name == name, LeaderRow.until >= now()))
+        holder = session.scalar(holder_of(name))
     if holder is None:
         return None
     host, pid, _ = holder.rsplit(":", 2)

@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from farm.jobs.artifacts import job_info
-from farm.jobs.conditions import BATCH_PAUSED, VISIBLE, in_state, models_in
+from farm.jobs.conditions import BATCH_PAUSED, VISIBLE, in_state, models_in, waiting_by_model
 from farm.jobs.database import Database, now, now_plus
 from farm.jobs.memory_limits import allowed, memory_limits
 from farm.jobs.queries import JOBS, batch_status
@@ -175,18 +175,8 @@ class Overview:
 
     def waiting_by_model(self) -> dict[str, int]:
         """Return the number of waiting jobs by model, in the backlog and in Redis."""
-        states = (JobState.PENDING, JobState.QUEUED)
         with self._db.read() as session:
-            waiting: dict[str, int] = {}
-            for state in states:
-                for model, count in session.execute(
-                    sa.select(JobRow.model, sa.func.count())
-                    .join(BatchRow)
-                    .where(in_state(state), VISIBLE)
-                    .group_by(JobRow.model)
-                ):
-                    waiting[model] = waiting.get(model, 0) + count
-            return waiting
+            return waiting_by_model(session)
 
     def unheld(self, batch_id: str | None = None) -> list[str]:
         """Return the models that jobs of a batch, or of all, wait for and that no live worker serves."""

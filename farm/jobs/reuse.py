@@ -16,8 +16,8 @@ from sqlalchemy.orm import Session, aliased, selectinload
 from farm.jobs.artifacts import PICTURE_COLUMNS, artifacts_of, copy_artifacts
 from farm.jobs.conditions import JOB_PAUSED, in_state
 from farm.jobs.database import Database, now
-from farm.jobs.leadership import DISPATCHER
-from farm.jobs.schema import AttemptRow, BatchRow, JobRow, LeaderRow
+from farm.jobs.leadership import DISPATCHER, holder_of
+from farm.jobs.schema import AttemptRow, BatchRow, JobRow
 from farm.jobs.states import JobState, Outcome
 from farm.jobs.transitions import UNQUEUE, Ending, Move, finalize
 from farm.jobs.workers import live_models
@@ -95,7 +95,7 @@ class Works:
         """Return queued jobs to the backlog that now wait for a duplicate of higher priority."""
         if self._passed_by:
             self._session.execute(UNQUEUE.update.where(JobRow.id.in_(self._passed_by)))
-            log.info("put back behind twins of a higher priority: %s", ", ".join(self._passed_by))
+            log.info("put back behind duplicates of a higher priority: %s", ", ".join(self._passed_by))
             self._passed_by = []
 
     def _goes_first(self, job_id: str, work: str, priority: int) -> bool:
@@ -122,8 +122,7 @@ class Works:
 
     @cached_property
     def _led(self) -> bool:
-        leader = sa.select(LeaderRow.holder).where(LeaderRow.name == DISPATCHER, LeaderRow.until > now())
-        return self._session.scalar(leader) is not None
+        return self._session.scalar(holder_of(DISPATCHER)) is not None
 
     @cached_property
     def _under_way(self) -> dict[str, _Twin]:

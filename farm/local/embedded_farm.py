@@ -116,7 +116,7 @@ class LocalFarm:
                     pass
             finally:
                 if self._keeper is not None:
-                    self._say("stopping: what renders is finished or handed back …")
+                    self._say("stopping: finishing or handing back renders …")
                     self.stop()
                     self._say(f"stopped; everything is kept in {self.home.path}")
         if self._failure is not None:

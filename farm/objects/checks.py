@@ -30,15 +30,17 @@ def check_storage(settings: Settings) -> Finding:
     except StorageUnavailable as error:
         return Finding("storage", "bad", str(error), _remedy(error))
     except FarmError as error:
-        return Finding("storage", "bad", f"{where}: what was written is not there: {error}", "look at the store's log")
+        return Finding(
+            "storage", "bad", f"{where}: the object just written is missing: {error}", "look at the store's log"
+        )
     finally:
         storage.close()
     if not same:
-        return Finding("storage", "bad", f"{where}: other bytes came back than were written", "look at the store's log")
+        return Finding("storage", "bad", f"{where}: other bytes were read than written", "look at the store's log")
     if allowed:
         can = " and ".join(allowed)
         return Finding("storage", "warn", f"{where}: without credentials anyone can {can}", "take away public access")
-    return Finding("storage", "ok", f"{where}: writes, reads and deletes, and refuses strangers")
+    return Finding("storage", "ok", f"{where}: writes, reads and deletes, and refuses anonymous access")
 
 
 def _remedy(error: StorageUnavailable) -> str:

@@ -67,12 +67,12 @@ def check_flower(settings: Settings) -> Iterator[Finding]:
     finally:
         connection.close()
     if status == http.client.OK:
-        yield Finding("flower", "warn", f"{shown} lets anyone in, and in it one can stop workers", "give it a password")
+        yield Finding("flower", "warn", f"{shown} has no login: anyone can stop workers in it", "give it a password")
     elif http.client.MULTIPLE_CHOICES <= status < http.client.BAD_REQUEST and _is_moved_page(location):
-        do = "set FARM_FLOWER_URL to where it leads"
-        yield Finding("flower", "warn", f"{shown} only leads to {without_login(location)}", do)
+        do = "set FARM_FLOWER_URL to that address"
+        yield Finding("flower", "warn", f"{shown} only redirects to {without_login(location)}", do)
     elif status in (http.client.UNAUTHORIZED, http.client.FORBIDDEN, http.client.FOUND):
-        yield Finding("flower", "ok", f"{shown} answers, and asks who is there")
+        yield Finding("flower", "ok", f"{shown} answers, and requires a login")
     else:
         yield Finding("flower", "bad", f"{shown} answers with HTTP {status}", "look at its log")
 

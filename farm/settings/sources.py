@@ -108,14 +108,14 @@ def _env_file(
     except OSError as error:
         raise NotConfigured(f"FARM_ENV_FILE can't be read: {error.strerror}: {path}") from error
     except ValueError as error:
-        raise NotConfigured(f"FARM_ENV_FILE: {path} is no file of variables: {error}") from error
+        raise NotConfigured(f"FARM_ENV_FILE: {path} is not a file of variables: {error}") from error
     in_file, in_environment = source(), environment()
     if not in_file.keys() & SERVICES:
         raise NotConfigured(f"FARM_ENV_FILE: {path} names no farm; `farm env --out FILE` writes such a file")
     both = [name for name in SERVICES if name in in_environment and in_environment[name] != in_file.get(name)]
     if both:
         raise NotConfigured(
-            f"{', '.join(map(variable, both))}: the environment says something else than {path}, which FARM_ENV_FILE "
-            "names: unset the one or the other"
+            f"{', '.join(map(variable, both))}: the environment differs from {path}, which FARM_ENV_FILE names: "
+            "unset one of the two"
         )
     return source

@@ -60,13 +60,13 @@ def draw(view: FarmView, width: int) -> RenderableType:
     if view.batches:
         parts += [_batches(view.batches, width), Text()]
     else:
-        parts.append(Text("no batches yet: `farm submit` hands one in\n"))
+        parts.append(Text("no batches yet: `farm submit` submits one\n"))
     if view.workers:
         parts.append(_workers(view.workers[:_WORKERS], view.loads, width))
         if len(view.workers) > _WORKERS:
-            parts.append(Text(f"… and {len(view.workers) - _WORKERS} workers more: farm models", style="dim"))
+            parts.append(Text(f"… and {len(view.workers) - _WORKERS} more workers: farm models", style="dim"))
     else:
-        parts.append(Text("no worker is there: `farm worker` starts one", style="red"))
+        parts.append(Text("no workers: `farm worker` starts one", style="red"))
     if view.failures:
         parts += [Text(), *(_failure(job) for job in view.failures)]
     return Group(*parts)

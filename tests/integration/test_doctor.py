@@ -71,7 +71,7 @@ def test_a_healthy_farm_is_all_ok(settings: Settings, database: Database) -> Non
         (part, "ok") for part in ("settings", "database", "broker", "storage", "dispatcher", "worker")
     ]
     assert exit_code(findings) == 0
-    assert line(findings[-1]).plain == "✓ worker: worker-1@here on cpu, 8 slots, holds tiny"
+    assert line(findings[-1]).plain == "✓ worker: worker-1@here on cpu, 8 slots, serves tiny"
     storage = Storage(settings)
     assert not list(storage.keys())  # it took its probe away again
     storage.close()
@@ -91,11 +91,11 @@ def test_what_workers_lack_is_named(settings: Settings, database: Database) -> N
         )
     findings = list(check(settings))
     workers = {finding.what.split()[0]: finding for finding in findings if finding.part == "worker"}
-    assert "not been heard of" in workers["gone@here"].what
+    assert "sends no heartbeats" in workers["gone@here"].what
     assert workers["gone@here"].level == "warn"
     assert "runs version 0.0.1" in workers["old@here"].what
     (models,) = [finding for finding in findings if finding.part == "models"]
-    assert (models.level, models.what) == ("bad", "3 jobs wait for 'sd15', which no live worker holds")
+    assert (models.level, models.what) == ("bad", "3 jobs wait for 'sd15', which no live worker serves")
     assert "FARM_MODELS=sd15=" in models.do
     assert exit_code(findings) == 1
 

@@ -163,7 +163,7 @@ def test_a_second_signal_ends_all_at_once(start: Start) -> None:
     crew = start(STAYS)
     pid = pid_said(crew.said("a | pid")[0])
     crew.popen.terminate()
-    crew.said("once more to stop at once")
+    crew.said("Ctrl-C again to stop at once")
     assert crew.popen.poll() is None
     crew.popen.terminate()
     assert crew.wait() == 0

@@ -82,7 +82,7 @@ def chosen(wanted: str, gpus: Sequence[Gpu]) -> list[Gpu]:
     if not places:
         raise NotConfigured(f"--gpus {wanted}: at least one")
     if len(set(places)) < len(places):
-        raise NotConfigured(f"--gpus {wanted}: each once")
+        raise NotConfigured(f"--gpus {wanted}: a GPU is listed twice")
     return [gpus[place] for place in places]
 
 

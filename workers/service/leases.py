@@ -24,7 +24,7 @@ class Lease:
 
     claim: Claim
     renewed_at: float
-    """When the renewal that it lives by was requested, by the clock of `HeldLeases`."""
+    """When its last successful renewal was requested, by the clock of `HeldLeases`."""
     pace: Pace = field(default_factory=lambda: Pace(0, None))
     """The progress that the last renewal reported."""
     cancelled: bool = False

@@ -9,7 +9,10 @@ from farm.jobs.states import Outcome
 
 @dataclass(frozen=True)
 class NothingToClaim:
-    """The job is not queued any more, or not for this worker now; or SQL was away, and its message comes again."""
+    """The job is not queued any more, or not for this worker now.
+
+    Or SQL was unavailable: then the dispatcher sends another message.
+    """
 
 
 @dataclass(frozen=True)

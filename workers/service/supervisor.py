@@ -47,7 +47,7 @@ def seats(
     """The workers to run: one per GPU, or that many on the CPU. Raises `NotConfigured`."""
     if gpus is not None:
         if ":" in (settings.device or ""):
-            raise NotConfigured(f"each worker sees one GPU alone, so {settings.device} is none: leave the device out")
+            raise NotConfigured(f"--gpus gives each worker its own GPU: leave out --device {settings.device}")
         found = driver.chosen(gpus, driver.here(environ))
         own = [(gpu.name, gpu.id) for gpu in found]
     elif workers is not None and workers >= 1:
@@ -121,7 +121,7 @@ class Crew:
                         kept.tend()
                     self._stop.wait(POLL_SECONDS)
                 if any(kept.lives for kept in self._kept):
-                    _say("stopping: what renders is finished or handed back; once more to stop at once")
+                    _say("stopping: finishing or handing back renders; press Ctrl-C again to stop at once")
             finally:
                 stop_all(self._kept, self._hurry, _say)
         if self._stop.is_set():

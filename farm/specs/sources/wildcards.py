@@ -37,9 +37,9 @@ class Wildcards:
             if not path.is_file():
                 raise BadText(f"there is no {path} for __{name}__; {self._what_is_there()}")
             if name in self._reading:
-                raise BadText(f"{path} is read while it is being read: {' → '.join([*self._reading, name])}")
+                raise BadText(f"wildcard files include each other: {' → '.join([*self._reading, name])}")
             if len(self._reading) >= _MAX_FILES_DEEP:
-                raise BadText(f"files of choices name each other more than {_MAX_FILES_DEEP} deep, down to {path}")
+                raise BadText(f"wildcard files are nested more than {_MAX_FILES_DEEP} deep, down to {path}")
             self._reading.append(name)
             try:
                 found = self._lines(path)

@@ -176,7 +176,7 @@ def test_two_farms_at_once_are_refused(environment: pytest.MonkeyPatch, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("content", "why"), [(None, "No such file"), (b"FARM_SLOTS=3\n", "names no farm"), (b"\xff\xfe", "no file of")]
+    ("content", "why"), [(None, "No such file"), (b"FARM_SLOTS=3\n", "names no farm"), (b"\xff\xfe", "not a file of")]
 )
 def test_a_file_without_a_farm_is_said_so(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: bytes | None, why: str

@@ -83,7 +83,7 @@ def test_a_picture_that_is_gone_serves_no_job_any_more(
     parts.storage.delete_many(list(parts.storage.keys()))
     assert copier.copy({job: source}) == 0
     assert parts.states([job]) == [PENDING]
-    assert f"the picture of job_id={source} is gone" in caplog.text
+    assert f"the picture of job_id={source} is missing" in caplog.text
     assert not serves(parts, source)
 
 

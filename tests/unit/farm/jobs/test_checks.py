@@ -164,7 +164,7 @@ def test_who_leads_in_something_else_is_no_dispatcher(database: Database) -> Non
 
 def test_a_worker_is_told_with_what_it_holds(database: Database, store: JobStore) -> None:
     introduce(store, "w@here", "sd15", "tiny")
-    assert workers_said(database) == [Finding("worker", "ok", "w@here on cpu, 8 slots, holds sd15, tiny")]
+    assert workers_said(database) == [Finding("worker", "ok", "w@here on cpu, 8 slots, serves sd15, tiny")]
 
 
 def test_without_workers_one_is_to_be_started(database: Database) -> None:
@@ -174,7 +174,7 @@ def test_without_workers_one_is_to_be_started(database: Database) -> None:
 def test_a_silent_worker_is_a_warning_and_no_worker(database: Database, store: JobStore) -> None:
     introduce(store, "gone@here", database=database)
     warning, nobody = workers_said(database)
-    assert (warning.level, warning.what) == ("warn", "gone@here has not been heard of lately")
+    assert (warning.level, warning.what) == ("warn", "gone@here sends no heartbeats")
     assert nobody == NOBODY
 
 
@@ -193,8 +193,8 @@ def test_a_model_that_no_live_worker_serves_is_named_with_the_jobs_that_wait(
         submit(store, count, model)
     models = [finding for finding in workers_said(database) if finding.part == "models"]
     assert [(finding.level, finding.what) for finding in models] == [
-        ("bad", "1 job waits for 'flux', which no live worker holds"),
-        ("bad", "3 jobs wait for 'sd15', which no live worker holds"),
+        ("bad", "1 job waits for 'flux', which no live worker serves"),
+        ("bad", "3 jobs wait for 'sd15', which no live worker serves"),
     ]
     assert [finding.do.split("=…")[0] for finding in models] == [
         "start a worker with FARM_MODELS=flux",

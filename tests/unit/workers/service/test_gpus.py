@@ -74,7 +74,7 @@ def test_some_of_them_may_be_meant(wanted: str, names: list[str]) -> None:
 
 @pytest.mark.parametrize(
     ("wanted", "why"),
-    [("4", "there are 3 here: a, b, c"), ("0", "at least one"), ("-1", "at least one"), ("0,0", "each once")]
+    [("4", "there are 3 here: a, b, c"), ("0", "at least one"), ("-1", "at least one"), ("0,0", "listed twice")]
     + [(wrong, "all, a number of them, or a list") for wrong in ("every", "1-2", "")],
 )
 def test_what_is_not_there_can_not_be_meant(wanted: str, why: str) -> None:
