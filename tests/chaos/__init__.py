@@ -1,1 +1,1 @@
-"""The farm under fire: real processes and servers that are killed, frozen, cut off and slowed down while they work."""
+"""Chaos tests: real processes and servers are killed, frozen, disconnected and slowed down under load."""

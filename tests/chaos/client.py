@@ -1,7 +1,7 @@
-"""`python -m tests.chaos.client`: a client that hands in batch after batch, whatever happens to it or to the farm.
+"""`python -m tests.chaos.client`: a client that submits one batch after another, through crashes and outages.
 
-Killed and started again, it goes on: what it did not live to hear the answer to, it hands in once more, under the
-same key. With `--break-off` it stops in the middle of a large submission instead, and waits there to be killed.
+After a restart it resubmits every batch it has no answer for, under the same idempotency key. With `--break-off` it
+stops in the middle of a large submission instead and waits to be killed.
 """
 
 import argparse
@@ -18,12 +18,12 @@ from farm.specs.spec import RenderSpec
 from tests.chaos.orders import Journal, Order, Scale, order
 
 LARGE = 4001
-"""Specs of a submission that is broken off: some of it is in SQL by then, and some not."""
+"""Number of specs in an interrupted submission: large enough that only a part is in SQL when the client stops."""
 _POLL_SECONDS = 0.1
 
 
 def hand_in(farm: Farm, wanted: Order, journal: Journal) -> bool:
-    """Submit an order, if need be once more: its key is its name. False if a service is away, and nobody knows."""
+    """Submit or resubmit an order, with its name as the key. False if a service was away and the outcome is unknown."""
     journal.write("asks", wanted.name, priority=wanted.priority)
     try:
         batch = farm.submit(
@@ -37,14 +37,14 @@ def hand_in(farm: Farm, wanted: Order, journal: Journal) -> bool:
 
 
 def submit_on(seed: int, scale: Scale, journal: Journal, enough: Path) -> None:
-    """Submit order after order until there are enough of them, both by number and by word."""
+    """Submit orders until `scale.jobs` jobs are submitted and the file `enough` exists."""
     told, asked = journal.names("has"), journal.names("asks")
     submitted, pause = 0, threading.Event()
     with _open() as farm:
         for number in itertools.count():
             wanted = order(seed, f"order-{number}", scale)
             while wanted.name not in told:
-                # What was asked for and not answered may be in: it is to be handed in until that is known.
+                # A submission without an answer may have been accepted: resubmit it until the answer is known.
                 if wanted.name not in asked and submitted >= scale.jobs and enough.exists():
                     return
                 if _room(farm, scale):
@@ -71,7 +71,7 @@ def _room(farm: Farm, scale: Scale) -> bool:
 
 
 def break_off(name: str, journal: Journal) -> None:
-    """Stop in the middle of a submission, say so, and wait for the end."""
+    """Stop in the middle of a submission, note it in the journal, and wait to be killed."""
 
     def specs() -> Iterator[RenderSpec]:
         for index in range(1, LARGE):
@@ -85,7 +85,7 @@ def break_off(name: str, journal: Journal) -> None:
 
 
 def main() -> None:
-    """Submit as told by the command line, to the farm that the environment names."""
+    """Submit as the command line says, to the farm configured in the environment."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--journal", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)

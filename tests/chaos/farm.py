@@ -1,4 +1,4 @@
-"""A whole farm of real processes, each started again when it dies, as a supervisor would, and each to be struck."""
+"""A whole farm of real processes: each can be hit by a fault, and is restarted when it dies, as by a supervisor."""
 
 import os
 import random
@@ -37,25 +37,25 @@ ROOT = Path(__file__).parents[2]
 WORKERS, SLOTS, DISPATCHERS = 3, 3, 2
 LEASE_SECONDS = 3.0
 SOON = 90.0
-"""Seconds after which something that should have come by itself is missing."""
+"""Timeout in seconds of a wait for something that should happen without further action."""
 _POLL_SECONDS = 0.1
 _RESTART_SECONDS = 0.3
 
 _AWAY = 3
-"""The exit status of a program of the farm that found a service away when it started."""
+"""Exit status of a farm program that could not reach a service at startup."""
 
 
 class Standing:
-    """One process of the farm, started again when it dies."""
+    """One process of the farm, restarted when it dies."""
 
     def __init__(self, part: Part, home: Home, *, to_its_end: bool = False) -> None:
         self.part = part
         self.done = False
-        """Whether it has ended well, if that is what it is for."""
+        """Whether a process started with `to_its_end` has exited with status 0."""
         self._to_its_end = to_its_end
         self.name = part.name
         self.deaths: list[str] = []
-        """Those nobody brought about."""
+        """Unexpected exits: those that no fault caused."""
         self.starts = 0
         self._home = home
         self._wanted = False
@@ -65,16 +65,16 @@ class Standing:
 
     @property
     def running(self) -> bool:
-        """Whether it lives."""
+        """Whether the process runs."""
         return self._process is not None and self._process.ended() is None
 
     @property
     def pid(self) -> int | None:
-        """Its process, or the one that has just ended."""
+        """Id of the current process, or of the one that has just ended."""
         return self._process.pid if self._process is not None else None
 
     def start(self) -> None:
-        """Start it, and again from now on whenever it ends."""
+        """Start it, and from now on restart it whenever it ends."""
         self._wanted = True
         self._awaited = set()
         self._process = self.part.start(self._home)
@@ -85,22 +85,22 @@ class Standing:
         return self._process is not None and self.running and self.part.answers(self._process)
 
     def kill(self) -> None:
-        """End it with SIGKILL; it is started again."""
+        """Send SIGKILL; it is restarted."""
         self.send(signal.SIGKILL, -signal.SIGKILL)
 
     def drain(self) -> None:
-        """Ask it to end with SIGTERM; it is started again."""
+        """Send SIGTERM; it is restarted."""
         self.send(signal.SIGTERM, 0, -signal.SIGTERM)
 
     def send(self, number: signal.Signals, *statuses: int) -> None:
-        """Send it a signal, by which it may end with these statuses."""
+        """Send a signal. The given exit statuses then count as expected."""
         if self._process is not None and self._process.ended() is None:
             self._awaited.update(statuses)
             os.kill(self._process.pid, number)
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
-        """Frozen by SIGSTOP, until the block ends."""
+        """Freeze it with SIGSTOP until the block ends."""
         frozen = self._process
         self.send(signal.SIGSTOP)
         try:
@@ -111,7 +111,7 @@ class Standing:
 
     @contextmanager
     def away(self) -> Iterator[None]:
-        """Killed, and started again when the block ends."""
+        """Kill it, and restart it when the block ends."""
         self._wanted = False
         self.kill()
         try:
@@ -121,11 +121,11 @@ class Standing:
             self.start()
 
     def leave(self) -> None:
-        """Start it no more."""
+        """Stop restarting it."""
         self._wanted = False
 
     def tend(self) -> None:
-        """Notice its end, and start it again a moment later."""
+        """Record its exit if it has ended, and restart it after `_RESTART_SECONDS`."""
         if self._process is not None and (status := self._process.ended()) is not None:
             if status == 0 and self._to_its_end:
                 self.done, self._wanted = True, False
@@ -138,7 +138,7 @@ class Standing:
             self.start()
 
     def end(self) -> None:
-        """Kill what is left of it."""
+        """Kill it if it still runs, and stop restarting it."""
         self._wanted = False
         self._clear()
 
@@ -149,22 +149,22 @@ class Standing:
 
 
 class OneMachine:
-    """Where the parts of a farm run: all of them here, on the loopback interface."""
+    """Placement of a farm's programs: all on this machine, on the loopback interface."""
 
     address = LOOPBACK
-    """Where its servers listen."""
+    """Address on which the servers listen."""
     remote = False
-    """Whether its users come over a network."""
+    """Whether workers, dispatchers and clients connect over a network."""
 
     def prefix(self, _name: str) -> tuple[str, ...]:
-        """What the command of the program of that name begins with."""
+        """Arguments to put before the command of the program with this name."""
         return ()
 
 
 class ChaosFarm:
     """Valkey, SeaweedFS behind a proxy, SQLite or PostgreSQL, two dispatchers, three workers, a client.
 
-    Or a `small` one, with one of each and nobody who submits by himself.
+    With `small`: one dispatcher, one worker, and no client.
     """
 
     def __init__(
@@ -208,7 +208,7 @@ class ChaosFarm:
         self._undo.close()
         shutil.rmtree(self.home.path / "s3", ignore_errors=True)
 
-    # --- how it comes up ------------------------------------------------------------------------------------
+    # --- startup --------------------------------------------------------------------------------------------
 
     def _start_servers(self) -> None:
         parts.require(worker=True, flower=False)
@@ -268,7 +268,7 @@ class ChaosFarm:
         return standing
 
     def breaking_off(self, name: str) -> Standing:
-        """A client that stops in the middle of a large submission; started once, by whoever asks for it."""
+        """A client that stops in the middle of a large submission. The caller starts it."""
         return self._stand(self._client("--break-off", name, name=name))
 
     def _client(self, *arguments: str, name: str = "client") -> Part:
@@ -283,7 +283,7 @@ class ChaosFarm:
             FARM_WINDOW=self.settings.window,
             FARM_CHECKPOINT_STEPS=10,
             FARM_DRAIN_SECONDS=1.5,
-            # Every job is to succeed, whatever dies under it.
+            # High limits: every job must succeed, however many of its workers die.
             FARM_MAX_LOST_LEASES=50,
             FARM_MAX_TRIES=50,
             FARM_RETRY_SECONDS=0.2,
@@ -300,32 +300,32 @@ class ChaosFarm:
             answers=lambda _process: True,
         )
 
-    # --- what it is doing -----------------------------------------------------------------------------------
+    # --- operation ------------------------------------------------------------------------------------------
 
     def say(self, text: str) -> None:
-        """Note what was done to it, and when."""
+        """Record an event of the run with its time."""
         self.told.append(f"{time.monotonic() - self.began:7.1f} s  {text}")
         if self._loud:
             print(self.told[-1], flush=True)
 
     def tend(self) -> None:
-        """Start again whoever has died."""
+        """Restart the processes that have died."""
         for one in self._everybody:
             one.tend()
 
     def hold(self, seconds: float) -> None:
-        """Let a fault last, and bring up meanwhile whoever dies of it."""
+        """Wait for the duration of a fault, restarting processes that die meanwhile."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             self.tend()
             time.sleep(_POLL_SECONDS)
 
     def wait_until(self, true: Callable[[], bool], what: str, seconds: float = SOON) -> None:
-        """Wait until something has come true, tending everybody; fails with its name."""
+        """Wait until a condition holds, restarting processes meanwhile; fails with the description on timeout."""
         assert self.comes_true(true, seconds), f"in {seconds:.0f} s: not {what}"
 
     def comes_true(self, true: Callable[[], bool], seconds: float) -> bool:
-        """Whether something comes true in time; while a service is away it does not."""
+        """Whether a condition holds before the timeout. While a service is away it counts as false."""
         deadline = time.monotonic() + seconds
         while True:
             self.tend()
@@ -339,7 +339,7 @@ class ChaosFarm:
             time.sleep(_POLL_SECONDS)
 
     def counts(self) -> dict[JobState, int]:
-        """How many jobs of accepted batches are in each state."""
+        """Number of jobs of accepted batches in each state."""
         with self.db.read() as session:
             found = session.execute(
                 sa.select(JobRow.state, sa.func.count()).join(BatchRow).where(ACCEPTED).group_by(JobRow.state)
@@ -347,47 +347,47 @@ class ChaosFarm:
         return dict.fromkeys(JobState, 0) | {JobState(state): count for state, count in found}
 
     def ended(self) -> int:
-        """How many jobs have ended."""
+        """Number of jobs in a terminal state."""
         return sum(count for state, count in self.counts().items() if state.terminal)
 
     def busy(self) -> bool:
-        """Whether something is rendered now."""
+        """Whether a job is running."""
         return self.counts()[JobState.RUNNING] > 0
 
     def some(self, rng: random.Random, of: list[Standing]) -> Standing:
-        """One that lives, if one does."""
+        """A random running process; if none runs, any of them."""
         return rng.choice([one for one in of if one.running] or of)
 
     def leader(self, rng: random.Random) -> Standing:
-        """The dispatcher that leads, or any."""
+        """The leading dispatcher; any dispatcher if the leader is unknown."""
         any_one = self.some(rng, self.dispatchers)
         with suppress(ServiceUnavailable), self.db.read() as session:
             for holder in session.scalars(sa.select(LeaderRow.holder)):
                 return next((one for one in self.dispatchers if f":{one.pid}:" in holder), any_one)
         return any_one
 
-    # --- how it ends ----------------------------------------------------------------------------------------
+    # --- shutdown -------------------------------------------------------------------------------------------
 
     def settle(self, seconds: float) -> None:
-        """Let the client end and everything that was submitted."""
+        """Wait until the client has finished and every submitted job has ended."""
         self._enough.touch()
-        self.wait_until(lambda: self.client.done, "the client has handed in what it was to", seconds)
+        self.wait_until(lambda: self.client.done, "the client has submitted all its batches", seconds)
         self.wait_until(lambda: not any(self.counts()[state] for state in ACTIVE), "every job has ended", seconds)
 
     def stop_users(self) -> None:
-        """Stop workers and dispatchers in good order; the servers stay."""
+        """Stop workers and dispatchers with SIGTERM; the servers keep running."""
         users = [*self.workers, *self.dispatchers]
         for user in users:
             user.leave()
             user.drain()
-        self.wait_until(lambda: not any(user.running for user in users), "everybody stops when told to", 40)
+        self.wait_until(lambda: not any(user.running for user in users), "workers and dispatchers stop on SIGTERM", 40)
 
     def deaths(self) -> list[str]:
-        """Ends of processes that nobody brought about."""
+        """Unexpected exits of processes: those that no fault caused."""
         return [death for one in self._everybody for death in one.deaths]
 
     def logs(self) -> dict[str, str]:
-        """What each program of the farm has written."""
+        """Log of each program of the farm, by name."""
         servers = (self.redis.name, self.s3.name)
         return {
             path.stem: path.read_text(errors="replace")

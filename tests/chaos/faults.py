@@ -1,4 +1,4 @@
-"""What is done to the farm: each fault strikes where its block begins and is undone where that ends."""
+"""The faults: each is a context manager that injects the fault on entry and undoes it on exit."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ from tests.chaos.orders import order
 
 @dataclass(frozen=True)
 class Struck:
-    """A fault that has struck: what it did, and how long it is to last."""
+    """An injected fault: its description, and how long it should last."""
 
     what: str
     seconds: float = 0.0
@@ -32,7 +32,7 @@ Fault = Callable[[ChaosFarm, random.Random], AbstractContextManager[Struck]]
 
 @contextmanager
 def kill_a_worker(farm: ChaosFarm, rng: random.Random) -> Iterator[Struck]:
-    """Kill -9; a supervisor starts another of its name."""
+    """SIGKILL; the worker is restarted under the same name."""
     worker = farm.some(rng, farm.workers)
     worker.kill()
     yield Struck(f"{worker.name} killed")
@@ -40,7 +40,7 @@ def kill_a_worker(farm: ChaosFarm, rng: random.Random) -> Iterator[Struck]:
 
 @contextmanager
 def freeze_a_worker(farm: ChaosFarm, rng: random.Random) -> Iterator[Struck]:
-    """SIGSTOP for longer than its leases: what it held is rendered elsewhere when it wakes."""
+    """SIGSTOP for longer than its leases: when it wakes, its jobs are rendered elsewhere."""
     worker, seconds = farm.some(rng, farm.workers), LEASE_SECONDS + rng.uniform(0.7, 2.5)
     with worker.stopped():
         yield Struck(f"{worker.name} frozen", seconds)
@@ -48,7 +48,7 @@ def freeze_a_worker(farm: ChaosFarm, rng: random.Random) -> Iterator[Struck]:
 
 @contextmanager
 def drain_a_worker(farm: ChaosFarm, rng: random.Random) -> Iterator[Struck]:
-    """SIGTERM: it hands back what it can't finish, and a supervisor starts another of its name."""
+    """SIGTERM: it hands back the jobs it can't finish, and is restarted under the same name."""
     worker = farm.some(rng, farm.workers)
     worker.drain()
     yield Struck(f"{worker.name} told to stop")
@@ -56,7 +56,7 @@ def drain_a_worker(farm: ChaosFarm, rng: random.Random) -> Iterator[Struck]:
 
 @contextmanager
 def kill_a_dispatcher(farm: ChaosFarm, rng: random.Random) -> Iterator[Struck]:
-    """Kill -9, wherever it is between SQL and Redis."""
+    """SIGKILL, at any point between its writes to SQL and to Redis."""
     dispatcher = farm.some(rng, farm.dispatchers)
     dispatcher.kill()
     yield Struck(f"{dispatcher.name} killed")
@@ -64,7 +64,7 @@ def kill_a_dispatcher(farm: ChaosFarm, rng: random.Random) -> Iterator[Struck]:
 
 @contextmanager
 def freeze_a_dispatcher(farm: ChaosFarm, rng: random.Random) -> Iterator[Struck]:
-    """SIGSTOP the one that leads, a transaction of its own with it: another leads when it wakes, or it still does."""
+    """SIGSTOP the leader, perhaps inside a transaction: when it wakes, it may have lost the lead to another."""
     dispatcher, seconds = farm.leader(rng), rng.uniform(1.0, 1.5 * leadership.LEASE_SECONDS)
     with dispatcher.stopped():
         yield Struck(f"{dispatcher.name} frozen", seconds)
@@ -72,9 +72,9 @@ def freeze_a_dispatcher(farm: ChaosFarm, rng: random.Random) -> Iterator[Struck]
 
 @contextmanager
 def kill_the_client(farm: ChaosFarm, rng: random.Random) -> Iterator[Struck]:
-    """Kill -9 while it submits, or waits; the next one finds out what came of it."""
+    """SIGKILL while it submits or waits; the restarted client finds out whether the submission was accepted."""
     before = len(farm.journal.read())
-    # Just when it says that it submits, or any time later.
+    # Right after it starts a submission, or at a random moment.
     farm.comes_true(lambda: len(farm.journal.read()) > before or not farm.client.running, rng.choice((0.0, 2.0)))
     farm.client.kill()
     yield Struck("client killed")
@@ -82,7 +82,7 @@ def kill_the_client(farm: ChaosFarm, rng: random.Random) -> Iterator[Struck]:
 
 @contextmanager
 def break_off_a_submission(farm: ChaosFarm, rng: random.Random) -> Iterator[Struck]:
-    """Kill -9 a client that is halfway through a submission of thousands."""
+    """SIGKILL a client in the middle of a submission of thousands of jobs."""
     name = f"half-{rng.getrandbits(32):08x}"
     client = farm.breaking_off(name)
     client.start()
@@ -94,7 +94,7 @@ def break_off_a_submission(farm: ChaosFarm, rng: random.Random) -> Iterator[Stru
 
 @contextmanager
 def flush_redis(farm: ChaosFarm, rng: random.Random) -> Iterator[Struck]:
-    """FLUSHALL: every message is gone."""
+    """FLUSHALL: every message is lost."""
     try:
         with redis.Redis.from_url(farm.settings.broker_url, socket_timeout=2) as client:
             client.flushall()
@@ -105,7 +105,7 @@ def flush_redis(farm: ChaosFarm, rng: random.Random) -> Iterator[Struck]:
 
 @contextmanager
 def take_redis_away(farm: ChaosFarm, rng: random.Random) -> Iterator[Struck]:
-    """Kill -9 Redis, and start it again at the same port."""
+    """SIGKILL Redis, and restart it on the same port."""
     with farm.redis.away():
         yield Struck("Redis away", rng.uniform(0.0, 3.0))
     farm.wait_until(farm.redis.answers, "Redis answers again")
@@ -113,7 +113,7 @@ def take_redis_away(farm: ChaosFarm, rng: random.Random) -> Iterator[Struck]:
 
 @contextmanager
 def take_sql_away(farm: ChaosFarm, rng: random.Random) -> Iterator[Struck]:
-    """Crash PostgreSQL and bring it back; of SQLite, which nobody can stop, hold the one lock to write."""
+    """Crash and restart PostgreSQL; SQLite has no server to stop, so hold its write lock."""
     seconds = rng.uniform(0.0, 1.5 * LEASE_SECONDS)
     if farm.postgres is not None:
         farm.postgres.crash()
@@ -129,7 +129,7 @@ def take_sql_away(farm: ChaosFarm, rng: random.Random) -> Iterator[Struck]:
 
 @contextmanager
 def take_s3_away(farm: ChaosFarm, rng: random.Random) -> Iterator[Struck]:
-    """Kill -9 the object store, and start it again at the same port."""
+    """SIGKILL the object store, and restart it on the same port."""
     with farm.s3.away():
         yield Struck("S3 away", rng.uniform(1.0, 4.0))
     farm.wait_until(farm.s3.answers, "S3 answers again")
@@ -137,14 +137,14 @@ def take_s3_away(farm: ChaosFarm, rng: random.Random) -> Iterator[Struck]:
 
 @contextmanager
 def freeze_s3(farm: ChaosFarm, rng: random.Random) -> Iterator[Struck]:
-    """SIGSTOP the object store: it accepts what is sent, and says nothing."""
+    """SIGSTOP the object store: the kernel still accepts connections and data, but no request is answered."""
     with farm.s3.stopped():
         yield Struck("S3 frozen", rng.uniform(1.0, 4.0))
 
 
 @contextmanager
 def slow_s3_down(farm: ChaosFarm, rng: random.Random) -> Iterator[Struck]:
-    """Every piece that goes to the object store or comes from it is late."""
+    """Delay every chunk sent to or received from the object store."""
     farm.proxy.delay_seconds = rng.uniform(0.2, 1.0)
     try:
         yield Struck(f"S3 slow by {farm.proxy.delay_seconds:.1f} s", rng.uniform(2.0, 4.0))
@@ -154,14 +154,14 @@ def slow_s3_down(farm: ChaosFarm, rng: random.Random) -> Iterator[Struck]:
 
 @contextmanager
 def cut_s3_off(farm: ChaosFarm, rng: random.Random) -> Iterator[Struck]:
-    """Every connection to the object store breaks, in the middle of what it carries."""
+    """Break every connection to the object store in mid-transfer."""
     farm.proxy.cut()
     yield Struck("connections to S3 cut")
 
 
 @contextmanager
 def cancel_a_batch(farm: ChaosFarm, rng: random.Random) -> Iterator[Struck]:
-    """Somebody wants no more of a batch that is under way."""
+    """Cancel a batch in progress."""
     name, answer = _under_way(farm, rng), "without an answer"
     if name is None:
         yield Struck("no batch to cancel")
@@ -174,7 +174,7 @@ def cancel_a_batch(farm: ChaosFarm, rng: random.Random) -> Iterator[Struck]:
 
 @contextmanager
 def pause_a_batch(farm: ChaosFarm, rng: random.Random) -> Iterator[Struck]:
-    """Somebody wants a batch to wait: what it renders is handed back, and goes on afterwards."""
+    """Pause a batch in progress and resume it: its running jobs are handed back and continue afterwards."""
     name, answer = _under_way(farm, rng), "without an answer"
     if name is None:
         yield Struck("no batch to pause")
@@ -186,7 +186,7 @@ def pause_a_batch(farm: ChaosFarm, rng: random.Random) -> Iterator[Struck]:
 
 
 def _under_way(farm: ChaosFarm, rng: random.Random) -> str | None:
-    """The name of a batch that has not ended; an ordinary one, since the urgent are over too soon."""
+    """Name of a random unfinished batch. Urgent batches are left out because they end too soon."""
     active = sa.exists().where(JobRow.batch_id == BatchRow.id, JobRow.state.in_(ACTIVE)).correlate(BatchRow)
     names = sa.select(BatchRow.name).where(ACCEPTED, active, BatchRow.priority < URGENT).order_by(BatchRow.name)
     place = rng.random()
@@ -200,7 +200,7 @@ def _under_way(farm: ChaosFarm, rng: random.Random) -> str | None:
 
 @contextmanager
 def ask_urgently(farm: ChaosFarm, rng: random.Random) -> Iterator[Struck]:
-    """A small urgent batch comes in between."""
+    """Submit a small urgent batch."""
     name = f"urgent-{rng.getrandbits(32):08x}"
     wanted = order(farm.seed, name, farm.scale.small, priority=rng.randint(90, 100))
     answered = hand_in(farm.farm, wanted, farm.journal)
@@ -228,11 +228,14 @@ FAULTS: tuple[Fault, ...] = (
 )
 
 _OF_ITS_OWN = (break_off_a_submission, take_sql_away)
-"""What needs the rest to be well: the one to come so far, the other so that this process itself does not wait."""
+"""Faults that never overlap others.
+
+`break_off_a_submission` needs all services to get halfway; `take_sql_away` would block the test process itself.
+"""
 
 
 def strokes(rng: random.Random) -> Iterator[tuple[Fault, ...]]:
-    """Every fault once, in any order, and so on; some strike while another one lasts."""
+    """Draw every fault once in random order, then again without end; some faults come in overlapping pairs."""
     while True:
         left = rng.sample(FAULTS, len(FAULTS))
         while left:
@@ -244,7 +247,7 @@ def strokes(rng: random.Random) -> Iterator[tuple[Fault, ...]]:
 
 
 def strike(farm: ChaosFarm, faults: tuple[Fault, ...], rng: random.Random) -> None:
-    """Strike with these at once, let the longest last, and undo them."""
+    """Inject these faults together, wait for the longest, and undo them."""
     with ExitStack() as undo:
         struck = [undo.enter_context(fault(farm, rng)) for fault in faults]
         seconds = max(each.seconds for each in struck)

@@ -1,4 +1,4 @@
-"""Every move of every job, written down by the database itself: no code of the farm can forget one."""
+"""Database triggers that record every state change of every job, independently of the farm's code."""
 
 from collections import defaultdict
 from collections.abc import Mapping
@@ -9,12 +9,12 @@ from farm.jobs.states import JobState
 
 _TERMINAL = ", ".join(f"'{state.value}'" for state in JobState if state.terminal)
 _RESULT = ("error", "worker", "finished_at", "started_at", "image_key", "image_sha256", "image_bytes", "tries")
-"""What must not change any more when a job has ended."""
+"""Columns that must not change once a job has ended."""
 
 
 @dataclass(frozen=True)
 class Move:
-    """One change of a job's state or attempt, or of the result of one that had ended."""
+    """One change of a job's state or attempt, or of the result of a job that had ended."""
 
     job_id: str
     was: JobState
@@ -29,7 +29,7 @@ class Move:
 
 
 def install(database: Database) -> None:
-    """Begin to write down what becomes of jobs."""
+    """Create the table and triggers that record the moves."""
     with database.engine.connect() as connection:
         for statement in _SQLITE if database.engine.dialect.name == "sqlite" else _POSTGRESQL:
             connection.exec_driver_sql(statement)
@@ -37,7 +37,7 @@ def install(database: Database) -> None:
 
 
 def moves(database: Database) -> Mapping[str, list[Move]]:
-    """What became of each job, in the order it happened."""
+    """The recorded moves of each job, in order."""
     found: dict[str, list[Move]] = defaultdict(list)
     columns = "job_id, was, state, attempt_was, attempt, worker, at"
     with database.engine.connect() as connection:

@@ -1,4 +1,4 @@
-"""What is submitted under fire, drawn from a seed, and the journal of who asked for what and was told what."""
+"""The submissions of a chaos run, drawn from a seed, and the journal of requests and their answers."""
 
 import json
 import os
@@ -16,36 +16,36 @@ SIZES = ((64, 64), (64, 128))
 
 @dataclass(frozen=True)
 class Scale:
-    """How much is rendered, and in which pieces."""
+    """Number, size and duration of the jobs in a run."""
 
     jobs: int
-    """How many at least; the client goes on until the faults are over."""
+    """Minimum number of jobs; the client keeps submitting until the faults are over."""
     batch: tuple[int, int]
-    """Jobs of a batch, from and to."""
+    """Minimum and maximum number of jobs in a batch."""
     steps: tuple[int, int]
     seconds_per_step: float
     backlog: int
-    """The client hands in its next batch when fewer jobs than this wait."""
+    """The client submits its next batch when fewer jobs than this wait."""
 
     @property
     def small(self) -> "Scale":
-        """For what comes in between."""
+        """The same scale with batches of one to three jobs, for urgent batches."""
         return replace(self, batch=(1, 3))
 
     def dumps(self) -> str:
-        """As a command line carries it."""
+        """JSON for the command line."""
         return json.dumps(asdict(self))
 
     @classmethod
     def loads(cls, text: str) -> "Scale":
-        """What `dumps` wrote."""
+        """Parse the output of `dumps`."""
         given = json.loads(text)
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
 
 
 @dataclass(frozen=True)
 class Order:
-    """One submission; its name is nobody else's."""
+    """One submission; its name is unique."""
 
     name: str
     owner: str
@@ -54,7 +54,7 @@ class Order:
 
 
 def order(seed: int, name: str, scale: Scale, *, priority: int | None = None) -> Order:
-    """The submission of that name: always the same for the same seed."""
+    """The submission with this name: the same for the same seed."""
     rng = random.Random(f"{seed}/{name}")
     specs = []
     for index in range(1, rng.randint(*scale.batch) + 1):
@@ -72,13 +72,13 @@ def order(seed: int, name: str, scale: Scale, *, priority: int | None = None) ->
 
 
 class Journal:
-    """Lines of JSON that outlive whoever wrote them, killed or not."""
+    """A file of JSON lines; each entry survives the death of the process that wrote it."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
     def write(self, what: str, name: str, **more: object) -> None:
-        """Note what somebody is about to do, or was told, of a submission."""
+        """Append an entry: a request for a submission, or its answer."""
         line = json.dumps({"what": what, "name": name, "by": os.getpid(), **more}) + "\n"
         handle = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         try:
@@ -87,9 +87,9 @@ class Journal:
             os.close(handle)
 
     def read(self) -> list[Mapping[str, Any]]:
-        """Everything in it, in order."""
+        """All entries, in order."""
         return [json.loads(line) for line in self._path.read_text().splitlines()] if self._path.exists() else []
 
     def names(self, what: str) -> set[str]:
-        """The submissions of which that was noted."""
+        """Names of the submissions with an entry of this kind."""
         return {entry["name"] for entry in self.read() if entry["what"] == what}

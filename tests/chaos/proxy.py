@@ -1,4 +1,4 @@
-"""A TCP proxy in front of the object store, which slows it down or cuts it off."""
+"""A TCP proxy in front of the object store that delays traffic or breaks connections."""
 
 import asyncio
 import contextlib
@@ -8,11 +8,11 @@ LOOPBACK = "127.0.0.1"
 
 
 class Proxy:
-    """Passes connections on to a port at its own address: at once, late, or not to their end."""
+    """Forwards connections to a port at the same address; it can delay them or break them midway."""
 
     def __init__(self, target: int, address: str = LOOPBACK) -> None:
         self.delay_seconds = 0.0
-        """How long every piece is held, each way."""
+        """Delay of every chunk, in both directions."""
         self._target = target
         self._address = address
         self._loop = asyncio.new_event_loop()
@@ -24,11 +24,11 @@ class Proxy:
         self.port: int = self._server.sockets[0].getsockname()[1]
 
     def cut(self) -> None:
-        """Break every connection that is open, whatever is on its way in it."""
+        """Break every open connection, even in mid-transfer."""
         asyncio.run_coroutine_threadsafe(self._abort(), self._loop).result(10)
 
     def close(self) -> None:
-        """Break what is open, and pass on no more."""
+        """Break the open connections and stop the proxy."""
         asyncio.run_coroutine_threadsafe(self._shut(), self._loop).result(10)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
@@ -48,7 +48,7 @@ class Proxy:
             self._ends.add(there)
             await asyncio.gather(self._pass(reader, there), self._pass(from_there, writer))
         except (OSError, asyncio.CancelledError):
-            pass  # it is away, or one side broke off: the other one learns it by the end of its connection
+            pass  # the target is away or one side disconnected: the other side sees its connection close
         finally:
             for end in filter(None, (writer, there)):
                 end.transport.abort()
@@ -61,7 +61,7 @@ class Proxy:
                 await asyncio.sleep(self.delay_seconds)
             writer.write(data)
             await writer.drain()
-        # Who has said all may still listen; but S3 is spoken with by whole requests.
+        # Closes both directions, not just this one: S3 clients send whole requests and never half-close.
         with contextlib.suppress(OSError):
             writer.close()
 

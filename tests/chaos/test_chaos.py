@@ -1,8 +1,8 @@
-"""The farm under fire: whatever dies, freezes, hangs or forgets, no job is lost, none is done twice, none half.
+"""Chaos tests: under crashes, freezes, hangs and data loss, every job ends exactly once and completely.
 
-A run draws everything from its seed, prints it, and says how to have the same again; the timing is the machine's.
-`CHAOS_SEED` chooses the seed; of the long form, which `make chaos` runs, `CHAOS_JOBS` the number of jobs and
-`CHAOS_MINUTES` how long the faults go on at most.
+A run draws its jobs and faults from a seed, and prints the seed and the command to repeat it; the timing still varies.
+`CHAOS_SEED` sets the seed. In the long form, run by `make chaos`, `CHAOS_JOBS` sets the number of jobs and
+`CHAOS_MINUTES` the longest time during which faults are injected.
 """
 
 import os
@@ -31,7 +31,7 @@ LONG = Scale(
     backlog=60,
 )
 _BETWEEN_SECONDS = 2.0
-"""How long the farm is left alone between two strokes, at most."""
+"""Longest pause between two faults."""
 
 
 @pytest.mark.long
@@ -54,7 +54,10 @@ def test_ten_thousand_jobs_under_fire_for_long(kind: str, tmp_path: Path, capsys
 
 
 def chaos(kind: str, folder: Path, scale: Scale, *, rounds: int, seconds: float, replay: str) -> None:
-    """Strike at a farm that works until every fault has struck so often, or all jobs are in and time is up; look."""
+    """Inject faults into a busy farm, then check every invariant.
+
+    Stops after `rounds` rounds of all faults, after `seconds`, or, with several rounds, once `scale.jobs` have ended.
+    """
     seed = int(os.environ.get("CHAOS_SEED") or secrets.randbelow(2**32))
     again = f"CHAOS_SEED={seed} {replay.format(kind=kind)}"
     print(f"\nchaos on {kind}, seed {seed}; the same again: {again}", flush=True)
@@ -72,7 +75,7 @@ def chaos(kind: str, folder: Path, scale: Scale, *, rounds: int, seconds: float,
 
 
 def look(farm: ChaosFarm, seconds: float) -> verify.Evidence:
-    """Let all jobs end and everybody stop, and fail with what is not as it must be."""
+    """Wait for all jobs, stop the farm, and fail if an invariant is broken."""
     farm.settle(seconds)
     farm.say("all jobs have ended")
     farm.stop_users()
@@ -104,19 +107,19 @@ def _drawn(rng: random.Random, rounds: int) -> Iterator[tuple[Fault, ...]]:
 
 
 def _let_work(farm: ChaosFarm, rng: random.Random) -> None:
-    """Wait until the farm is at work, and for some jobs more to end, or not to."""
+    """Wait until a job runs, and then for up to seven more jobs to end, for `_BETWEEN_SECONDS` at most."""
     farm.wait_until(farm.busy, "something is rendered")
     until = farm.ended() + rng.randrange(8)
     farm.comes_true(lambda: farm.ended() >= until, _BETWEEN_SECONDS)
 
 
 def ordered(farm: ChaosFarm, name: str, priority: int) -> Order:
-    """What was submitted under that name."""
+    """The order that was submitted under this name."""
     return order(farm.seed, name, farm.scale.small if name.startswith("urgent") else farm.scale)
 
 
 def sweep(farm: ChaosFarm) -> None:
-    """Let what is swept in the end be swept now: the dispatchers' own pause after an outage is long."""
+    """Sweep the bucket now: after an outage the dispatchers wait long before they sweep."""
     broker = Broker(farm.settings)
     try:
         Dispatcher(farm.store, broker, farm.storage, farm.settings).sweep()
@@ -126,7 +129,7 @@ def sweep(farm: ChaosFarm) -> None:
 
 @contextmanager
 def told(farm: ChaosFarm, again: str) -> Iterator[None]:
-    """Say of an error what was done to the farm, and where its logs are."""
+    """Add to an error the faults that were injected, the path of the logs and the command to repeat the run."""
     try:
         yield
     except Exception as error:

@@ -1,4 +1,4 @@
-"""What a worker that is killed, or comes too late, does to the bucket at the one moment when nobody knows of it."""
+"""Objects that a dead or fenced-off worker leaves in the bucket without a record in SQL are swept."""
 
 import hashlib
 from collections.abc import Iterator
@@ -59,7 +59,7 @@ def test_the_checkpoint_of_a_job_whose_worker_died_after_its_success_is_swept(
     storage.put(key, b"picture")
     picture = Picture(key, hashlib.sha256(b"picture").hexdigest(), 7, 64, 64, "0" * 64, 1.0)
     assert store.attempts.succeed(claim, picture)
-    # Here its worker dies, or finds the object store away.
+    # Here its worker dies, or can't reach the object store.
     dispatcher.sweep()
     assert list(storage.keys()) == [key]
 
@@ -84,7 +84,7 @@ def test_a_checkpoint_that_was_not_recorded_because_sql_was_away_is_swept(
     key = image_key(claim.batch_id, claim.index, claim.attempt, "x")
     storage.put(key, b"picture")
     assert store.attempts.succeed(claim, Picture(key, hashlib.sha256(b"picture").hexdigest(), 7, 64, 64, "0" * 64, 1.0))
-    # Here its worker finds the object store away.
+    # Here its worker can't reach the object store.
     dispatcher.sweep()
     assert list(storage.keys()) == [key]
 
@@ -98,7 +98,7 @@ def test_the_picture_of_an_attempt_whose_worker_died_before_its_success_is_delet
         batch = farm.submit(RenderSpec(prompt="x", num_inference_steps=15))
         (job,) = batch
         wait_until(lambda: job.refresh().state is JobState.RUNNING, "it is rendered")
-        with database.write():  # the one lock to write: it can upload its picture, and not say so
+        with database.write():  # hold SQLite's write lock: the worker can upload its picture, but not record it
             wait_until(lambda: ".a1.png" in str(list(storage.keys())), "its picture is uploaded")
             first.kill()
         crew.dispatcher()
@@ -151,9 +151,9 @@ def test_a_checkpoint_that_a_frozen_worker_ends_writing_after_the_sweep_is_swept
             crew.dispatcher()
             assert job.wait(60).state is JobState.CANCELLED
             wait_until(lambda: not kept(), "its checkpoint is swept", 30)
-            # What was on its way when the worker froze.
+            # The upload that was in flight when the worker froze.
             storage.put(checkpoint_key(batch.id, 1, 1), b"state")
-        wait_until(lambda: not kept(), "what came after is swept too", 30)
+        wait_until(lambda: not kept(), "the late checkpoint is swept too", 30)
 
 
 def snapshot(spec: RenderSpec) -> Snapshot:

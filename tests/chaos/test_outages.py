@@ -1,4 +1,4 @@
-"""Redis, SQL or S3 away for a while: pictures are kept, jobs go on, clients learn it, and nobody spins meanwhile."""
+"""Outages of Redis, SQL or S3: pictures are kept, jobs resume, clients get an error, and no process busy-waits."""
 
 import subprocess
 import sys
@@ -22,13 +22,13 @@ from tests.integration.conftest import environment
 LEASE_SECONDS = 8.0
 SCALE = Scale(jobs=0, batch=(1, 1), steps=(1, 1), seconds_per_step=0.1, backlog=0)
 SHORT_STEPS, LONG_STEPS = 4, 160
-"""Of jobs that are denoised before their lease ends, renewed or not, and of one that is not.
+"""Steps of jobs that are denoised well within one lease, and of a job that takes longer than its lease.
 
-Both are so even if everything stands still for 5 s: 0.4 s are far below the lease, and 16 s far above it.
+0.4 s are far below the lease and 16 s far above it, so this holds even if the machine stalls for 5 s.
 """
 JOBS = 24
 REST_SECONDS = LEASE_SECONDS
-"""How long after a service went away everybody does nothing but wait for it."""
+"""Time after the start of an outage from which every process only waits for the service."""
 
 
 @contextmanager
@@ -40,7 +40,7 @@ def sql_away(farm: ChaosFarm) -> Iterator[None]:
         finally:
             farm.postgres.start()
         return
-    with farm.db.write() as session:  # nobody can stop SQLite; but hold its one lock to write
+    with farm.db.write() as session:  # SQLite has no server to stop: hold its write lock
         session.execute(sa.text("SELECT 1"))
         yield
 
@@ -63,9 +63,9 @@ def farm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 @pytest.mark.parametrize("service", AWAY)
 def test_a_service_that_is_away_costs_time_and_nothing_else(farm: ChaosFarm, service: str, seconds: float) -> None:
     long = farm.farm.submit(["long"], num_inference_steps=LONG_STEPS, name=f"long without {service}")
-    farm.wait_until(lambda: running(long) == 1, "the long one is rendered")
+    farm.wait_until(lambda: running(long) == 1, "the long job is rendered")
     batch = farm.farm.submit(["x"] * JOBS, num_inference_steps=SHORT_STEPS, name=f"without {service}")
-    farm.wait_until(lambda: running(batch) >= SLOTS - 1, "others are rendered beside it")
+    farm.wait_until(lambda: running(batch) >= SLOTS - 1, "short jobs are rendered beside it")
     key = f"{service}, {seconds:g} s"
 
     with AWAY[service](farm):
@@ -80,18 +80,18 @@ def test_a_service_that_is_away_costs_time_and_nothing_else(farm: ChaosFarm, ser
     assert refused.stderr.startswith("farm: ")
 
     for _ in range(2):
-        farm.wait_until(lambda: handed_in(farm, key).returncode == 0, "it can be handed in again")
+        farm.wait_until(lambda: handed_in(farm, key).returncode == 0, "the batch can be submitted again")
     with farm.db.read() as session:
         (again,) = session.scalars(sa.select(BatchRow.id).where(BatchRow.key == key))
     for each in (batch, long, farm.farm.batch(again)):
-        farm.wait_until(lambda each=each: each.status().done, "everything ends")
+        farm.wait_until(lambda each=each: each.status().done, "every batch ends")
         assert each.status().counts[JobState.SUCCEEDED] == each.total
-    # What was denoised when the service went away, or soon after, was kept and not rendered again.
+    # Jobs that were denoised when the outage began, or soon after, were kept and not rendered again.
     assert [times_rendered(farm, batch)[job.id] for job in batch] == [1] * JOBS
     assert list(times_rendered(farm, long).values()) == [2 if service == "SQL" else 1]
     sweep(farm)
     assert len(set(farm.storage.keys(f"{batch.id}/")) - {manifest_key(batch.id)}) == JOBS
-    # Nobody gave up either, to be started again by a supervisor.
+    # No process exited and was restarted.
     assert [one.starts for one in (*farm.workers, *farm.dispatchers)] == [1, 1]
 
 
@@ -100,7 +100,7 @@ def running(batch: Batch) -> int:
 
 
 def times_rendered(farm: ChaosFarm, batch: Batch) -> dict[str, int]:
-    said = farm.logs()["w0"]  # what a claim says of which the answer was lost, nobody renders
+    said = farm.logs()["w0"]  # the worker logs a claim only if it got the answer, so each line is one rendering
     return {job.id: said.count(f"claimed job_id={job.id} ") for job in batch}
 
 
@@ -116,19 +116,19 @@ def handed_in(farm: ChaosFarm, key: str) -> subprocess.CompletedProcess[str]:
 
 
 class Spent:
-    """What a process uses up from now on."""
+    """CPU time and memory that a process uses from now on."""
 
     def __init__(self, standing: Standing) -> None:
         self._name, self._process = standing.name, psutil.Process(standing.pid)
         self._began, self._cpu, self._memory = time.monotonic(), self._seconds(), self._bytes()
 
     def check(self) -> None:
-        """Fail if it was much, for one that has nothing to do."""
+        """Fail if it used more than an idle process should."""
         share = (self._seconds() - self._cpu) / (time.monotonic() - self._began)
         more = self._bytes() - self._memory
         print(f"{self._name}: {share:.1%} of a core, {more / 2**20:+.1f} MiB")
         assert share < 0.2, f"{self._name} spins: {share:.0%} of a core"
-        assert more < 24 * 2**20, f"{self._name} takes {more:,} bytes more"
+        assert more < 24 * 2**20, f"{self._name} uses {more:,} bytes more"
 
     def _seconds(self) -> float:
         took = self._process.cpu_times()

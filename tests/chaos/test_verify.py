@@ -1,4 +1,4 @@
-"""Each invariant sees its own breach: a farm that works well is touched in one place, and one check must tell."""
+"""Each check detects its breach: a correct farm is corrupted in one place, and the matching check must report it."""
 
 import hashlib
 import io
@@ -31,7 +31,7 @@ SCALE = Scale(jobs=1, batch=(3, 3), steps=(2, 4), seconds_per_step=0, backlog=1)
 
 @dataclass
 class Quiet:
-    """A farm that was left in peace, and what there is to be looked at of it."""
+    """A farm without faults, and the data that the checks read."""
 
     db: Database
     store: JobStore
@@ -41,7 +41,7 @@ class Quiet:
     deaths: list[str]
 
     def run(self, name: str, *, cancelled: bool = False) -> None:
-        """Submit an order and do its jobs, the first of them at the second attempt."""
+        """Submit an order and render its jobs; the first job needs a second attempt."""
         wanted = order(1, name, SCALE)
         self.journal.write("asks", name, priority=wanted.priority)
         batch_id = self.store.submissions.submit(name, wanted.owner, wanted.priority, wanted.specs)
@@ -64,7 +64,7 @@ class Quiet:
         return claim
 
     def render(self, claim: Claim) -> None:
-        """Do a job, with the null pipeline's picture."""
+        """Finish a claimed job with the picture of the null pipeline."""
         spec = claim.spec
         data = drawn(claim.job_id, claim.attempt, spec)
         key = image_key(claim.batch_id, claim.index, claim.attempt, spec.prompt)
@@ -74,17 +74,17 @@ class Quiet:
         self.logs["w1"] += f"2026-11-23 01:00:00 ended job_id={claim.job_id} attempt={claim.attempt} now=succeeded\n"
 
     def found(self) -> set[str]:
-        """Which checks tell of a breach."""
+        """Names of the checks that report a breach."""
         evidence = verify.Evidence.gather(self.db, self.storage, self.journal, self.ordered, self.logs, self.deaths)
         told = list(verify.breaches(evidence))
         return {text.partition(" [")[0] for text in told if not text.startswith("the story of")}
 
     def ordered(self, name: str, priority: int) -> Order:
-        """What was submitted under a name; under `again`, the first order once more."""
+        """The order submitted under a name; `again` is a copy of the first order."""
         return order(1, "first" if name == "again" else name, SCALE, priority=priority)
 
     def job(self, index: int = 2) -> JobRow:
-        """A job of the first batch, which succeeded."""
+        """A job of the first batch, whose jobs all succeeded."""
         with self.db.read() as session:
             batch = session.scalars(sa.select(BatchRow).where(BatchRow.name == "first")).one()
             job = session.scalars(sa.select(JobRow).where(JobRow.batch_id == batch.id, JobRow.position == index)).one()
@@ -92,24 +92,24 @@ class Quiet:
         return job
 
     def set(self, index: int = 2, **values: object) -> None:
-        """Write into the row of a job, behind everybody's back."""
+        """Update the row of a job directly; the triggers record it as a move."""
         with self.db.write() as session:
             session.execute(sa.update(JobRow).where(JobRow.id == self.job(index).id).values(**values))
 
     def rewrite(self, **values: object) -> None:
-        """Put a picture made of another spec, job or attempt in the place of one, and its hash into SQL."""
+        """Replace a picture by that of another spec, job or attempt, and update its hash in SQL."""
         job = self.job()
         spec = RenderSpec.model_validate(job.spec).model_copy(
             update={name: value for name, value in values.items() if name in RenderSpec.model_fields}
         )
         data = drawn(str(values.get("job_id", job.id)), int(str(values.get("attempt", job.attempt))), spec)
         self.storage.put(str(job.image_key), data)
-        with self.db.engine.begin() as connection:  # past the trigger, whose business this is not
+        with self.db.engine.begin() as connection:  # not to be recorded as a move
             connection.exec_driver_sql("DROP TRIGGER chaos_moved" + self._on_jobs)
         self.set(image_sha256=hashlib.sha256(data).hexdigest(), image_bytes=len(data))
 
     def unwatched(self, index: int = 2, **values: object) -> None:
-        """Write into the row of a job without that being written down as a move."""
+        """Update the row of a job without recording a move."""
         with self.db.engine.begin() as connection:
             connection.exec_driver_sql("DROP TRIGGER chaos_moved" + self._on_jobs)
         self.set(index, **values)
@@ -120,7 +120,7 @@ class Quiet:
 
 
 def drawn(job_id: str, attempt: int, spec: RenderSpec) -> bytes:
-    """A picture as a worker with the null pipeline makes it, or nearly."""
+    """A picture much like that of the null pipeline."""
     text, out = PngInfo(), io.BytesIO()
     text.add_itxt("diffusion-farm", f'{{"job": "{job_id}", "attempt": {attempt}}}')
     assert spec.width is not None
@@ -146,7 +146,7 @@ def test_a_farm_that_was_left_in_peace_breaches_nothing(quiet: Quiet) -> None:
 
 
 def again(quiet: Quiet) -> list[str]:
-    """Hand the first order in once more, let its pictures be copied, one of them at the second go; the new jobs."""
+    """Submit the first order again and copy its pictures, one at the second try; returns the ids of the new jobs."""
     specs = quiet.ordered("again", 50).specs
     quiet.journal.write("asks", "again", priority=50)
     batch_id = quiet.store.submissions.submit("again", "me", 50, specs)

@@ -1,4 +1,4 @@
-"""What must hold of a farm that was under fire, when everybody has stopped: each invariant finds its own breaches."""
+"""The invariants of a farm after a chaos run, when every process has stopped. Each check yields its breaches."""
 
 import hashlib
 import io
@@ -33,22 +33,22 @@ _READERS = 8
 
 KNOWN = frozenset(
     {
-        # What the farm says of a service that is away.
+        # The farm's own errors for an outage.
         "farm.errors.DatabaseUnavailable",
         "farm.errors.BrokerUnavailable",
         "farm.errors.StorageUnavailable",
-        # What Celery says of Redis.
+        # Celery's errors for an outage of Redis.
         "redis.exceptions.ConnectionError",
         "redis.exceptions.TimeoutError",
         "kombu.exceptions.OperationalError",
     }
 )
-"""What may stand at the end of a traceback in a log: each is a service that was away."""
+"""Exceptions whose tracebacks are allowed in a log: each reports an outage."""
 
 
 @dataclass(frozen=True)
 class Breach:
-    """Something that must not be, and the job that shows it, if one does."""
+    """A broken invariant, and the job that shows it, if there is one."""
 
     message: str
     job_id: str | None = None
@@ -56,7 +56,7 @@ class Breach:
 
 @dataclass(frozen=True)
 class Evidence:
-    """Everything that is left to be looked at."""
+    """Everything the checks read: rows, moves, journal, logs and objects."""
 
     batches: Sequence[BatchRow]
     jobs: Mapping[str, JobRow]
@@ -65,7 +65,7 @@ class Evidence:
     moves: Mapping[str, Sequence[Move]]
     entries: Sequence[Mapping[str, Any]]
     orders: Callable[[str, int], Order]
-    """The submission of a name and priority."""
+    """Returns the submission for a name and priority."""
     logs: Mapping[str, str]
     deaths: Sequence[str]
     storage: Storage
@@ -81,7 +81,7 @@ class Evidence:
         logs: Mapping[str, str],
         deaths: Sequence[str],
     ) -> "Evidence":
-        """All of it as it is now."""
+        """Collect the current state."""
         attempts: dict[str, list[AttemptRow]] = defaultdict(list)
         with database.read() as session:
             batches = session.scalars(sa.select(BatchRow).order_by(BatchRow.created_at)).all()
@@ -113,19 +113,19 @@ class Evidence:
 
     @property
     def accepted(self) -> Sequence[BatchRow]:
-        """The batches that are in."""
+        """The accepted batches."""
         return [batch for batch in self.batches if batch.accepted_at is not None]
 
     def of(self, batch: BatchRow) -> list[JobRow]:
-        """The jobs of a batch, in order."""
+        """The jobs of a batch, by position."""
         return sorted((job for job in self.jobs.values() if job.batch_id == batch.id), key=lambda job: job.position)
 
     def names(self, what: str) -> set[str]:
-        """The submissions of which the journal says that."""
+        """Names of the submissions with a journal entry of this kind."""
         return {entry["name"] for entry in self.entries if entry["what"] == what}
 
     def story(self, job_id: str) -> str:
-        """All that is known of a job."""
+        """Everything known about a job: its row, moves, attempts, log lines and objects."""
         job = self.jobs.get(job_id)
         lines = [f"the story of {job_id}:"]
         if job is not None:
@@ -152,7 +152,7 @@ Check = Callable[[Evidence], Iterator[Breach]]
 
 
 def every_job_has_ended(evidence: Evidence) -> Iterator[Breach]:
-    """Nobody waits for ever."""
+    """Every job of an accepted batch is in a terminal state."""
     accepted = {batch.id for batch in evidence.accepted}
     for job in evidence.jobs.values():
         if job.batch_id in accepted and not JobState(job.state).terminal:
@@ -160,31 +160,31 @@ def every_job_has_ended(evidence: Evidence) -> Iterator[Breach]:
 
 
 def every_submission_is_in_once_and_whole(evidence: Evidence) -> Iterator[Breach]:
-    """What a client was told that is in is in, once; nothing is in by half, nothing that nobody asked for."""
+    """Every acknowledged submission is accepted exactly once; no batch is partial, none was never requested."""
     found = Counter(batch.name for batch in evidence.accepted)
     broken = evidence.names("breaks")
     for name in evidence.names("has") - set(found):
-        yield Breach(f"{name} was accepted, and is not there")
+        yield Breach(f"{name} was acknowledged, and is missing")
     for name in set(found) & broken:
-        yield Breach(f"{name} was broken off halfway, and is there")
+        yield Breach(f"{name} was interrupted halfway, and was accepted")
     for name in set(found) - evidence.names("asks") - broken:
-        yield Breach(f"{name} is there, and nobody asked for it")
+        yield Breach(f"{name} was accepted without a request")
     for name, times in found.items():
         if times > 1:
-            yield Breach(f"{name} is there {times} times")
+            yield Breach(f"{name} was accepted {times} times")
     asked = {entry["name"]: entry["priority"] for entry in evidence.entries if entry["what"] == "asks"}
     for batch in evidence.accepted:
         if batch.name in asked:
             wanted = list(evidence.orders(batch.name, asked[batch.name]).specs)
             jobs = evidence.of(batch)
             if batch.total != len(wanted) or [job.position for job in jobs] != list(range(1, len(wanted) + 1)):
-                yield Breach(f"{batch.name} has {len(jobs)} of {len(wanted)} jobs, and says {batch.total}")
+                yield Breach(f"{batch.name} has {len(jobs)} of {len(wanted)} jobs, and its total is {batch.total}")
             elif [RenderSpec.model_validate(job.spec) for job in jobs] != wanted:
                 yield Breach(f"{batch.name} has other specs than were submitted")
 
 
 def what_is_not_in_never_moves(evidence: Evidence) -> Iterator[Breach]:
-    """A submission that was broken off is nobody's work."""
+    """Jobs of an interrupted submission stay pending."""
     accepted = {batch.id for batch in evidence.accepted}
     for job in evidence.jobs.values():
         if job.batch_id not in accepted and (job.state != JobState.PENDING or evidence.moves.get(job.id)):
@@ -192,7 +192,7 @@ def what_is_not_in_never_moves(evidence: Evidence) -> Iterator[Breach]:
 
 
 def what_nobody_cancelled_succeeded(evidence: Evidence) -> Iterator[Breach]:
-    """Whatever died meanwhile: no fault of the farm's is a job's."""
+    """No fault makes a job fail: every job succeeded unless its batch was cancelled."""
     cancelled = evidence.names("cancels")
     for batch in evidence.accepted:
         for job in evidence.of(batch):
@@ -202,7 +202,7 @@ def what_nobody_cancelled_succeeded(evidence: Evidence) -> Iterator[Breach]:
 
 
 def pictures_are_what_sql_says(evidence: Evidence) -> Iterator[Breach]:
-    """Succeeded means there: the bytes, their hash, the size asked for, the seed's colour, the attempt that won."""
+    """Every succeeded job has its picture, with the right bytes, hash, size, colour for its seed, and attempt."""
     succeeded = [job for job in evidence.jobs.values() if job.state == JobState.SUCCEEDED]
     with ThreadPoolExecutor(_READERS) as pool:
         for job, wrong in zip(succeeded, pool.map(lambda job: _wrong_picture(evidence, job), succeeded), strict=True):
@@ -216,9 +216,9 @@ def _wrong_picture(evidence: Evidence, job: JobRow) -> str | None:
     try:
         data = evidence.storage.get(job.image_key)
     except NotFound:
-        return "its picture is not there"
+        return "its picture is missing"
     if len(data) != job.image_bytes or hashlib.sha256(data).hexdigest() != job.image_sha256:
-        return f"its picture is {len(data)} other bytes than SQL says"
+        return f"its picture of {len(data)} bytes does not match the size and hash in SQL"
     spec = RenderSpec.model_validate(job.spec)
     with Image.open(io.BytesIO(data)) as image:
         image.load()
@@ -226,29 +226,29 @@ def _wrong_picture(evidence: Evidence, job: JobRow) -> str | None:
             return f"its picture is {image.size}, not {spec.width, spec.height}"
         colours = image.getcolors()
         drawn, meant = image.getpixel((0, 0)), pixel(spec.seed)
-        # A colour that lies halfway may be rounded either way, mixed as it is of a part for each step.
+        # The colour is a sum of one part per step, so a value near a half may round either way.
         if colours != [(image.width * image.height, drawn)] or any(
             abs(a - b) > 1 for a, b in zip(drawn, meant, strict=True)
         ):
-            return f"its picture is {colours}, not {meant} all over"
+            return f"its picture has the colours {colours}, not only {meant}"
         origin = png.read(image)
     original = job if job.reused_from is None else evidence.jobs.get(job.reused_from)
     if original is not None and (origin["job"], origin["attempt"]) != (original.id, original.attempt):
-        return f"its picture says {origin['job']}, attempt {origin['attempt']}"
+        return f"its picture's metadata names {origin['job']}, attempt {origin['attempt']}"
     return None
 
 
 def nothing_else_lies_in_the_bucket(evidence: Evidence) -> Iterator[Breach]:
-    """No picture of an attempt that lost, no checkpoint, no preview; pushed models are nobody's business."""
+    """The bucket holds only pictures of succeeded jobs, manifests and pushed models: no leftovers of other attempts."""
     owned = {job.image_key for job in evidence.jobs.values() if job.state == JobState.SUCCEEDED}
     owned |= {manifest_key(batch.id) for batch in evidence.accepted}
     owners = {f"{job.batch_id}/{job.position:05d}": job.id for job in evidence.jobs.values()}
     for key in sorted(key for key in evidence.keys - owned if not key.startswith(PREFIX)):
-        yield Breach(f"{key} lies in the bucket, and is nobody's", owners.get(re.split(r"(?<=/\d{5})", key)[0]))
+        yield Breach(f"{key} belongs to no job or batch", owners.get(re.split(r"(?<=/\d{5})", key)[0]))
 
 
 def manifests_say_how_their_batches_ended(evidence: Evidence) -> Iterator[Breach]:
-    """A batch whose end is noted has a manifest, and that says of each job what SQL says."""
+    """Every ended batch has a manifest, and it agrees with SQL on each job."""
     for batch in evidence.accepted:
         if batch.ended_at is None:
             continue
@@ -259,13 +259,13 @@ def manifests_say_how_their_batches_ended(evidence: Evidence) -> Iterator[Breach
             continue
         there = [(job.id, job.state, job.image_key, job.image_sha256) for job in evidence.of(batch)]
         if [(one["id"], one["state"], one.get("key"), one.get("sha256")) for one in said] != there:
-            yield Breach(f"the manifest of {batch.name} does not say what SQL does")
+            yield Breach(f"the manifest of {batch.name} does not agree with SQL")
 
 
 def moves_are_legal_and_in_order(evidence: Evidence) -> Iterator[Breach]:
-    """Each move begins where the last one ended, along an arrow; what ended stays.
+    """Each move starts from the state the last one led to and is in `TRANSITIONS`; terminal states are final.
 
-    A claim alone makes an attempt, and who begins a copy for a job that stays in the backlog.
+    Only a claim, or the start of a copy for a pending job, adds an attempt.
     """
     for job_id, made in evidence.moves.items():
         state, attempt = JobState.PENDING, 0
@@ -274,18 +274,18 @@ def moves_are_legal_and_in_order(evidence: Evidence) -> Iterator[Breach]:
                 yield Breach(f"{job_id}: {move} does not follow {state}, attempt {attempt}", job_id)
             elif move.was is move.now is JobState.PENDING:
                 if move.attempt - move.attempt_was != 1:
-                    yield Breach(f"{job_id}: {move} counts other than one attempt", job_id)
+                    yield Breach(f"{job_id}: {move} should add exactly one attempt", job_id)
             elif move.now not in TRANSITIONS[move.was]:
-                yield Breach(f"{job_id}: {move} is no move there is", job_id)
+                yield Breach(f"{job_id}: {move} is not in TRANSITIONS", job_id)
             elif move.attempt - move.attempt_was != (move.now is JobState.RUNNING):
-                yield Breach(f"{job_id}: {move} should count an attempt if, and only if, it is a claim", job_id)
+                yield Breach(f"{job_id}: {move} should add an attempt if, and only if, it is a claim", job_id)
             state, attempt = move.now, move.attempt
         if (job := evidence.jobs.get(job_id)) is not None and (job.state, job.attempt) != (state, attempt):
             yield Breach(f"{job_id} is {job.state}, attempt {job.attempt}, and its moves end elsewhere", job_id)
 
 
 def every_attempt_ended_once(evidence: Evidence) -> Iterator[Breach]:
-    """As many rows as attempts, one after the other in time; at most one ending, the last, and it is the job's."""
+    """Every attempt has a row, and attempts do not overlap; only the last may end the job, and it matches its state."""
     for job in evidence.jobs.values():
         rows = evidence.attempts.get(job.id, ())
         if [row.attempt for row in rows] != list(range(1, job.attempt + 1)):
@@ -307,14 +307,14 @@ def every_attempt_ended_once(evidence: Evidence) -> Iterator[Breach]:
 
 
 def times_are_in_order(evidence: Evidence) -> Iterator[Breach]:
-    """Created, accepted, queued, started, finished."""
+    """Times are in the order created, accepted, queued, started, finished."""
     for batch in evidence.accepted:
         for job in evidence.of(batch):
             known = {
                 "created": batch.created_at,
                 "accepted": batch.accepted_at,
                 "queued": job.queued_at,
-                # A job that is cancelled in the backlog may have been started by an attempt before it was queued last.
+                # A job cancelled in the backlog may have been started by an attempt before it was last queued.
                 "started": job.started_at if job.state == JobState.SUCCEEDED else None,
                 "finished": job.finished_at,
             }
@@ -325,7 +325,7 @@ def times_are_in_order(evidence: Evidence) -> Iterator[Breach]:
 
 
 def counts_are_what_can_be_counted(evidence: Evidence) -> Iterator[Breach]:
-    """What the triggers keep is what is there."""
+    """The counts that the triggers keep equal the counted rows."""
     counted = Counter((job.batch_id, job.state) for job in evidence.jobs.values())
     for which in counted.keys() | evidence.counts.keys():
         if counted[which] != evidence.counts.get(which, 0):
@@ -333,7 +333,7 @@ def counts_are_what_can_be_counted(evidence: Evidence) -> Iterator[Breach]:
 
 
 def logs_tell_each_ending_once(evidence: Evidence) -> Iterator[Breach]:
-    """No two processes log the end of the same attempt, nor of the same job, which may end while it waits."""
+    """The end of an attempt is logged once, and so is that of a job, which may also end without an attempt."""
     told = re.compile(r"ended job_id=(\S+)(?: attempt=(\d+))? now=(\w+)")
     attempts, endings = Counter[tuple[str, str]](), Counter[str]()
     for text in evidence.logs.values():
@@ -349,22 +349,22 @@ def logs_tell_each_ending_once(evidence: Evidence) -> Iterator[Breach]:
 
 
 def nobody_was_surprised(evidence: Evidence) -> Iterator[Breach]:
-    """No process ended by itself, and no traceback is of anything but a service that was away."""
+    """No process exited unexpectedly, and every traceback in a log reports an outage."""
     for death in evidence.deaths:
         yield Breach(death)
     for name, text in evidence.logs.items():
         for trace in tracebacks(text):
             if raised(trace) not in KNOWN:
-                yield Breach(f"{name} was surprised:\n{trace}")
+                yield Breach(f"{name} logged an unexpected traceback:\n{trace}")
 
 
 def raised(trace: str) -> str:
-    """The class of the exception that a traceback ends with; its message may have lines of its own."""
+    """The class of the exception at the end of a traceback; its message may have several lines."""
     return next(line for line in trace.splitlines()[1:] if line[:1].strip()).partition(":")[0]
 
 
 def tracebacks(text: str) -> Iterator[str]:
-    """The tracebacks in a log, each with its last line; of a chain, the last one, which is what was logged."""
+    """The tracebacks in a log, each with its exception line; of a chain only the last one, the exception logged."""
     trace: list[str] = []
     chained = False
     for line in [*text.splitlines(), ""]:
@@ -402,7 +402,7 @@ CHECKS: tuple[Check, ...] = (
 
 
 def breaches(evidence: Evidence, most: int = 3) -> Iterator[str]:
-    """What each invariant found, the first few of each, the first with the whole story of its job."""
+    """The first `most` breaches of each check; the first of each with the story of its job."""
     for check in CHECKS:
         found = list(check(evidence))
         for place, breach in enumerate(found[:most]):

@@ -1,7 +1,7 @@
-"""A Docker engine of the test's own: its images, containers and network are nobody else's, and go with it.
+"""A private Docker engine for the tests: its images, containers and network are its own and are deleted with it.
 
-It runs in a network namespace where nothing but its own containers can be reached, and where they publish their ports.
-Whoever stands there, and in no container, is somebody outside of the farm on the same machine.
+It runs in a network namespace from which only its own containers can be reached, and in which they publish their ports.
+A process in this namespace, but in no container, acts as a user outside the farm on the same machine.
 """
 
 import os
@@ -22,18 +22,18 @@ PROGRAMS = {
     "ip": "iproute2",
 }
 PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
-"""Where Debian puts its programs: another Docker client of this machine may not fit Debian's engine."""
+"""Debian's program folders only: another Docker client on this machine may be incompatible with Debian's engine."""
 
 _began = time.monotonic()
 
 
 def say(text: str) -> None:
-    """A line of progress, with the seconds since the start."""
+    """Print a line of progress with the seconds since the start."""
     print(f"[{time.monotonic() - _began:4.0f} s] {text}", file=sys.__stderr__, flush=True)
 
 
 def lacking() -> str | None:
-    """Why there can be no engine here; None if there can."""
+    """The reason why no engine can run here; None if one can."""
     packages = {package for program, package in PROGRAMS.items() if shutil.which(program, path=PATH) is None}
     if packages:
         return f"no {', '.join(sorted(packages))}: infra/compose-test-packages installs what Debian has of it"
@@ -41,7 +41,7 @@ def lacking() -> str | None:
 
 
 class Engine:
-    """`dockerd` in a namespace and a folder of its own."""
+    """`dockerd` in its own namespace and folder."""
 
     def __init__(self) -> None:
         self.name = f"farm-compose-{os.getpid()}"
@@ -57,7 +57,7 @@ class Engine:
         self._dockerd: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Make the namespace, start the engine in it, and wait until it answers."""
+        """Create the namespace, start the engine in it, and wait until it answers."""
         self._root("ip", "netns", "add", self.name)
         self._root("ip", "-n", self.name, "link", "set", "lo", "up")
         (self.folder / "daemon.json").write_text("{}")
@@ -83,10 +83,10 @@ class Engine:
             if self._dockerd.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"dockerd does not answer: {(self.folder / 'dockerd.log').read_text()[-4000:]}")
             time.sleep(0.1)
-        say("a Docker engine of the test's own runs")
+        say("the private Docker engine runs")
 
     def stop(self) -> None:
-        """End it, and leave nothing of it."""
+        """Stop the engine and delete its mounts, namespace and folder."""
         if self._dockerd is not None and self._dockerd.poll() is None:
             self._dockerd.send_signal(signal.SIGTERM)
             try:
@@ -101,14 +101,14 @@ class Engine:
                 subprocess.run(["umount", "--lazy", where], check=False)
         subprocess.run(["ip", "netns", "delete", self.name], env=self.env, check=False)
         shutil.rmtree(self.folder, ignore_errors=True)
-        say("and left nothing")
+        say("deleted the Docker engine's namespace and folder")
 
     def outside(self, *command: str | Path) -> list[str]:
-        """A command, as it stands in the engine's network but in no container."""
+        """The arguments that run a command in the engine's network namespace, but in no container."""
         return ["nsenter", f"--net=/run/netns/{self.name}", "--", *map(str, command)]
 
     def docker(self, *arguments: str | Path, stdin: Path | None = None) -> str:
-        """What a Docker command prints; raises with what it complains of."""
+        """Run a Docker command and return its output; raises with its output if it fails."""
         return run(["docker", *map(str, arguments)], self.env, stdin=stdin)
 
     def _root(self, *command: str) -> None:
@@ -123,7 +123,7 @@ def run(
     stdin: Path | None = None,
     seconds: float = 900,
 ) -> str:
-    """What a command prints; raises with what it complains of."""
+    """Run a command and return its output; raises with its output if it fails."""
     with (stdin or Path(os.devnull)).open("rb") as given:
         done = subprocess.run(
             command, env=env, cwd=cwd, stdin=given, capture_output=True, text=True, check=False, timeout=seconds

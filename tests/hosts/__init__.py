@@ -1,1 +1,1 @@
-"""The farm on many hosts: each is a network namespace with a name of its own, joined by cables that can be cut."""
+"""The farm on several hosts: network namespaces with their own hostnames, joined by links that can be cut."""

@@ -1,4 +1,4 @@
-"""`python -m tests.hosts.holding`: a dispatcher in the middle of a pass, which it never ends."""
+"""`python -m tests.hosts.holding`: a dispatcher that never finishes its pass."""
 
 import signal
 
@@ -8,7 +8,7 @@ from farm.settings import Settings
 
 
 def main() -> None:
-    """Take the lock of all passes, say so, and wait."""
+    """Take the dispatch lock, print a line, and wait to be killed."""
     db = Database(Settings.load().database_url)
     with db.write() as session:
         db.exclusive(session, backlog._DISPATCH_LOCK)

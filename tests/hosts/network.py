@@ -1,8 +1,8 @@
-"""Hosts as network namespaces, each on a cable to one router: cables are cut, and deaf or dumb in one direction.
+"""Hosts as network namespaces, each linked to one router: a link can be cut in both directions or in one.
 
-Nothing of it is seen outside: links are made with both ends in namespaces, addresses are of the net that RFC 2544 keeps
-for tests, and no namespace has a way out. What a run leaves goes with its last line, or, if it is killed, with the
-first line of the next run.
+The network is isolated from the machine's own: both ends of every link are in namespaces, addresses are from the range
+that RFC 2544 reserves for tests, and no namespace has a route out. A run deletes its namespaces at its end; those of a
+killed run are deleted at the start of the next.
 """
 
 import ctypes
@@ -28,9 +28,9 @@ _ROUTER = "198.18.0.254"
 
 
 class Network:
-    """A router, and hosts by name, each at an address of its own; needs root and iproute2.
+    """A router and hosts by name, each with its own address; needs root and iproute2.
 
-    Raises `OSError` and `CalledProcessError`, with what `ip` said in the latter's notes.
+    Raises `OSError` and `CalledProcessError`; the notes of the latter contain the error output of `ip`.
     """
 
     def __init__(self, hosts: Sequence[str]) -> None:
@@ -54,17 +54,17 @@ class Network:
         self._undo.close()
 
     def namespace(self, host: str) -> str:
-        """The name of a host's namespace, on this machine."""
+        """Name of a host's namespace."""
         return f"{self._run}-{host}"
 
     def prefix(self, host: str) -> tuple[str, ...]:
-        """What a command begins with to run on a host, under its hostname; it becomes the command, its id stays."""
+        """Arguments to put before a command to run it on a host, under its hostname; it keeps the process id."""
         named = ("unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', host)
         return (self._ip, "netns", "exec", self.namespace(host), *named)
 
     @contextmanager
     def on(self, host: str) -> Iterator[None]:
-        """This thread, and all that it starts, on a host until the block ends."""
+        """Move this thread, and every process and thread it starts, to a host until the block ends."""
         here = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         try:
             _enter(_NAMESPACES / self.namespace(host))
@@ -76,14 +76,14 @@ class Network:
             os.close(here)
 
     def addressed(self, host: str) -> str:
-        """The router's end of a host's cable."""
+        """Name of the router's end of a host's link."""
         return f"to-{host}"
 
-    # --- what is done to cables -----------------------------------------------------------------------------
+    # --- faults ---------------------------------------------------------------------------------------------
 
     @contextmanager
     def cut(self, host: str) -> Iterator[None]:
-        """Pull a host's cable: nobody is told, neither there nor elsewhere."""
+        """Drop all packets to and from a host; neither side gets an error."""
         self._router("link", "set", "dev", self.addressed(host), "down")
         try:
             yield
@@ -93,7 +93,7 @@ class Network:
 
     @contextmanager
     def deaf(self, host: str) -> Iterator[None]:
-        """Lose all that is sent to a host, silently; what it sends arrives."""
+        """Silently drop all packets to a host; packets from it arrive."""
         self._router("route", "replace", "blackhole", self.addresses[host])
         try:
             yield
@@ -102,7 +102,7 @@ class Network:
 
     @contextmanager
     def mute(self, host: str) -> Iterator[None]:
-        """Lose all that a host sends, silently; what is sent to it arrives."""
+        """Silently drop all packets from a host; packets to it arrive."""
         rule = ("from", self.addresses[host], "blackhole")
         self._router("rule", "add", *rule)
         try:
@@ -112,7 +112,7 @@ class Network:
 
     @contextmanager
     def slow(self, host: str, seconds: float, loss: float) -> Iterator[Slow]:
-        """Have all that a host sends, and all that is sent to it, arrive so late, and a share of it not at all."""
+        """Delay all packets to and from a host, and drop the fraction `loss` of them."""
         with ExitStack() as undo:
             ends = []
             for where, name in ((host, "slow"), ("router", f"slow-{host}")):
@@ -128,15 +128,15 @@ class Network:
             self._host(host, "route", "replace", NET, "dev", "slow", "src", self.addresses[host])
             yield cable
 
-    # --- how it is laid -------------------------------------------------------------------------------------
+    # --- setup ----------------------------------------------------------------------------------------------
 
     def _lay(self) -> None:
         self._add("router")
-        self._write("router", "conf/all/rp_filter", "0")  # a host that nothing reaches may still send
+        self._write("router", "conf/all/rp_filter", "0")  # a deaf host may still send
         self._write("router", "conf/default/rp_filter", "0")
         self._write("router", "ip_forward", "1")
         self._router("address", "add", f"{_ROUTER}/32", "dev", "lo")
-        self._router("route", "add", "blackhole", NET)  # silent about who is not there
+        self._router("route", "add", "blackhole", NET)  # no errors for unreachable hosts
         for host, address in self.addresses.items():
             self._add(host)
             inside, outside = ("name", "eth0", "netns", self.namespace(host)), self.addressed(host)
@@ -161,7 +161,7 @@ class Network:
         self._router("route", "replace", self.addresses[host], "dev", self.addressed(host))
 
     def _write(self, host: str, name: str, value: str) -> None:
-        with self.on(host):  # what lies here is of the namespace of who looks
+        with self.on(host):  # /proc/sys/net shows the namespace of the reader
             Path("/proc/sys/net/ipv4", name).write_text(value, encoding="ascii")
 
     def _router(self, *arguments: str) -> None:
@@ -175,7 +175,7 @@ class Network:
 
 
 def required() -> str:
-    """The program `ip`; skips the test where there is none, or namespaces can't be made."""
+    """Path of the program `ip`; skips the test if it is missing or namespaces can't be created."""
     program = shutil.which("ip") or shutil.which("ip", path="/usr/sbin:/sbin")
     if program is None:
         missing("no network namespaces: install iproute2")
@@ -192,7 +192,7 @@ def required() -> str:
 
 
 def call(*command: str) -> str:
-    """Run a command, and return what it says; its error says what it said."""
+    """Run a command and return its output; adds its error output to `CalledProcessError`."""
     try:
         return subprocess.run(command, check=True, capture_output=True, text=True, timeout=30).stdout
     except subprocess.CalledProcessError as error:
@@ -201,7 +201,7 @@ def call(*command: str) -> str:
 
 
 def sweep(program: str) -> None:
-    """Delete what runs that were killed have left: namespaces that bear the id of a process that is gone."""
+    """Delete the namespaces of killed runs: those whose name contains the id of a process that has ended."""
     for path in _NAMESPACES.glob(f"{_NAMES}*") if _NAMESPACES.exists() else ():
         pid = path.name.removeprefix(_NAMES).partition("-")[0]
         if pid.isdigit() and not Path("/proc", pid).exists():
@@ -209,7 +209,7 @@ def sweep(program: str) -> None:
 
 
 def _delete(program: str, namespace: str) -> None:
-    """End what runs in a namespace, and delete it; its end of a cable takes the other one with it."""
+    """Kill the processes in a namespace and delete it; deleting one end of a link deletes the other end too."""
     deadline = time.monotonic() + 10
     while pids := call(program, "netns", "pids", namespace).split():
         for pid in pids:
@@ -231,6 +231,6 @@ def _enter(path: Path) -> None:
 
 
 def _set(namespace: int) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)  # os.setns is of Python 3.12
+    libc = ctypes.CDLL(None, use_errno=True)  # os.setns needs Python 3.12
     if libc.setns(namespace, _CLONE_NEWNET):
         raise OSError(ctypes.get_errno(), "setns")

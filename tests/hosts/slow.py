@@ -1,4 +1,4 @@
-"""A cable that is long and bad: every packet late, some lost. In this process, since few kernels have `netem`."""
+"""A slow, lossy link that delays every packet and drops some, in this process because few kernels have `netem`."""
 
 import fcntl
 import os
@@ -19,7 +19,7 @@ _REST_SECONDS = 0.2
 
 
 def end(name: str) -> int:
-    """One end of a cable, an interface of that name where the calling thread is; it goes when it is closed."""
+    """Create one end of a link: a tun interface in the calling thread's namespace. Closing it deletes the interface."""
     try:
         made = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
@@ -29,7 +29,7 @@ def end(name: str) -> int:
 
 
 class Slow:
-    """Passes packets between two ends, each way after so many seconds, but for a share of them that is lost."""
+    """Passes packets between two ends, each way after `seconds`, except for the fraction `loss`, which it drops."""
 
     def __init__(self, one: int, other: int, seconds: float, loss: float) -> None:
         self._other = {one: other, other: one}
@@ -39,11 +39,11 @@ class Slow:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="cable", daemon=True)
         self.passed = self.lost = 0
-        """How many packets were."""
+        """Number of packets passed and lost."""
         self._thread.start()
 
     def close(self) -> None:
-        """Pass nothing more; the ends are their owner's."""
+        """Stop passing packets; the caller closes the ends."""
         self._ended.set()
         self._thread.join()
 
@@ -55,7 +55,7 @@ class Slow:
                 self._take(one)
             while self._under_way and self._under_way[0][0] <= time.monotonic():
                 _, there, packet = self._under_way.popleft()
-                with suppress(OSError):  # a full line loses packets too
+                with suppress(OSError):  # a full link drops packets too
                     os.write(there, packet)
 
     def _take(self, one: int) -> None:

@@ -1,4 +1,4 @@
-"""Hosts that can't be reached: whoever is cut off keeps nobody waiting, loses nothing, and works on afterwards."""
+"""Unreachable hosts: a severed host does not block the others, loses no job, and resumes work afterwards."""
 
 import hashlib
 import json
@@ -30,11 +30,11 @@ SEVERED: dict[str, Severed] = {"cut off": Network.cut, "deaf": Network.deaf, "mu
 
 @pytest.fixture(scope="module")
 def farm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HostsFarm]:
-    """One farm for all, in which a client at its host hands in batch after batch; in the end it is looked at."""
+    """One farm for all tests, with a client that keeps submitting batches; every invariant is checked at the end."""
     with hosts_farm(tmp_path_factory.mktemp("hosts"), more_models="scenes=tiny") as farm:
         yield farm
         look(farm, 120)
-        assert [one.starts for one in everybody(farm)] == [1] * 5, "nobody gave up, to be started again"
+        assert [one.starts for one in everybody(farm)] == [1] * 5, "no process exited and was restarted"
 
 
 def everybody(farm: HostsFarm) -> list[Standing]:
@@ -64,7 +64,7 @@ def test_a_real_model_renders_on_the_nodes(farm: HostsFarm, tmp_path: Path) -> N
     )  # fmt: skip
     pictures = sorted(path for path in tmp_path.glob("*.png") if path.stem != "contact_sheet")
     assert len({sha256(path) for path in pictures}) == 6
-    # The rest of this suite knows the null pipeline's pictures only.
+    # The final check accepts only pictures of the null pipeline.
     farm.at_desk("delete", "scenes", "--yes")
     assert not any("a-red-circle" in key for key in list(farm.storage.keys()))
 
@@ -80,9 +80,9 @@ def test_a_worker_whose_host_is_severed_loses_its_jobs_in_time_and_works_on_afte
         held = {job_id: attempt for job_id, attempt in farm.holds(one).items() if job_id.startswith(ours)}
         farm.say(f"{farm.host(one)} is {way}, with {len(held)} jobs")
         began = time.monotonic()
-        # A job may have ended as the cable went, and one claim of it been on its way.
+        # When the link was cut, a job may just have ended, and a claim may have been in flight.
         gone = farm.hold_until(
-            lambda: not set(held.items()) & set(farm.holds(one).items()), "its jobs are taken", 2 * LEASE_SECONDS
+            lambda: not set(held.items()) & set(farm.holds(one).items()), "its leases expire", 2 * LEASE_SECONDS
         )
         lost = {row.job_id for row in farm.attempts(set(held)) if row.attempt == held[row.job_id]}
         farm.say(f"its jobs were taken after {gone:.1f} s")
@@ -93,7 +93,7 @@ def test_a_worker_whose_host_is_severed_loses_its_jobs_in_time_and_works_on_afte
     farm.say(f"{farm.host(one)} is back")
     again = farm.hold_until(lambda: farm.ended_by(one) - before >= 2, "it takes jobs again", 30)
     farm.say(f"{farm.host(one)} took jobs again after {again:.1f} s")
-    # One or the other may have ended just before; of the rest it knew by itself that it had lost them.
+    # Some of the jobs may have ended just before; the worker itself noticed the lost leases of the others.
     outcomes = {row.job_id: row.outcome for row in farm.attempts(lost) if row.attempt == held[row.job_id]}
     assert set(outcomes.values()) - {Outcome.SUCCEEDED} == {Outcome.LOST}
     stopped = re.findall(r"lease not renewed, stopping job_id=(\S+)", farm.logs()[one.name])
@@ -150,7 +150,7 @@ def test_a_host_cut_off_in_the_middle_of_a_transaction_holds_nobody_up_for_long(
 
 
 def submitted_first(farm: HostsFarm, name: str) -> tuple[str, ...]:
-    """The ids of some batches that are served before those of the client."""
+    """Submit some batches that are served before the client's; returns their ids."""
     orders = [order(farm.seed, f"{name} {number}", farm.scale, priority=URGENT - 1) for number in range(4)]
     for wanted in orders:
         assert hand_in(farm.farm, wanted, farm.journal)

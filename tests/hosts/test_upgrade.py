@@ -1,4 +1,4 @@
-"""A rolling upgrade while a batch runs: the schema first, then one program after the other."""
+"""A rolling upgrade while a batch runs: first the schema, then one program after another."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -38,7 +38,7 @@ def test_a_farm_is_upgraded_while_a_batch_runs(farm: HostsFarm, following: NextR
     migrated = farm.run_at(SERVICES, "farm", "migrate", cwd=following.folder, **following.env)
     assert migrated.returncode == 0, migrated.stderr
     done = farm.ended()
-    farm.wait_until(lambda: farm.ended() > done + 5, "what is older goes on beside the newer schema")
+    farm.wait_until(lambda: farm.ended() > done + 5, "the old release works with the new schema")
     assert set(versions(farm).values()) == {__version__}
     farm.say("migrated")
 
@@ -66,12 +66,12 @@ def test_a_farm_is_upgraded_while_a_batch_runs(farm: HostsFarm, following: NextR
 
 
 def versions(farm: HostsFarm) -> dict[str, str]:
-    """What each worker says it is."""
+    """Version reported by each live worker."""
     return {one.name: one.version for one in farm.store.workers.all() if one.alive}
 
 
 def replaced(farm: HostsFarm, one: Standing) -> None:
-    """Ask one to stop, and wait until its successor works."""
+    """Drain a process and wait until its replacement works."""
     starts, said = one.starts, len(farm.logs()[one.name])
     one.drain()
     farm.wait_until(lambda: one.starts > starts, f"{one.name} has drained, and is started again")

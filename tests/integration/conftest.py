@@ -1,4 +1,4 @@
-"""Workers and dispatchers as real processes."""
+"""Fixtures that run workers and dispatchers as real processes."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ from tests.servers import needs_torch
 
 
 def environment(settings: Settings, **more: object) -> dict[str, str]:
-    """The environment with which a process finds these services."""
+    """Environment variables that configure a process for these services."""
     secret = settings.s3_secret_access_key
     values = {
         "FARM_DATABASE_URL": settings.database_url,
@@ -41,7 +41,7 @@ def environment(settings: Settings, **more: object) -> dict[str, str]:
 
 
 def wait_until(true: Callable[[], bool], what: str, seconds: float = 60) -> None:
-    """Wait until something has happened; fails with its name."""
+    """Wait until a condition holds; fails with the description on timeout."""
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline, f"in {seconds} s: not {what}"
@@ -50,7 +50,7 @@ def wait_until(true: Callable[[], bool], what: str, seconds: float = 60) -> None
 
 @dataclass
 class Process:
-    """A process of the farm, and what it said."""
+    """A process of the farm, and its log."""
 
     popen: "subprocess.Popen[bytes] | ForkedProcess"
     log: Path
@@ -76,11 +76,11 @@ class Crew:
         self._started: list[Process] = []
 
     def dispatcher(self, **env: object) -> Process:
-        """Start a standing dispatcher."""
+        """Start a dispatcher process."""
         return self._start("dispatcher", "farm", ["dispatcher"], env)
 
     def worker(self, name: str = "w1", models: str = "tiny=null:", slots: int = 4, **more: Any) -> Process:
-        """Start a worker as `start_worker` does, and wait until it is known."""
+        """Start a worker as `start_worker` does, and wait until it is registered."""
         process = self.start_worker(name, models, FARM_SLOTS=slots, **more)
         with Farm(self.settings) as farm:
             wait_until(
@@ -96,9 +96,9 @@ class Crew:
     def start_worker(
         self, name: str, models: str, *, fresh: bool = False, data_kib: int | None = None, **env: object
     ) -> Process:
-        """Start a worker, and wait for nothing; it may take `data_kib` of memory.
+        """Start a worker without waiting for it. `data_kib` limits its memory.
 
-        `fresh`: in an interpreter of its own, for variables that packages read while they are imported.
+        `fresh`: start a new interpreter, for variables that packages read at import.
         """
         needs_torch()
         return self._start(
@@ -106,7 +106,7 @@ class Crew:
         )
 
     def supervisor(self, *arguments: str, **env: object) -> Process:
-        """Start `farm worker` with these arguments, in an interpreter of its own."""
+        """Start `farm worker` with these arguments, in a new interpreter."""
         return self._start("supervisor", "farm", ["worker", *arguments], env, fresh=True)
 
     def _start(
@@ -137,9 +137,9 @@ class Crew:
 
     @contextmanager
     def frozen(self, process: Process) -> Iterator[None]:
-        """A process stopped by SIGSTOP, outside any transaction, until the block ends.
+        """Stop a process with SIGSTOP, outside any transaction, until the block ends.
 
-        SQLite has one writer: one that is frozen in the middle of writing holds up all others, and not its own work.
+        SQLite has one writer: a process frozen inside a write transaction would block all others.
         """
         database = Database(self.settings.database_url)
         with database.write():
@@ -152,7 +152,7 @@ class Crew:
             process.popen.send_signal(signal.SIGCONT)
 
     def end(self) -> None:
-        """Kill what still runs, and print what each said last: pytest shows it where a test has failed."""
+        """Kill the processes that still run, and print the end of each log: pytest shows it if the test failed."""
         for process in self._started:
             if process.popen.poll() is None:
                 process.kill()
@@ -168,7 +168,7 @@ def _stopped(pid: int) -> bool:
 
 @pytest.fixture
 def crew(settings: Settings, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crew]:
-    """Starts dispatchers and workers, and leaves none behind."""
+    """Starts dispatchers and workers, and kills them after the test."""
     measured_once = tmp_path_factory.getbasetemp() / "forwards.json"
     quick = {"lease_seconds": 5.0, "beat_seconds": 0.4, "forward_sizes": measured_once}
     crew = Crew(settings.model_copy(update=quick), tmp_path)
@@ -178,7 +178,7 @@ def crew(settings: Settings, tmp_path: Path, tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture
 def farm(crew: Crew) -> Iterator[Farm]:
-    """A client of the farm that the crew works for."""
+    """A client of the crew's farm."""
     with Farm(crew.settings) as farm:
         yield farm
 

@@ -1,4 +1,4 @@
-"""The Helm chart: rendered by helm, taken by the API's schemas, and asking PostgreSQL what KEDA needs to know."""
+"""The Helm chart: rendered by helm, validated against the API's schemas, and its KEDA queries run on PostgreSQL."""
 
 import shutil
 import subprocess
@@ -45,9 +45,8 @@ VALUES: dict[str, Any] = {
     },
 }
 
-# KEDA's and Prometheus's own kinds are not among Kubernetes' schemas. These are the parts of them that the chart uses,
-# each closed, from keda.sh/docs and prometheus-operator.dev/docs/api-reference: a field that is not known there is
-# not known here.
+# Kubernetes' schemas do not include the kinds of KEDA and the Prometheus operator. These schemas cover the fields that
+# the chart uses, from keda.sh/docs and prometheus-operator.dev/docs/api-reference, and reject all others.
 TEXT = {"type": "string", "minLength": 1}
 METADATA = {"required": ["name"], "properties": {"name": TEXT}}
 
@@ -158,7 +157,7 @@ Render = Callable[..., list[dict[str, Any]]]
 
 
 def check(thing: dict[str, Any]) -> None:
-    """Raise for an object that Kubernetes, or the operator whose kind it is, would not take."""
+    """Raise for an object that Kubernetes or the operator of its kind would reject."""
     known = CUSTOM.get((thing["apiVersion"], thing["kind"]))
     if known is None:
         kubernetes_validate.validate(thing, KUBERNETES, strict=True)
@@ -269,7 +268,7 @@ def test_a_migration_comes_before_the_new_programs(render: Render) -> None:
     hooks = [each["metadata"]["annotations"] for each in (secret, job)]
     assert all(each["helm.sh/hook"] == "pre-install,pre-upgrade" for each in hooks)
     assert int(hooks[0]["helm.sh/hook-weight"]) < int(hooks[1]["helm.sh/hook-weight"])
-    # Whatever it names must be there before the release is: only the hook's own Secret, or one of the user's.
+    # A hook runs before the release exists, so it may refer only to its own Secret or to one of the user's.
     assert job["spec"]["template"]["spec"]["serviceAccountName"] == "default"
     env = job["spec"]["template"]["spec"]["containers"][0]["env"]
     assert {each["valueFrom"]["secretKeyRef"]["name"] for each in env if "valueFrom" in each} == {"farm-migrate"}
@@ -319,8 +318,8 @@ def test_a_pool_scales_from_zero_by_the_device_seconds_that_wait(render: Render,
     scaled = only(things, "ScaledObject", "farm-worker-sd15")["spec"]
     assert scaled["scaleTargetRef"]["name"] == "farm-worker-sd15"
     assert (scaled["minReplicaCount"], scaled["maxReplicaCount"]) == (0, 8)
-    assert "replicas" not in only(things, "Deployment", "farm-worker-sd15")["spec"]  # KEDA's alone
-    # One for each model that the pool pins, by name.
+    assert "replicas" not in only(things, "Deployment", "farm-worker-sd15")["spec"]  # KEDA sets them
+    # One trigger for each model that the pool pins, in the order of their names.
     odd, sd15 = (trigger["metadata"]["query"] for trigger in scaled["triggers"])
     (reference,) = only(things, "TriggerAuthentication", "farm-postgresql")["spec"]["secretTargetRef"]
     secret = only(things, "Secret", "farm")
@@ -331,11 +330,11 @@ def test_a_pool_scales_from_zero_by_the_device_seconds_that_wait(render: Render,
 
     def asked(query: str) -> object:
         with psycopg.connect(plain) as connection:
-            (row,) = connection.execute(query.encode()).fetchall()  # as KEDA asks: one row of one number
+            (row,) = connection.execute(query.encode()).fetchall()  # as KEDA expects: one row with one number
         (number,) = row
         return float(number)
 
-    assert asked(sd15) == 0  # and so nobody is started
+    assert asked(sd15) == 0  # so KEDA starts no worker
     with closing(Database(postgres_url)) as database:
         store = JobStore.over(database, Settings(database_url="", broker_url="", s3_bucket=""))
         store.submissions.submit("some", "me", 50, [RenderSpec(prompt=str(n), model="sd15") for n in range(700)])
@@ -343,7 +342,7 @@ def test_a_pool_scales_from_zero_by_the_device_seconds_that_wait(render: Render,
     assert asked(sd15) == 700
     assert asked(odd) == 1
     (trigger,) = {trigger["metadata"]["targetQueryValue"] for trigger in scaled["triggers"]}
-    assert asked(sd15) > float(trigger)  # two workers' worth
+    assert asked(sd15) > float(trigger)  # enough for two workers
     assert {trigger["metricType"] for trigger in scaled["triggers"]} == {"AverageValue"}
 
 

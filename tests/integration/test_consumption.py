@@ -1,4 +1,4 @@
-"""Whose message a worker takes next from a real Valkey, through kombu's own transport."""
+"""The order in which a worker takes messages from a real Valkey, through kombu's own transport."""
 
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ from workers.consumer.queue_order import HeldFirst, UrgentConsumer
 
 @pytest.fixture
 def settings(valkey: str) -> Settings:
-    """No database and no bucket: messages are all there is."""
+    """Settings without a database and a bucket: these tests use messages only."""
     return Settings.load(database_url="sqlite://", broker_url=valkey, s3_bucket="farm")
 
 
@@ -63,7 +63,7 @@ def test_messages_of_models_that_are_not_held_do_not_starve(settings: Settings) 
 
 @pytest.fixture
 def urgent(settings: Settings) -> Iterator[UrgentConsumer]:
-    """The urgent consumer of a worker of a and b without the rest of Celery's; what it takes stays unacknowledged."""
+    """The urgent consumer of a worker of a and b, without the rest of Celery. It leaves messages unacknowledged."""
     app = make_app(settings)
     app.amqp.queues.select([queue_name("a"), queue_name("b")])
     with app.connection_for_read() as ordinary:
@@ -104,7 +104,7 @@ def test_a_message_that_the_urgent_consumer_puts_back_for_a_dead_worker_does_not
             dead.drain_events(timeout=20)
         channel.do_restore = False
         (tag,) = client.zrange("unacked_index", 0, -1)
-        client.zadd("unacked_index", {tag: 0})  # long ago
+        client.zadd("unacked_index", {tag: 0})  # delivered long ago
         assert not client.keys("render.a*")
         urgent._connection.default_channel.qos.restore_visible()
         assert client.keys("render.a*") == [b"render.a:4"]

@@ -1,4 +1,4 @@
-"""The dispatcher between real SQL and real Redis: the window, lost messages, an outage."""
+"""The dispatcher with a real database and Redis: the window, lost messages, outages."""
 
 import json
 import socket
@@ -47,7 +47,7 @@ def test_submit_puts_a_window_of_jobs_into_redis_before_it_returns(settings: Set
         assert (counts[JobState.QUEUED], counts[JobState.PENDING]) == (10, 15)
         with redis.Redis.from_url(settings.broker_url, decode_responses=True) as client:
             messages = [json.loads(message) for message in client.lrange(queue_name("tiny"), 0, -1)]
-        # BRPOP takes from the far end.
+        # BRPOP takes from the tail.
         assert [message["headers"]["id"] for message in reversed(messages)] == [f"{batch.id}-{n}" for n in range(1, 11)]
         assert all(message["content-type"] == "application/json" for message in messages)
 
@@ -141,7 +141,7 @@ def test_sweeping_goes_on_whatever_breaks_it_and_batches_end_beside_it(
 
 
 def checkpointed(farm: Farm, store: JobStore, storage: Storage, count: int) -> list[str]:
-    """Keys of checkpoints of so many jobs, which have failed since."""
+    """Submit jobs, record a checkpoint for each, and let them fail; returns the keys of the checkpoints."""
     farm.submit([f"prompt {n}" for n in range(count)])
     keys = []
     for job_id in store.backlog.queued("tiny"):
@@ -166,7 +166,7 @@ def test_checkpoints_of_jobs_that_ended_are_swept_and_nothing_else_is(settings: 
         needed = checkpoint_key(claim.batch_id, claim.index, claim.attempt)
         storage.put(needed, b"state")
         store.attempts.record_checkpoint(claim, needed)
-        storage.delete(keys[0])  # somebody was here before
+        storage.delete(keys[0])  # deleted already, as by another sweep
         assert dispatcher.sweep() == 3
         assert dispatcher.sweep() == 0
         assert list(storage.keys()) == [needed]
@@ -176,7 +176,7 @@ def test_checkpoints_of_jobs_that_ended_are_swept_and_nothing_else_is(settings: 
 
 @pytest.mark.parametrize("how", ["refuses", "hangs"])
 def test_an_object_store_that_is_away_holds_up_no_job(settings: Settings, database: Database, how: str) -> None:
-    silent = socket.create_server(("127.0.0.1", 0))  # connects, and never answers
+    silent = socket.create_server(("127.0.0.1", 0))  # accepts connections, and never answers
     port = silent.getsockname()[1] if how == "hangs" else 1
     nowhere = settings.model_copy(update={"s3_endpoint_url": f"http://127.0.0.1:{port}"})
     broker, away, storage = Broker(settings), Storage(nowhere), Storage(settings)
@@ -190,7 +190,7 @@ def test_an_object_store_that_is_away_holds_up_no_job(settings: Settings, databa
     batch_id = store.submissions.submit("later", "me", 50, [RenderSpec(prompt="later")])
     wait_until(
         lambda: store.backlog.queued("tiny") == [f"{batch_id}-1"], "the job is queued", seconds=40
-    )  # S3 hangs for sixty
+    )  # a hanging request to S3 takes 60 s
     stop.set()
     standing.join()
     assert store.leftovers.find()

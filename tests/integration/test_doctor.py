@@ -1,4 +1,4 @@
-"""The doctor, over real servers in good and in bad health."""
+"""The doctor, on real servers that are healthy, misconfigured or away."""
 
 import os
 import socket
@@ -44,13 +44,13 @@ def only(settings: Settings, part: str) -> Finding:
 
 @pytest.fixture
 def settings(settings: Settings) -> Settings:
-    """A farm whose workers stay alive for as long as a test takes."""
+    """Settings with a lease so long that workers count as alive throughout a test."""
     return settings.model_copy(update={"lease_seconds": 600.0})
 
 
 @pytest.fixture
 def on_sqlite(on_sqlite: Settings) -> Settings:
-    """Settings of a farm with a dispatcher, for the tests to which the database does not matter."""
+    """Settings of a farm on SQLite with a leading dispatcher, for tests that do not depend on the database."""
     database = Database(on_sqlite.database_url)
     lead(database)
     database.close()
@@ -73,7 +73,7 @@ def test_a_healthy_farm_is_all_ok(settings: Settings, database: Database) -> Non
     assert exit_code(findings) == 0
     assert line(findings[-1]).plain == "✓ worker: worker-1@here on cpu, 8 slots, serves tiny"
     storage = Storage(settings)
-    assert not list(storage.keys())  # it took its probe away again
+    assert not list(storage.keys())  # the doctor deleted its probe object
     storage.close()
 
 
@@ -120,7 +120,7 @@ def pause_a_batch_an_owner_and_a_job(farm: Farm, database: Database) -> None:
     farm.submit(["a red circle"], owner="ben")
     farm.owner("ben").pause()
     farm.job(f"{farm.submit(['a red circle'], owner='carl').id}-1").pause()
-    farm.submit(["a red circle"], owner="ben", model="sd15")  # and no worker serves it
+    farm.submit(["a red circle"], owner="ben", model="sd15")  # a model that no worker serves
 
 
 def leave_a_submission_unaccepted(farm: Farm, database: Database) -> None:
@@ -256,7 +256,7 @@ def test_flower_must_ask_who_is_there(on_sqlite: Settings, status: int, level: s
 
 @contextmanager
 def answering(status: int) -> Iterator[str]:
-    """A web server that has one answer."""
+    """A web server that gives this status to every request."""
 
     class Answer(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -285,7 +285,7 @@ def test_an_embedded_farm_that_does_not_run_is_told_to_be_started(embedded: Sett
 
 def test_an_embedded_farm_that_runs_is_looked_at_part_by_part(embedded: Settings) -> None:
     levels = {finding.part: finding.level for finding in check(embedded, embedded=True)}
-    # The tests' own farm has neither dispatcher nor Flower nor worker.
+    # The test farm has no dispatcher, no Flower and no worker.
     assert levels == {
         "settings": "ok",
         "database": "ok",

@@ -1,4 +1,4 @@
-"""Flower as people see it: bars that move, a row a batch, what is found by which words; over REST and on its page."""
+"""Flower, over REST and on its page: progress bars, a row per batch, search."""
 
 import base64
 import io
@@ -34,7 +34,7 @@ LOGIN = "watcher:let-me-see"
 
 @dataclass
 class Flower:
-    """A Flower process of the farm's."""
+    """A Flower process started with the farm's module."""
 
     settings: Settings
     folder: Path
@@ -82,7 +82,7 @@ class Flower:
 def crew(
     embedded: Settings, bucket_maker: Storage, sqlite_template: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Crew]:
-    """A dispatcher and a worker that takes its time, on a Redis database of their own."""
+    """A dispatcher and a worker with a slow model, on their own Redis database."""
     folder = tmp_path_factory.mktemp("watched")
     shutil.copyfile(sqlite_template, folder / "farm.db")
     settings = embedded.model_copy(
@@ -124,7 +124,7 @@ def flower(crew: Crew) -> Iterator[Flower]:
 
 @pytest.fixture(scope="module")
 def watched(farm: Farm, flower: Flower) -> Batch:
-    """A batch that was watched over REST from its submission to its end."""
+    """A batch whose rows were polled over REST from its submission to its end."""
     batch = farm.submit(
         [
             {"prompt": "a lighthouse in fog", "num_inference_steps": 60},
@@ -143,7 +143,7 @@ def watched(farm: Farm, flower: Flower) -> Batch:
                 flower.seen[one].append(shown)
         return all(flower.seen.get(one, [""])[-1].startswith("SUCCESS") for one in ids)
 
-    wait_until(ended, "Flower has seen all of it succeed")
+    wait_until(ended, "Flower shows the batch and its jobs as succeeded")
     return batch
 
 
@@ -195,8 +195,8 @@ def test_a_render_that_is_paused_shows_that_it_is_and_goes_on_from_its_step(farm
     (job,) = batch
     wait_until(lambda: flower.task(job.id).get("state") == "PROGRESS", "its bar is there")
     batch.pause()
-    wait_until(lambda: flower.task(job.id).get("state") == "RETRY", "it is shown as one that waits")
-    wait_until(lambda: "paused" in str(flower.task(batch.id).get("result")), "so is its batch")
+    wait_until(lambda: flower.task(job.id).get("state") == "RETRY", "its row says that it waits")
+    wait_until(lambda: "paused" in str(flower.task(batch.id).get("result")), "the row of its batch says paused")
     stopped_at = int(str(flower.task(job.id)["result"]).rpartition(" ")[2].partition("/")[0])
     batch.resume()
     wait_until(lambda: flower.task(job.id).get("state") == "PROGRESS", "its bar goes on")
@@ -253,7 +253,7 @@ def test_a_watcher_sees_what_the_workers_hold_and_do(farm: Farm) -> None:
     batch = farm.submit(["a kite"] * 2, name="at work", model="slowly", num_inference_steps=900)
 
     def measured() -> bool:
-        now = farm.loads().values()  # what the test before has cancelled may still be on its way out
+        now = farm.loads().values()  # jobs that the test before cancelled may still run
         return [load.renders for load in now] == [2] and all(load.seconds_per_step for load in now)
 
     wait_until(measured, "its steps are measured")

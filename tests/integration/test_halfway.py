@@ -1,4 +1,4 @@
-"""Renders that are seen, stopped and gone on with halfway: checkpoints, drains, previews, trajectories."""
+"""Renders in progress: checkpoints, drains, previews, trajectories."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ SLOW = "tiny=null:?seconds_per_step=0.1"
 
 
 def keys(farm: Farm, batch_id: str) -> list[str]:
-    """What lies in the bucket of a batch beside its manifest."""
+    """Keys of a batch in the bucket, without its manifest."""
     storage = Storage(farm.settings)
     found = [key for key in storage.keys(f"{batch_id}/") if key != manifest_key(batch_id)]
     storage.close()
@@ -34,12 +34,12 @@ def keys(farm: Farm, batch_id: str) -> list[str]:
 
 
 def checkpointed(worker: Process, job: Job) -> None:
-    """Wait until a job's state lies in the bucket, and SQL knows."""
+    """Wait until a checkpoint of a job is written and recorded in SQL."""
     wait_until(lambda: f"checkpointed job_id={job.id} " in worker.log.read_text(), "a checkpoint is written")
 
 
 def resumed(worker: Process) -> int:
-    """At which step a worker went on with a job."""
+    """The step from which a worker last resumed a job; 0 if it resumed none."""
     said = [line for line in worker.log.read_text().splitlines() if "resuming job_id" in line]
     return int(said[-1].rpartition("step=")[2].split()[0]) if said else 0
 

@@ -1,4 +1,4 @@
-"""What a submission is called and how urgent it is, in ways that can't be kept: told by its field, written nowhere."""
+"""Names, owners, keys and priorities that can't be stored are rejected with the name of the field."""
 
 from typing import Any
 
@@ -53,5 +53,5 @@ def test_a_seed_of_null_is_a_seed_left_out(settings: Settings) -> None:
         (drawn,) = farm.submit([{"prompt": "x", "seed": None}], key="k")
         (same,) = farm.submit([{"prompt": "x"}], key="other than k")
         (default,) = farm.submit([{"prompt": "x", "seed": None}], seed=7)
-    assert drawn.info.spec.seed != same.info.spec.seed  # they come from the keys
+    assert drawn.info.spec.seed != same.info.spec.seed  # seeds are derived from the keys
     assert default.info.spec.seed == 7

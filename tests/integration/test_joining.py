@@ -1,4 +1,4 @@
-"""What puts workers on machines and clusters: the systemd units, and the script for Slurm."""
+"""Deployment of workers: the systemd units and the Slurm script."""
 
 import os
 import re
@@ -84,7 +84,7 @@ def test_slurm_leaves_time_for_the_drain() -> None:
     subprocess.run(["bash", "-n", "-c", text], check=True)
     (grace,) = re.findall(r"^#SBATCH --signal=B:USR1@(\d+)$", text, re.MULTILINE)
     (drain,) = re.findall(r"FARM_DRAIN_SECONDS:-(\d+)", text)
-    assert int(grace) >= int(drain) + STOP_MARGIN_SECONDS + 30  # Slurm is to have its signal out within 30 s or 60
+    assert int(grace) >= int(drain) + STOP_MARGIN_SECONDS + 30  # 30 s for Slurm to send its signal
 
 
 def program(path: Path, *lines: str) -> None:

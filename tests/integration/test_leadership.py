@@ -1,4 +1,4 @@
-"""Of two standing dispatchers one acts; when it dies the other does."""
+"""Leader election: of two dispatchers one leads; when it dies, the other takes over."""
 
 import time
 
@@ -13,7 +13,7 @@ from tests.servers import BOTH_KINDS_IN_TIME
 
 
 def leader(database: Database) -> int:
-    """The process id of who leads."""
+    """Process id of the leader; 0 if there is none."""
     with database.read() as session:
         row = session.get(LeaderRow, "dispatcher")
         return int(row.holder.split(":")[1]) if row else 0
@@ -27,7 +27,7 @@ def test_a_dispatcher_that_is_killed_is_replaced_within_seconds(crew: Crew, data
     first = leader(database)
     batch_id = store.submissions.submit(
         "before", "me", 50, [RenderSpec(prompt="x")]
-    )  # not by the client, which fills inline
+    )  # through the store: the client would queue it itself
     wait_until(lambda: store.backlog.queued("tiny") == [f"{batch_id}-1"], "the leader dispatches")
     processes.pop(first).kill()
     died = time.monotonic()

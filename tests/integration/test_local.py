@@ -1,4 +1,4 @@
-"""The embedded farm with its real servers: who may reach it, what it keeps, what it restarts, what it leaves behind."""
+"""The embedded farm with its real servers: access, persistence, restarts and cleanup."""
 
 import contextlib
 import http.client
@@ -28,7 +28,7 @@ from tests.servers import missing
 
 
 def servers(home: Path, **given: object) -> LocalFarm:
-    """An embedded farm of servers alone."""
+    """An embedded farm with its servers only."""
     return LocalFarm(home, **{"workers": 0, "dispatcher": False, "flower": False, "console": quiet(), **given})  # type: ignore[arg-type]
 
 
@@ -49,7 +49,7 @@ def processes(farm: LocalFarm) -> list[psutil.Process]:
 
 @pytest.fixture(scope="module")
 def farm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalFarm]:
-    """Servers and Flower, for the tests that leave them as they are."""
+    """Servers and Flower, for the tests that do not change them."""
     try:
         with servers(tmp_path_factory.mktemp("local") / "home", flower=True) as farm:
             yield farm
@@ -57,7 +57,7 @@ def farm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalFarm]:
         missing(str(error))
 
 
-# --- who may reach it ----------------------------------------------------------------------------------------------
+# --- access --------------------------------------------------------------------------------------------------------
 
 
 def test_every_part_listens_on_loopback_only(farm: LocalFarm) -> None:
@@ -67,7 +67,7 @@ def test_every_part_listens_on_loopback_only(farm: LocalFarm) -> None:
         for connection in process.net_connections("inet")
         if connection.status == psutil.CONN_LISTEN
     ]
-    assert len(listening) >= 12  # Valkey, Flower, and five doors of SeaweedFS, each twice
+    assert len(listening) >= 12  # Valkey, Flower, and five services of SeaweedFS with two ports each
     assert {address.ip for _, address in listening} == {"127.0.0.1"}, listening
 
 
@@ -125,7 +125,7 @@ def status(port: int, path: str) -> int:
         connection.close()
 
 
-# --- who runs it ---------------------------------------------------------------------------------------------------
+# --- discovery and exclusion ---------------------------------------------------------------------------------------
 
 
 def test_other_commands_find_it_by_its_home(farm: LocalFarm, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +158,7 @@ def test_a_missing_package_is_named_with_what_to_install(tmp_path: Path, monkeyp
     assert not (tmp_path / "home").exists()
 
 
-# --- what it keeps, and what it leaves behind ----------------------------------------------------------------------
+# --- persistence and restarts --------------------------------------------------------------------------------------
 
 
 def test_what_it_holds_survives_a_restart_even_behind_other_ports(tmp_path: Path) -> None:
@@ -173,7 +173,7 @@ def test_what_it_holds_survives_a_restart_even_behind_other_ports(tmp_path: Path
     with servers(home) as farm:
         assert farm.settings == before
         assert got(before) == (b"queued", b"pixels")
-        with pytest.raises(AlreadyRunning):  # its ports are taken, and it knows them for its own
+        with pytest.raises(AlreadyRunning):  # its ports are taken, and it recognizes its own servers there
             servers(home).start()
 
     with occupied(ports["s3"]), servers(home) as farm:
@@ -217,7 +217,7 @@ def got(settings: Settings) -> tuple[bytes, bytes]:
 
 @contextlib.contextmanager
 def occupied(port: int) -> Iterator[None]:
-    """Somebody else answers at this port."""
+    """Run another program's server on this port."""
     with subprocess.Popen(
         [sys.executable, "-u", "-m", "http.server", "--bind", "127.0.0.1", str(port)],
         stdout=subprocess.PIPE,
@@ -231,7 +231,7 @@ def occupied(port: int) -> Iterator[None]:
             foreign.kill()
 
 
-# --- what goes wrong -----------------------------------------------------------------------------------------------
+# --- failures ------------------------------------------------------------------------------------------------------
 
 
 def test_a_part_that_does_not_come_up_is_shown_with_its_last_lines(
@@ -263,7 +263,7 @@ def test_a_farm_that_is_killed_leaves_no_process_behind(tmp_path: Path) -> None:
         supervisor.kill()
     wait_until(lambda: not any(alive(pid) for pid in pids), "all of its processes are gone", 10)
     assert running(home) is None
-    with servers(home) as farm:  # a lock or a file that it left does not stop the next one
+    with servers(home) as farm:  # leftover lock and files do not stop the next start
         assert farm.pids()
 
 

@@ -1,4 +1,4 @@
-"""A farm that Prometheus watches: Debian's own, with the configuration, alerts and dashboard that ship."""
+"""A farm scraped by Debian's Prometheus, with the shipped configuration, alerts and dashboard."""
 
 import json
 import math
@@ -26,16 +26,16 @@ DASHBOARD = ROOT / "infra" / "grafana" / "farm.json"
 
 @dataclass
 class Watched:
-    """A farm that runs, and the Prometheus that watches it."""
+    """A running farm, and the Prometheus that scrapes it."""
 
     crew: Crew
     farm: Farm
     prometheus: Prometheus
     dispatcher: str
-    """Its `host:port`."""
+    """`host:port` of the dispatcher's metrics."""
 
     def rises_to(self, promql: str, value: float) -> None:
-        """Wait until an expression has a value; it may not go beyond."""
+        """Wait until an expression has this value; fails if it exceeds it."""
         seen: list[float | None] = []
 
         def there() -> bool:
@@ -54,7 +54,7 @@ class Watched:
 def watched(
     embedded: Settings, bucket_maker: Storage, sqlite_template: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Watched]:
-    """One dispatcher, a worker of the small model and one of null models, all of them scraped every second."""
+    """A dispatcher, a worker of the small model and a worker of null models, each scraped every second."""
     folder = tmp_path_factory.mktemp("watched")
     (folder / "farm.db").write_bytes(sqlite_template.read_bytes())
     bucket_maker.bucket = f"test-watched-{folder.name.lower()}-{os.getpid()}"
@@ -114,7 +114,7 @@ def test_every_job_is_counted_once(watched: Watched) -> None:
     ):
         watched.rises_to(promql, 6)
     value = watched.prometheus.value
-    # Prompt and negative prompt of each, and of the render that warmed it.
+    # A prompt and a negative prompt for each job, and for the warm-up render.
     hits, misses = (
         value("sum(farm_worker_embedding_cache_hits_total)"),
         value("sum(farm_worker_embedding_cache_misses_total)"),
@@ -182,16 +182,16 @@ def test_a_picture_without_room_is_counted_as_that(watched: Watched) -> None:
 def test_what_waits_is_told_in_device_seconds_and_a_lost_worker_is_noticed(watched: Watched) -> None:
     first = watched.farm.submit("x", model="paced", num_inference_steps=10)
     first.wait(60)
-    # Of the same model, of which one job took a second.
+    # Of the same model: one job of it took a second.
     batch = watched.farm.submit(["x"] * 200, model="paced", num_inference_steps=10, reuse=False)
-    watched.rises_to('farm_active_jobs{state="running", model="paced"}', 6)  # four slots, and two that are next
+    watched.rises_to('farm_active_jobs{state="running", model="paced"}', 6)  # four in the slots, and two that come next
     value = watched.prometheus.value
     waits = 'sum by (model) (farm_active_jobs{state=~"pending|queued", model="paced"})'
     wait_until(
         lambda: bool(
             watched.prometheus.query(f'farm_queued_device_seconds{{model="paced"}} / on (model) ({waits}) > 0.2 < 5')
         ),
-        "device seconds of those that wait",
+        "device seconds of the waiting jobs",
     )
     assert value('farm_model_workers{model="paced"}') == 1
     assert value('farm_worker_slots_in_use{worker=~"w2@.*"}') is not None
@@ -204,7 +204,7 @@ def test_what_waits_is_told_in_device_seconds_and_a_lost_worker_is_noticed(watch
     assert running
     assert 0 < (value("sum(farm_lost_leases_total)") or 0) <= 6
     wait_until(lambda: len(watched.prometheus.targets()) == 2, "a worker that is gone is not scraped")
-    wait_until(lambda: value('farm_model_workers{model="paced"}') == 0, "nobody serves its model")
+    wait_until(lambda: value('farm_model_workers{model="paced"}') == 0, "no worker serves its model")
     batch.cancel()
 
 

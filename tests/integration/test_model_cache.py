@@ -1,4 +1,4 @@
-"""Models fetched into the cache of a machine, by processes that share it: once, whole, checked, within its size."""
+"""The model cache that a machine's processes share: each model is fetched once, complete, verified, within its size."""
 
 import contextlib
 import errno
@@ -33,7 +33,7 @@ FAMILIES = {FAMILY.name: FAMILY}
 
 
 class Loaded:
-    """What is loaded from a folder."""
+    """A loaded model."""
 
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
@@ -47,7 +47,7 @@ def settings(s3: Mapping[str, str | None]) -> Settings:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """The small model, to be changed."""
+    """A copy of the small model for the test to modify."""
     shutil.copytree(tiny.WEIGHTS, tmp_path / "model")
     return tmp_path / "model"
 
@@ -165,7 +165,7 @@ def test_what_was_damaged_in_the_cache_is_fetched_anew(
 ) -> None:
     caplog.set_level("INFO")
     version = ModelStore(storage).push(folder, "small", "ann").manifest.version
-    first = cache.load("farm:small", Loaded)  # whoever has it loaded is no hindrance
+    first = cache.load("farm:small", Loaded)  # a loaded model does not prevent the repair
     weights = first.folder / "unet" / "diffusion_pytorch_model.safetensors"
     data = weights.read_bytes()
     damages = {
@@ -199,11 +199,11 @@ def test_a_model_that_can_not_be_loaded_though_it_is_whole_is_fetched_once(
     assert len(tries) == 1
 
 
-# --- room ----------------------------------------------------------------------------------------------------------
+# --- eviction ------------------------------------------------------------------------------------------------------
 
 
 def three(storage: Storage, folder: Path) -> dict[str, str]:
-    """Three models of the same size, by their versions."""
+    """Push three models of the same size; returns their versions by name."""
     found = {}
     for name in ("a", "b", "c"):
         change(folder)
@@ -221,7 +221,7 @@ def test_the_longest_unused_leaves_for_the_next_and_what_is_in_use_stays(
     cache.load("farm:b", Loaded)
     cache.load("farm:c", Loaded)
     assert versions(cache) == {pushed["a"], pushed["c"]}
-    # Another process holds c: there is nothing left to delete.
+    # Another process holds c, so nothing can be evicted.
     with holder(storage, cache._folder, "farm:c"), pytest.raises(ModelUnavailable, match="else in it is in use"):
         cache.load("farm:b", Loaded)
     assert versions(cache) == {pushed["a"], pushed["c"]}
@@ -337,14 +337,14 @@ def holder(storage: Storage, cache: Path, source: str) -> Iterator[None]:
 
 @pytest.fixture
 def proxy(settings: Settings) -> Iterator[Proxy]:
-    """Between a process and the object store."""
+    """A proxy between a process and the object store."""
     proxy = Proxy(urlsplit(settings.s3_endpoint_url or "").port or 0)
     yield proxy
     proxy.close()
 
 
 def large(storage: Storage, folder: Path) -> str:
-    """Push a model of several pieces; its version."""
+    """Push a model that takes several pieces; returns its version."""
     grow(folder / "unet" / "diffusion_pytorch_model.safetensors", 8 * 2**20)
     return ModelStore(storage).push(folder, "large", "ann").manifest.version
 

@@ -1,4 +1,4 @@
-"""Checkpoints pushed into a real object store: whole or not at all, on from where a push broke off, never mixed up."""
+"""Checkpoints pushed to a real object store: pushes are atomic and resumable, and concurrent ones never mix."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def store(storage: Storage) -> ModelStore:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """The small model, to be changed."""
+    """A copy of the small model for the test to modify."""
     shutil.copytree(tiny.WEIGHTS, tmp_path / "model")
     return tmp_path / "model"
 
@@ -39,7 +39,7 @@ def change(folder: Path) -> None:
 
 
 def test_a_model_is_pushed_found_listed_and_deleted(store: ModelStore, storage: Storage, folder: Path) -> None:
-    storage.put("models/raw/model_index.json", b"{}")  # no manifest: nobody pushed that
+    storage.put("models/raw/model_index.json", b"{}")  # without a manifest it is not a pushed model
     first = store.push(folder, "small", "ann")
     assert first.new
     assert first.sent_bytes == first.manifest.bytes > 1_000_000
@@ -113,7 +113,7 @@ def test_a_file_that_is_written_to_meanwhile_is_not_pushed(store: ModelStore, fo
 
 
 class Quiet:
-    """A bar that shows nothing."""
+    """A progress bar that shows nothing."""
 
     def __enter__(self):
         return lambda _: None
@@ -185,7 +185,7 @@ def test_a_push_that_was_killed_shows_nothing_and_the_next_one_goes_on(
 
 
 def grow(weights: Path, count: int) -> None:
-    """Make a safetensors file longer, by noise under a name that nobody loads."""
+    """Enlarge a safetensors file by a tensor of noise that the model does not load."""
     data = weights.read_bytes()
     length = int.from_bytes(data[:8], "little")
     tensors = json.loads(data[8 : 8 + length])

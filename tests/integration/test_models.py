@@ -1,4 +1,4 @@
-"""A worker's models: what they are called, and that one which was pushed is fetched, checked and rendered."""
+"""A worker's models: how they are named, and how a pushed model is fetched, verified and rendered."""
 
 import json
 import re
@@ -28,7 +28,7 @@ def database_url(sqlite_url: str) -> str:
 
 
 class Hub(ThreadingHTTPServer):
-    """Nobody must ask it."""
+    """A model hub that must get no requests."""
 
     asked: ClassVar[list[str]] = []
 

@@ -1,4 +1,4 @@
-"""More models than fit into a worker's memory budget: all are rendered, and few are reloaded."""
+"""More models than fit into a worker's memory budget: all jobs are rendered, with few reloads."""
 
 import re
 from collections import Counter
@@ -28,7 +28,7 @@ def test_jobs_of_models_that_do_not_fit_together_are_rendered_with_few_reloads(
 ) -> None:
     checkpoint = build_checkpoint(tmp_path / "checkpoint")
     listed = ",".join(f"{model}={checkpoint}" for model in MODELS)
-    # Two of them would take twice its weights.
+    # The budget is 1.5 times the weights, so only one model fits.
     crew.dispatcher()
     worker = crew.worker("w1", listed, slots=4, FARM_MEMORY_BUDGET=weights_bytes(str(checkpoint)) * 3 // 2)
     mixed = [{"prompt": f"{model} {n}", "model": model} for n in range(JOBS_EACH) for model in MODELS]
@@ -40,7 +40,7 @@ def test_jobs_of_models_that_do_not_fit_together_are_rendered_with_few_reloads(
     unpinned = re.findall(r" unpinned model=(\w+) ", said)
     assert pinned[0] == "a"
     assert set(pinned) == set(MODELS)
-    # One at a time: each went out before the next came in.
+    # One at a time: each model was unpinned before the next was pinned.
     assert unpinned == pinned[:-1]
     assert Counter(job.info.attempt for job in batch) == {1: batch.total}
     assert len(unpinned) <= batch.total // 6

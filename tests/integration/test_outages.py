@@ -1,4 +1,4 @@
-"""Services that are away for a while, and what workers do meanwhile."""
+"""How workers behave while a service is away."""
 
 import sqlite3
 import time
@@ -20,7 +20,7 @@ def test_a_worker_that_can_not_renew_stops_its_renders_before_the_lease_runs_out
     crew.dispatcher()
     batch = farm.submit(["one", "two"], num_inference_steps=130)
     wait_until(lambda: batch.status().counts[JobState.RUNNING] == 2, "both are rendered")
-    # A database that hangs and says nothing: its one writer does not end.
+    # The database hangs without an error: a write transaction stays open.
     writer = sqlite3.connect(str(crew.settings.database_url).removeprefix("sqlite:///"), isolation_level=None)
     writer.execute("BEGIN IMMEDIATE")
     hung = time.monotonic()

@@ -1,4 +1,4 @@
-"""What the farm puts into Redis is what Celery itself would, and Celery's workers and events take it as such."""
+"""The farm publishes the same messages as Celery, and Celery's workers run them."""
 
 import json
 import threading
@@ -22,7 +22,7 @@ def settings(valkey: str) -> Settings:
 
 @pytest.fixture
 def logging_left_alone() -> Iterator[None]:
-    """Celery sets up the whole process's logging otherwise, for the tests that come after too."""
+    """Keep Celery from configuring the logging of the process, which would affect later tests."""
 
     def leave(**_: object) -> None:
         pass
@@ -39,7 +39,7 @@ BELLS = [
 
 
 def lying(settings: Settings) -> dict[str, list[Any]]:
-    """Every message, by the list it lies in, without what is drawn at random or names the process."""
+    """Every message by its Redis list, without the random and process-specific fields."""
     with redis.Redis.from_url(settings.broker_url, decode_responses=True) as client:
         found = {}
         for key in client.keys(f"{RENDER_TASK}.*"):

@@ -1,4 +1,4 @@
-"""The whole path with real processes: submit, dispatch, claim, render, upload, finish, whatever dies meanwhile."""
+"""The whole path with real processes, including their crashes: submit, dispatch, claim, render, upload, finish."""
 
 from itertools import islice
 
@@ -19,14 +19,14 @@ SLOW = "tiny=null:?seconds_per_step=0.05"
 
 
 def ended_well(farm: Farm, batch: Batch) -> None:
-    """Every job succeeded, once; every picture is what SQL says; nothing else lies in the bucket."""
+    """Check that every job succeeded, every picture matches SQL, and the bucket holds no other objects."""
     status = batch.wait(90)
     assert status.counts[JobState.SUCCEEDED] == batch.total
     keys = set()
     for job in batch:
         picture = job.picture
         assert picture is not None
-        assert job.image().size == (picture.width, picture.height)  # checked against the SHA-256 on the way
+        assert job.image().size == (picture.width, picture.height)  # `image` checks the SHA-256
         keys.add(picture.key)
     storage = Storage(farm.settings)
     assert set(storage.keys(f"{batch.id}/")) - {manifest_key(batch.id)} == keys
@@ -34,7 +34,7 @@ def ended_well(farm: Farm, batch: Batch) -> None:
 
 
 def running(batch: Batch, count: int = 1) -> None:
-    """Wait until that many jobs of a batch are rendered."""
+    """Wait until this many jobs of a batch are running."""
     wait_until(lambda: batch.status().counts[JobState.RUNNING] >= count, f"{count} jobs running")
 
 
@@ -70,11 +70,11 @@ def test_a_frozen_worker_changes_nothing_when_it_wakes(farm: Farm, crew: Crew) -
     batch = farm.submit([f"prompt {n}" for n in range(4)], num_inference_steps=20)
     running(batch, 4)
     with crew.frozen(zombie):
-        wait_until(lambda: batch.status().counts[JobState.RUNNING] == 0, "all leases lost")
+        wait_until(lambda: batch.status().counts[JobState.RUNNING] == 0, "all leases expired")
         crew.worker("w2", SLOW)
-        wait_until(lambda: batch.status().counts[JobState.PENDING] == 0, "the other has them")
+        wait_until(lambda: batch.status().counts[JobState.PENDING] == 0, "w2 has the jobs")
     ended_well(farm, batch)
-    assert {job.info.attempt for job in batch} == {2}  # it may take one of them anew, but finish none it had lost
+    assert {job.info.attempt for job in batch} == {2}  # the zombie finished none of its lost jobs
 
 
 def test_flushing_redis_loses_no_job(farm: Farm, crew: Crew) -> None:
@@ -83,7 +83,7 @@ def test_flushing_redis_loses_no_job(farm: Farm, crew: Crew) -> None:
     batch = farm.submit([f"prompt {n}" for n in range(40)], num_inference_steps=5)
     running(batch)
     with redis.Redis.from_url(farm.settings.broker_url) as client:
-        wait_until(lambda: client.keys("render.tiny*"), "some lie in Redis")
+        wait_until(lambda: client.keys("render.tiny*"), "Redis holds messages")
         client.flushall()
     ended_well(farm, batch)
 

@@ -1,4 +1,4 @@
-"""Batches that have ended, over real SQL and S3: manifests, pictures fetched and packed, what is deleted and when."""
+"""Ended batches on a real database and S3: manifests, downloads, archives, deletion and retention."""
 
 import hashlib
 import io
@@ -30,7 +30,7 @@ from tests.servers import BOTH_KINDS_IN_TIME
 
 @dataclass
 class Stand:
-    """A farm whose worker is the test."""
+    """A farm in which the test acts as the worker."""
 
     farm: Farm
     store: JobStore
@@ -38,7 +38,7 @@ class Stand:
     retention: Retention
 
     def batch(self, count: int = 3, name: str = "sea") -> Batch:
-        """A batch that has ended: all succeeded, but for the last one, which failed."""
+        """An ended batch: all jobs succeeded except the last, which failed."""
         batch = self.farm.submit([{"prompt": f"prompt {n}", "seed": n} for n in range(count)], name=name)
         self.render(batch, count - 1)
         while not batch.status().done:
@@ -50,7 +50,7 @@ class Stand:
         return batch
 
     def render(self, batch: Batch, last: int, first: int = 1) -> None:
-        """Render these jobs of a batch, each a picture of its own."""
+        """Finish these jobs of a batch, each with a different picture."""
         self.store.backlog.enqueue(99)
         for index in range(first, last + 1):
             claim = self.store.leases.claim(f"{batch.id}-{index}", "w1@host")
@@ -62,7 +62,7 @@ class Stand:
             assert self.store.attempts.succeed(claim, Picture(key, sha256, len(data), 64, 64, "e" * 64, 0.5))
 
     def manifest(self, batch: Batch) -> list[dict[str, object]]:
-        """What lies in the bucket."""
+        """The batch's manifest in the bucket."""
         return [json.loads(line) for line in self.storage.lines(manifest_key(batch.id))]
 
 
@@ -82,7 +82,7 @@ def stand(settings: Settings, database: Database) -> Iterator[Stand]:
 
 def test_a_batch_that_has_ended_gets_a_manifest_and_another_one_when_it_ends_again(stand: Stand) -> None:
     batch = stand.batch()
-    assert [entry["state"] for entry in batch.manifest()] == ["succeeded", "succeeded", "failed"]  # from SQL
+    assert [entry["state"] for entry in batch.manifest()] == ["succeeded", "succeeded", "failed"]  # read from SQL
     with pytest.raises(NotFound):
         stand.manifest(batch)
     assert not stand.retention.turn()
@@ -91,13 +91,13 @@ def test_a_batch_that_has_ended_gets_a_manifest_and_another_one_when_it_ends_aga
     assert (first[2]["error"], first[0]["key"]) == ("no such sampler", next(iter(batch)).picture.key)
     batch.retry()
     stand.retention.turn()
-    assert stand.manifest(batch) == first  # it has not ended
+    assert stand.manifest(batch) == first  # unchanged: the batch has not ended
     stand.render(batch, 3, first=3)
-    assert [entry["state"] for entry in batch.manifest()] == ["succeeded"] * 3  # and is not out of date
+    assert [entry["state"] for entry in batch.manifest()] == ["succeeded"] * 3  # from SQL: the stored one is outdated
     stand.retention.turn()
     assert [entry["state"] for entry in stand.manifest(batch)] == ["succeeded"] * 3
     stand.storage.delete(manifest_key(batch.id))
-    assert stand.store.endings.unnoted() == []  # written once, and no more
+    assert stand.store.endings.unnoted() == []  # written once
     assert len(list(batch.manifest())) == 3
 
 
@@ -119,7 +119,7 @@ def test_an_object_is_written_as_it_comes_whole_or_not_at_all(stand: Stand) -> N
         if breaks:
             raise ZeroDivisionError
 
-    stand.storage.put_stream("b/large", lines(200_000, breaks=False), "text/plain")  # several parts
+    stand.storage.put_stream("b/large", lines(200_000, breaks=False), "text/plain")  # a multipart upload
     assert sum(1 for _ in stand.storage.lines("b/large")) == 200_000
     assert hashlib.sha256(stand.storage.get("b/large")).digest() == (
         hashlib.sha256(b"".join(lines(200_000, breaks=False))).digest()
@@ -201,7 +201,7 @@ def test_a_deletion_that_was_interrupted_is_completed(
             stand.farm.batch(batch.id)
         with pytest.raises(StorageUnavailable):
             stand.retention.turn()
-    assert left(database) == {batch.id}  # its rows go last: else nobody would know of its objects
+    assert left(database) == {batch.id}  # rows are deleted last: they are the only record of the objects
     assert len(list(stand.storage.keys())) == 2
     assert stand.retention.turn()
     assert (left(database), list(stand.storage.keys()), stand.retention.turn()) == (set(), [], False)
@@ -243,7 +243,7 @@ def test_the_command_line_tells_fetches_and_deletes(stand: Stand, command: Comma
     assert refused.returncode == 2
     assert "2 of them not ended" in refused.stdout
     assert "nothing was deleted" in refused.stderr
-    assert command("delete", "sea").returncode == 1  # nobody said yes
+    assert command("delete", "sea").returncode == 1  # no confirmation
     assert len(stand.farm.batches()) == 2
     done = command("delete", "sea", "going on", "--yes", "--cancel")
     assert done.returncode == 0

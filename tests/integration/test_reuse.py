@@ -1,4 +1,4 @@
-"""The same work once, with real workers and a real object store: copies of pictures, and twins that wait."""
+"""Reuse with real workers and a real object store: equal jobs are rendered once, and pictures are copied."""
 
 import hashlib
 import threading
@@ -33,7 +33,7 @@ SPEC = RenderSpec(prompt="a boat", seed=1, num_inference_steps=2)
 
 @pytest.fixture
 def crew(crew: Crew, database: Database) -> Crew:
-    """With a dispatcher that leads."""
+    """A crew with a leading dispatcher."""
 
     def led() -> bool:
         with database.read() as session:
@@ -45,7 +45,7 @@ def crew(crew: Crew, database: Database) -> Crew:
 
 
 def rendered_by(database: Database, *batches: Batch) -> dict[str, str | None]:
-    """The workers of the attempts that succeeded, by job; None for a copy."""
+    """Worker of the successful attempt of each job; None for a copy."""
     with database.read() as session:
         rows = session.execute(
             sa.select(AttemptRow.job_id, AttemptRow.worker).where(AttemptRow.outcome == Outcome.SUCCEEDED.value)
@@ -83,7 +83,7 @@ def test_a_copy_has_the_trajectory_too_and_outlives_what_it_is_of(farm: Farm, cr
     second.wait(60)
     assert list(rendered_by(database, second).values()) == [None]
     storage = Storage(farm.settings)
-    # Beside each batch's pictures its manifest comes to lie.
+    # The prefix leaves out the manifest of each batch.
     originals, copies = (list(storage.keys(f"{one.id}/0")) for one in (first, second))
     assert len(copies) == 3
     assert [storage.get(key) for key in copies] == [storage.get(key) for key in originals]
@@ -141,7 +141,7 @@ def test_other_weights_a_picture_that_is_gone_and_no_reuse_are_rendered(
 
 @pytest.fixture
 def store(database: Database, settings: Settings) -> JobStore:
-    """With a worker that is known, and a dispatcher that leads."""
+    """A store with a registered worker and a leading dispatcher."""
     Leadership(database, "dispatcher", lease_seconds=600).keep()
     store = JobStore.over(database, settings)
     store.workers.register(WorkerInfo("w1@host", "cpu", "float32", 8, "0", (ServedModel("tiny", sha256=WEIGHTS),)))
@@ -149,7 +149,7 @@ def store(database: Database, settings: Settings) -> JobStore:
 
 
 def original(store: JobStore, storage: Storage, data: bytes = b"a picture") -> str:
-    """A job that was rendered."""
+    """Submit and finish a job; returns its id."""
     store.submissions.submit("original", "me", 50, [SPEC])
     (bell,) = store.backlog.enqueue(10).queued
     claim = store.leases.claim(bell.job_id, "w1@host")
@@ -212,7 +212,7 @@ def test_while_the_object_store_is_away_what_could_be_copied_is_rendered(
         session.execute(sa.delete(LeaderRow))
     standing = threading.Thread(target=Dispatcher(store, broker, away, settings).run, args=(stop, leadership))
     standing.start()
-    wait_until(lambda: store.backlog.queued("tiny") == [job_id], "it is to be rendered")
+    wait_until(lambda: store.backlog.queued("tiny") == [job_id], "the job is queued for rendering")
     stop.set()
     standing.join()
     away.close()

@@ -1,4 +1,4 @@
-"""`make setup` takes torch from the index that it is given, or says what PyPI's torch brings."""
+"""`make setup` installs torch from the given index, or warns about the size of PyPI's torch."""
 
 import shutil
 import subprocess
@@ -17,7 +17,7 @@ def program(path: Path, *lines: str) -> None:
 
 
 class Machine:
-    """The programs of a machine, and a clone whose `.venv` is ready but empty."""
+    """Stub programs of a machine, and a clone whose `.venv` exists but is empty."""
 
     def __init__(self, folder: Path) -> None:
         self.clone, self.bin, self.pip = folder / "clone", folder / "bin", folder / "pip"
@@ -31,7 +31,7 @@ class Machine:
         (self.clone / ".venv" / "bin" / "python").touch()
 
     def has(self, *, kernel: str | None = None, gpu: bool = False, torch: bool | None = None) -> None:
-        """Change what is there."""
+        """Change the machine: its kernel, whether it has a GPU, whether torch is installed."""
         if kernel is not None:
             program(self.bin / "uname", f"echo {kernel}")
         if gpu:
@@ -49,7 +49,7 @@ class Machine:
             )
 
     def make(self, *arguments: str) -> str:
-        """Run make; returns what it printed."""
+        """Run make; returns its output."""
         done = subprocess.run(
             ["make", *arguments],
             cwd=self.clone,
@@ -63,7 +63,7 @@ class Machine:
 
     @property
     def installed(self) -> list[str]:
-        """What pip was asked to install, in order."""
+        """Arguments of each pip install, in order."""
         return [line.partition("--disable-pip-version-check ")[2] for line in self.pip.read_text().splitlines()]
 
 

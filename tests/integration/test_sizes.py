@@ -1,4 +1,4 @@
-"""A job too large for every worker: told at submit and in the status, and rendered by a worker that comes up later."""
+"""A job too large for every worker: submit and status report it, and a worker that starts later renders it."""
 
 from contextlib import closing
 from pathlib import Path
@@ -18,7 +18,7 @@ from workers.models.opener import weights_bytes
 
 
 def complaint(crew: Crew, *arguments: str) -> str:
-    """What a command, which succeeds, has to say beside its output."""
+    """Standard error of a command that must succeed."""
     done = run_forked("farm", *arguments, env=environment(crew.settings))
     assert done.returncode == 0, done.stderr
     return done.stderr
@@ -52,7 +52,8 @@ def test_a_size_beyond_the_memory_is_told_at_the_first_submit_and_never_tried_th
     with closing(Storage(crew.settings)) as storage:
         ModelStore(storage).push(tiny.WEIGHTS, "small", "ann")
     cache = tmp_path / "cache"
-    # Stored as halves, one takes twice that in memory: there is no room for the other then, not even as it is stored.
+    # Weights are stored in half precision and take twice as much in memory. With one model loaded, the budget has no
+    # room for the other, not even at its stored size.
     budget = 5 * weights_bytes(str(tiny.WEIGHTS)) // 2
     crew.worker(
         *("small", "tiny=tiny,other=farm:small"),
@@ -67,11 +68,11 @@ def test_a_size_beyond_the_memory_is_told_at_the_first_submit_and_never_tried_th
     batches = []
     for model in ("tiny", "other"):
         said = complaint(crew, "submit", "a", "--model", model, *large)
-        # A forward of the small model takes 192 bytes a pixel and row, and its weights 29 MB.
+        # A forward of the small model takes 192 bytes per pixel and row, and its weights 29 MB.
         assert f"no worker has the memory for {model} beyond 17,334,271 pixels (8,667,135 with guidance) now" in said
         batches.append(farm.batch(farm.batches()[0].id))
 
-    # Once the other one is loaded, what it renders is known by its weights, and done once.
+    # Once the other model is loaded, the hash of its weights is known and its pictures can be reused.
     def spec(model: str) -> RenderSpec:
         return RenderSpec(prompt="c", model=model, width=64, height=64, num_inference_steps=2, seed=1)
 
@@ -80,7 +81,7 @@ def test_a_size_beyond_the_memory_is_told_at_the_first_submit_and_never_tried_th
     made = farm.job(f"{both.id}-2").info
     assert made.picture is not None
     weights = made.picture.model_sha256
-    wait_until(lambda: said_of(farm, "other").sha256 == weights, "the worker has told the hash of its weights")
+    wait_until(lambda: said_of(farm, "other").sha256 == weights, "the worker has reported the hash of its weights")
     again = farm.submit(spec("other"))
     assert again.wait(60).counts[JobState.SUCCEEDED] == 1
     assert [job.info.reused_from for job in again] == [made.id]
@@ -95,6 +96,6 @@ def test_a_size_beyond_the_memory_is_told_at_the_first_submit_and_never_tried_th
 
 
 def said_of(farm: Farm, model: str) -> ServedModel:
-    """What the only worker says about a model."""
+    """The only worker's description of a model."""
     (worker,) = farm.workers()
     return next(one for one in worker.models if one.name == model)

@@ -1,4 +1,4 @@
-"""Renders that people stop, pause, go on with and ask about, with real workers and the command line."""
+"""Pausing, resuming, cancelling, retrying and showing jobs, with real workers and the command line."""
 
 import json
 
@@ -18,7 +18,7 @@ SLOW = "tiny=null:?seconds_per_step=0.05"
 
 
 def farm_says(crew: Crew, *arguments: str) -> str:
-    """What the command line answers."""
+    """Run `farm ARGUMENTS…`, which must succeed; returns its output."""
     ran = run_forked("farm", *arguments, env=environment(crew.settings, COLUMNS=200))
     assert ran.returncode == 0, ran.stderr
     return ran.stdout
@@ -41,7 +41,7 @@ def test_a_paused_batch_frees_the_slots_and_goes_on_from_where_it_was(farm: Farm
     assert farm_says(crew, "resume", "long") == "1 job resumed\n"
     assert job.wait(60).state is JobState.SUCCEEDED
     assert resumed(worker) >= 10
-    assert job.image().getcolors() == [(64 * 64, rgb(7))]  # no step too many or too few
+    assert job.image().getcolors() == [(64 * 64, rgb(7))]  # the colour depends on the number of steps done
     told = job.attempts()
     assert [(one.attempt, one.outcome, one.reason) for one in told] == [
         (1, "handed_back", "paused"),

@@ -1,4 +1,4 @@
-"""The object store over a real S3 server: what is deleted in bulk, and what is fetched only when it is new."""
+"""`Storage` on a real S3 server: bulk deletes, conditional reads, timeouts and outages."""
 
 import socket
 import threading
@@ -64,7 +64,7 @@ def test_keys_of_one_attempt_stand_together_and_apart_from_other_attempts() -> N
 
 
 class NotHere(BaseHTTPRequestHandler):
-    """What a gateway says whose object store is being started anew."""
+    """The answer of a gateway while the object store behind it restarts."""
 
     def do_PUT(self) -> None:
         self.rfile.read(int(self.headers["Content-Length"]))
@@ -103,7 +103,7 @@ def test_a_404_of_something_before_the_object_store_is_an_outage_and_no_missing_
 
 
 def test_whether_an_object_store_answers_is_known_soon_where_it_hangs(storage: Storage) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as silent:  # connects, and never answers
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts connections, and never answers
         there = f"http://127.0.0.1:{silent.getsockname()[1]}"
         hangs = Storage(storage._settings.model_copy(update={"s3_endpoint_url": there}))
         began = time.monotonic()

@@ -1,4 +1,4 @@
-"""From files and options to jobs in SQL, through the client and through the command line."""
+"""Submitting files and options as jobs in SQL, through the client and the command line."""
 
 import json
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""The workers of one machine are kept running, stop in order, and never outlive who keeps them."""
+"""The supervisor of one machine's workers: it restarts and drains them, and they never outlive it."""
 
 import os
 import signal
@@ -28,12 +28,12 @@ Start = Callable[..., "Supervised"]
 
 
 class Supervised:
-    """A supervisor over small programs in place of workers; what it says is read as it comes."""
+    """A supervisor of small programs in place of workers; a thread reads its output."""
 
     def __init__(self, program: str, names: str = "a", *, until: str | None = None, **constants: object) -> None:
         code = (
             "import signal, sys; import workers.service.supervisor as s; from farm.runtime.backoff import Backoff\n"
-            "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # whoever runs the tests may be started by nohup
+            "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # the tests may run under nohup, which ignores it
             f"for name, value in {constants!r}.items(): setattr(s, name, value)\n"
             "s.RESTART_BACKOFF = Backoff(0.02, 0.2)\n"
             f"seats = [s.Seat(name) for name in {names!r}.split()]\n"
@@ -56,7 +56,7 @@ class Supervised:
                     return
 
     def said(self, text: str) -> list[str]:
-        """The lines with that text, once there is one."""
+        """Wait for a line with this text; returns all such lines."""
         wait_until(lambda: any(text in line for line in self._lines), f"{text!r} is said", 20)
         return [line for line in self._lines if text in line]
 
@@ -277,7 +277,7 @@ def test_one_command_puts_a_worker_on_each_gpu(crew: Crew, farm: Farm, tmp_path:
     assert again[f"gpu0@{HOST}"] > began[f"gpu0@{HOST}"]  # type: ignore[operator]
     assert again[f"gpu1@{HOST}"] == began[f"gpu1@{HOST}"]
 
-    # The same command once more would take their jobs away.
+    # A second worker of the same name would take the first one's jobs.
     second = subprocess.run(
         [sys.executable, "-m", "farm", "worker", "--gpus", "1"],
         env=environment(crew.settings, **env),
@@ -291,4 +291,4 @@ def test_one_command_puts_a_worker_on_each_gpu(crew: Crew, farm: Farm, tmp_path:
     left = [worker("gpu0"), worker("gpu1")]
     assert node.stop() == 0
     assert all(map(gone, left))
-    assert farm.workers() == []  # they said goodbye
+    assert farm.workers() == []  # they deregistered

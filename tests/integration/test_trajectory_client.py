@@ -1,4 +1,4 @@
-"""What a client sees of a render's steps, on its way and afterwards; the test stands in for the worker."""
+"""Previews and trajectories through the client; the test acts as the worker."""
 
 import hashlib
 import io
@@ -27,13 +27,13 @@ COLOURS = [(40 * step, 10, 200 - 40 * step) for step in range(5)]
 
 @pytest.fixture
 def database_url(sqlite_url: str) -> str:
-    """SQLite alone: nothing here is asked of the database that others do not ask of both kinds."""
+    """SQLite only: other tests cover these queries on both databases."""
     return sqlite_url
 
 
 @pytest.fixture
 def settings(settings: Settings) -> Settings:
-    """With leases that outlast a slow command."""
+    """Settings with leases longer than a slow command."""
     return settings.model_copy(update={"lease_seconds": 600.0})
 
 
@@ -46,7 +46,7 @@ def database(sqlite_url: str) -> Iterator[Database]:
 
 @dataclass
 class Stand:
-    """A worker's side of the farm, by hand."""
+    """The store and storage calls of a worker, for the test to make."""
 
     store: JobStore
     storage: Storage
@@ -125,7 +125,7 @@ def job(farm: Farm) -> Job:
 
 @pytest.fixture
 def beside() -> Iterator[Callable[[Callable[[], None]], None]]:
-    """Runs something in a thread that has ended before the test does."""
+    """Runs a function in a thread that is joined at the end of the test."""
     threads: list[threading.Thread] = []
 
     def run(what: Callable[[], None]) -> None:
@@ -186,7 +186,7 @@ def test_a_preview_is_asked_for_and_says_how_far_it_is(job: Job, worker: Stand, 
     claim = worker.claim(job)
 
     def show() -> None:
-        wait_until(lambda: worker.beat(claim, Pace(2, 0.1)) == {job.id: False}, "somebody watches")
+        wait_until(lambda: worker.beat(claim, Pace(2, 0.1)) == {job.id: False}, "a preview is requested")
         worker.show(claim, 2, COLOURS[2])
 
     beside(show)
@@ -251,7 +251,7 @@ def test_a_job_says_how_long_it_still_takes(job: Job, worker: Stand) -> None:
 def test_the_command_line_submits_all_that_a_spec_may_say(farm: Farm, worker: Stand, command) -> None:
     worker.store.workers.register(
         WorkerInfo("w1@host", "cpu", "float32", 8, "0", (ServedModel("tiny"),))
-    )  # not loaded yet
+    )  # without a hash: the model is not loaded yet
     options = ["--guidance-rescale", "0.7", "--clip-skip", "2", "--eta", "0.5", "--true-cfg-scale", "4"]
     done = command("submit", "a cat", "--name", "all", *options, "--deterministic", "--trajectory")
     assert (done.returncode, done.stderr) == (0, "")
@@ -287,7 +287,7 @@ def test_the_command_line_shows_pace_and_preview(job: Job, worker: Stand, comman
 def test_a_sampler_that_its_model_can_not_use_is_refused_with_the_row(farm: Farm, worker: Stand) -> None:
     model = ServedModel("sd3", sha256="e" * 64, family="StableDiffusion3Pipeline", samplers="flow")
     rows = [{"prompt": "fine", "scheduler": "euler"}, {"prompt": "not", "scheduler": "ddim"}]
-    assert len(farm.submit(rows, model="sd3")) == 2  # no worker holds it: who knows
+    assert len(farm.submit(rows, model="sd3")) == 2  # accepted: no worker serves sd3 yet, so its samplers are unknown
     worker.store.workers.register(WorkerInfo("w1@host", "cpu", "float32", 8, "0", (model,)))
     with pytest.raises(InvalidInput, match="spec 2: scheduler: ddim can't sample sd3") as caught:
         farm.submit(rows, model="sd3")

@@ -1,4 +1,4 @@
-"""An urgent job through the whole farm, while bulk work fills a worker's slots and threads and waits for more."""
+"""Urgent jobs through the whole farm while bulk jobs fill a worker's slots and threads and the queue."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +27,7 @@ def database_url(sqlite_url: str) -> str:
 
 @pytest.fixture
 def crew(settings: Settings, tmp_path: Path) -> Iterator[Crew]:
-    """Nobody dies here: no lease is to run out, however long the machine stands still."""
+    """A crew with long leases: no process dies in these tests, so none may expire even if the machine stalls."""
     crew = Crew(settings.model_copy(update={"lease_seconds": 600.0, "beat_seconds": 0.4}), tmp_path)
     yield crew
     crew.end()
@@ -35,7 +35,7 @@ def crew(settings: Settings, tmp_path: Path) -> Iterator[Crew]:
 
 @pytest.fixture
 def bulk(farm: Farm, crew: Crew) -> Batch:
-    """As many long renders as the worker takes at once, all of them running."""
+    """As many long jobs as the worker takes at once, all running."""
     crew.dispatcher()
     crew.worker("w1", PACED, slots=SLOTS)
     long = farm.submit([f"long {n}" for n in range(THREADS)], num_inference_steps=1000)
@@ -45,7 +45,7 @@ def bulk(farm: Farm, crew: Crew) -> Batch:
 
 @pytest.fixture
 def queued(farm: Farm, bulk: Batch) -> Batch:
-    """More bulk behind those, as much of it in Redis as the window holds."""
+    """More bulk jobs behind those: the window is full."""
     return farm.submit([f"short {n}" for n in range(2 * THREADS)], num_inference_steps=2, priority=URGENT - 1)
 
 
@@ -57,13 +57,13 @@ def broker(farm: Farm) -> Iterator[Broker]:
 
 
 def waits(batch: Batch) -> bool:
-    """Whether no job of a batch was taken from Redis."""
+    """Whether no job of a batch was taken from the queue."""
     counts = batch.status().counts
     return counts[JobState.QUEUED] == WINDOW and counts[JobState.PENDING] == batch.total - WINDOW
 
 
 def runs(batch: Batch) -> bool:
-    """Whether all jobs of a batch are with a worker."""
+    """Whether all jobs of a batch are running."""
     return batch.status().counts[JobState.RUNNING] == batch.total
 
 
@@ -85,13 +85,13 @@ def test_urgent_jobs_pass_the_bulk_together_and_are_all_done_though_more_than_th
     farm: Farm, bulk: Batch, queued: Batch
 ) -> None:
     urgent = farm.submit([f"now {n}" for n in range(3 * THREADS)], num_inference_steps=20, priority=100)
-    wait_until(lambda: sum(0 < job.info.steps_done < 20 for job in urgent) == SLOTS, "all slots theirs")
+    wait_until(lambda: sum(0 < job.info.steps_done < 20 for job in urgent) == SLOTS, "urgent jobs have all slots")
     ended_well(urgent)
     assert runs(bulk)
     assert waits(queued)
     before = steps_done(bulk)
     wait_until(lambda: steps_done(bulk) > before, "the bulk goes on")
-    assert waits(queued)  # the threads that urgent jobs have left are not for others
+    assert waits(queued)  # ordinary jobs do not use the threads of urgent jobs
 
 
 def test_urgent_jobs_take_no_thread_from_the_bulk_and_no_more_than_there_are(
@@ -99,12 +99,12 @@ def test_urgent_jobs_take_no_thread_from_the_bulk_and_no_more_than_there_are(
 ) -> None:
     urgent = farm.submit([f"now {n}" for n in range(THREADS + 3)], num_inference_steps=1000, priority=URGENT)
     wait_until(lambda: steps_done(urgent) >= 20, "urgent jobs run")
-    wait_until(lambda: urgent.status().counts[JobState.RUNNING] == THREADS, "they have all the threads there are")
+    wait_until(lambda: urgent.status().counts[JobState.RUNNING] == THREADS, "they have all urgent threads")
     waiting = {job.id for job in [*list(queued)[:WINDOW], *list(urgent)[THREADS:]]}
     wait_until(lambda: broker.waiting("tiny") == waiting, "all the others wait in Redis")
     for job in list(urgent)[THREADS:] + list(bulk)[1:]:
         job.cancel()
-    wait_until(lambda: queued.status().counts[JobState.RUNNING] == THREADS - 1, "bulk takes the threads of bulk")
+    wait_until(lambda: queued.status().counts[JobState.RUNNING] == THREADS - 1, "bulk takes the ordinary threads")
     urgent.cancel()
     ended_well(queued)
     assert {job.info.attempt for job in queued} == {1}
@@ -116,7 +116,7 @@ def test_a_worker_whose_redis_restarts_still_takes_urgent_jobs_and_nothing_it_ha
     urgent = farm.submit(["before"], num_inference_steps=1000, priority=URGENT)
     wait_until(lambda: runs(urgent), "an urgent job runs")
     with redis.Redis.from_url(farm.settings.broker_url) as client:
-        client.shutdown(nosave=True)  # the embedded farm starts it again, with what was in it
+        client.shutdown(nosave=True)  # the embedded farm restarts it with its data
         wait_until(lambda: answers(client), "Redis is back")
     ended_well(farm.submit([f"after {n}" for n in range(THREADS + 1)], num_inference_steps=3, priority=URGENT))
     assert runs(urgent)

@@ -1,4 +1,4 @@
-"""A whole embedded farm, with dispatcher, a worker of the null pipeline and Flower, for those who try to break in."""
+"""Fixtures of the security tests: hostile texts, and a whole embedded farm to attack."""
 
 import io
 from collections.abc import Iterator
@@ -21,12 +21,12 @@ HOSTILE = {
     "wide": "\U0001f600 日本語 \U000e0041\u0301 \uffff",
     "nothing but dots": "..",
 }
-"""Prompts and names as data that some reader or other would take for more."""
+"""Prompts and names that a careless reader would interpret as code, markup, paths or control characters."""
 
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalFarm]:
-    """A farm that runs, as `farm up` starts it, its output kept."""
+    """A running farm with dispatcher, null-pipeline worker and Flower, as `farm up` starts it; its output is kept."""
     needs_torch()
     home = tmp_path_factory.mktemp("whole") / "home"
     farm = LocalFarm(home, console=Console(file=io.StringIO(), width=200))

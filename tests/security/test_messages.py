@@ -1,4 +1,4 @@
-"""Messages put into the real queue by hand: what is no doorbell runs nothing, breaks nothing, and forges no log."""
+"""Forged and malformed messages in the real queue run no code, crash no worker, and forge no log lines."""
 
 import base64
 import json
@@ -21,7 +21,7 @@ from tests.integration.conftest import wait_until
 
 QUEUE = queue_name("tiny")
 REFUSED = re.compile(
-    r"^\d{4}-.*(nothing to claim|refused a message|"  # ours
+    r"^\d{4}-.*(nothing to claim|refused a message|"  # the farm's
     "Refusing to deserialize|Can't decode message body|unregistered task|raised unexpected)",  # Celery's
     re.MULTILINE,
 )
@@ -30,7 +30,7 @@ REFUSED = re.compile(
 def message(
     job_id: Any = "nobody-1", *, body: bytes | None = None, content_type: str = "application/json", **headers: Any
 ) -> str:
-    """A message as Celery writes it, with something of it replaced."""
+    """A message as Celery writes it, with the given fields replaced."""
     given = json.dumps([[job_id], {}, {"callbacks": None, "errbacks": None, "chain": None, "chord": None}]).encode()
     return json.dumps(
         {
@@ -72,7 +72,7 @@ def line(whole: LocalFarm) -> Iterator["Line"]:
 
 
 class Line:
-    """The queue of a farm that runs, and what comes of what is put into it."""
+    """The queue of a running farm, and the worker's reactions to messages."""
 
     def __init__(self, whole: LocalFarm, client: redis.Redis, farm: Farm) -> None:
         self._whole, self._client, self._farm = whole, client, farm
@@ -81,7 +81,7 @@ class Line:
         self._pids = whole.pids()
 
     def put(self, *messages: str | bytes, queue: str = QUEUE) -> None:
-        """Put messages into the queue and wait until all are taken, and a job behind them is rendered."""
+        """Put messages into the queue; wait until all are acknowledged and a job behind them is rendered."""
         for one in messages:
             self._client.lpush(queue, one)
         wait_until(lambda: not self._client.llen(queue), "every message is taken", 30)
@@ -91,7 +91,7 @@ class Line:
         assert self._whole.pids() == self._pids
 
     def said(self) -> str:
-        """What the worker has written since."""
+        """The worker's log since the start of the test."""
         return self._log.read_bytes()[self._from :].decode()
 
 
@@ -107,7 +107,7 @@ def test_only_json_is_read_and_nothing_in_a_message_is_run(line: Line, tmp_path:
     trap = tmp_path / "sprung"
     pickled = pickle.dumps([[_Evil(trap)], {}, {}])
     pickle.loads(pickled)
-    assert trap.exists()  # it would work
+    assert trap.exists()  # the exploit works when unpickled
     trap.unlink()
     yaml = f"!!python/object/apply:os.system ['touch {trap}']".encode()
     line.put(
@@ -145,7 +145,7 @@ def test_no_app_of_the_farm_writes_or_reads_anything_but_json(whole: LocalFarm, 
 
 
 def tampered(change: Callable[[dict[str, Any]], object]) -> str:
-    """A doorbell with something of it taken away or replaced."""
+    """A message after `change` has modified it."""
     given = json.loads(message())
     change(given)
     return json.dumps(given)

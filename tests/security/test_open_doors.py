@@ -1,4 +1,4 @@
-"""The doctor at doors that really are open: Redis, the bucket, Flower."""
+"""The doctor warns of a Redis, a bucket or a Flower that is open without credentials."""
 
 import json
 import os
@@ -90,7 +90,7 @@ def test_a_bucket_that_anyone_may_write_to_is_a_warning(on_sqlite: Settings) -> 
 
 
 class OpenBucket(BaseHTTPRequestHandler):
-    """A bucket without any access control, which SeaweedFS does not let one have."""
+    """A bucket without access control, which SeaweedFS does not allow."""
 
     objects: ClassVar[dict[str, bytes]] = {}
 
@@ -120,13 +120,13 @@ def test_a_flower_of_celerys_own_without_a_password_is_a_warning(on_sqlite: Sett
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    # Not the farm's, which refuses to run without a password; the broker does not matter.
+    # Celery's own Flower: the farm's refuses to run without a password. The broker does not matter.
     command = [sys.executable, "-m", "celery", "--broker=memory://", "flower", "--address=127.0.0.1", f"--port={port}"]
     settings = on_sqlite.model_copy(update={"flower_url": f"http://127.0.0.1:{port}"})
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as flower:
         try:
             wait_until(lambda: answers(port), "Flower is there", 60)
-            wait_until(lambda: found(settings, "flower").level == "warn", "it is warned of", 60)
+            wait_until(lambda: found(settings, "flower").level == "warn", "the doctor warns of it", 60)
             opened = found(settings, "flower")
         finally:
             flower.kill()
@@ -174,7 +174,7 @@ def test_a_redirect_is_only_taken_for_a_login_if_it_leads_to_one(
 
 @contextmanager
 def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
-    """A web server on a thread."""
+    """Run a web server in a thread."""
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()

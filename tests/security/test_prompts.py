@@ -36,7 +36,7 @@ from workers.render.request import Rendered
 each = pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE.keys())
 
 
-# --- in and out again ----------------------------------------------------------------------------------------------
+# --- SQL -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -139,12 +139,12 @@ def test_a_table_is_text_and_no_command_whatever_it_shows(text: str) -> None:
     told = shown(*tables, draw(view, 4000))
     assert all(char.isprintable() or char == "\n" for char in told)
     if text == HOSTILE["formats"]:
-        assert text in told  # as it is: not as markup, not as a format
+        assert text in told  # unchanged: neither markup nor format fields are interpreted
     assert printable(printable(text)) == printable(text)
 
 
 def event(message: str, *args: object, error: BaseException | None = None) -> str:
-    """An event as the farm's processes write it."""
+    """A log event as the farm's processes format it."""
     info = (type(error), error, error.__traceback__) if error is not None else None
     record = logging.LogRecord("farm", logging.ERROR, __file__, 1, message, args, info)
     return Plain("%(levelname)s %(message)s").format(record)

@@ -1,4 +1,4 @@
-"""Credentials: generated, and in no log, message, command line or page; and nobody else's door is open."""
+"""Credentials are generated, and appear in no log, message, command line or page; only loopback ports are open."""
 
 import base64
 import io
@@ -165,7 +165,7 @@ def test_flower_shows_prompts_as_text_and_tells_no_password(whole: LocalFarm, ac
         assert not [name for name in SECRETS if access[name] in page], path
 
 
-# --- what errors say -----------------------------------------------------------------------------------------------
+# --- error messages ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Checkpoints: safetensors only, from their own folder, and no code that lies beside them."""
+"""Checkpoints are loaded only from safetensors files in their own folder, and their code is never run."""
 
 import json
 import os
@@ -26,7 +26,7 @@ PLAIN = {"text_encoder": "model.safetensors", "unet": "diffusion_pytorch_model.s
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """The small model, to be tampered with."""
+    """A copy of the small model for the test to tamper with."""
     return Path(shutil.copytree(tiny.WEIGHTS, tmp_path / "model"))
 
 
@@ -126,7 +126,7 @@ def test_json_that_nests_too_deep_is_an_error_and_no_crash(folder: Path) -> None
 
 @pytest.fixture
 def stubbed(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Storage, Stubber]]:
-    """A storage whose service says what a real one would tidy up."""
+    """A storage with a stubbed S3 client: a real service would normalize such keys."""
     storage = Storage(Settings(database_url="", broker_url="", s3_bucket="b"))
     client = boto3.client("s3", region_name="us-east-1", config=Config(signature_version=UNSIGNED))
     monkeypatch.setattr(Storage, "_client", lambda *_, **__: client)
@@ -152,7 +152,7 @@ def test_no_key_of_a_model_is_written_outside_its_folder(
 
 def test_nothing_in_the_code_trusts_remote_code_or_reads_pickles() -> None:
     root = Path(tiny.__file__).parents[2]
-    # The small model's training goes on from what it wrote itself.
+    # workers/tiny is exempt: the training of the small model resumes from its own files.
     paths = {*root.glob("farm/**/*.py"), *root.glob("workers/**/*.py")} - {*root.glob("workers/tiny/*.py")}
     assert len(paths) > 50
     for path in paths:
