@@ -25,13 +25,15 @@ from tests.upgrade.mixed import MixedFarm, Side
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
 
+KIND = "postgresql"
+"""The kind of database."""
 BOTH = ["old", "new"]
 CROSSED = pytest.mark.parametrize(("first", "second"), [("old", "new"), ("new", "old")])
 """Once with each release in each part."""
 PACE = "null:?seconds_per_step=0.03"
 
 
-@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+@pytest.fixture(scope="module")
 def old_farm(
     request: pytest.FixtureRequest,
     embedded: Settings,
@@ -43,7 +45,7 @@ def old_farm(
     with ExitStack() as undo:
         old = previous_release(folder / "previous")
         fields = undo.enter_context(fresh_bucket(embedded, bucket_maker))
-        if request.param == "sqlite":
+        if request.module.KIND == "sqlite":
             database_url = f"sqlite:///{folder / 'farm.db'}"
         else:
             database_url = undo.enter_context(fresh_database(request.getfixturevalue("postgres")))
