@@ -1,4 +1,4 @@
-"""What becomes of a job's attempts, on every database: retried by the class of the error, written down, tried anew."""
+"""The attempts of a job on every database: retries by error class, the recorded outcomes, and manual retries."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -35,7 +35,7 @@ def made(database: Database, **settings: float) -> JobStore:
 
 @pytest.fixture
 def lapse(database: Database) -> Callable[[], None]:
-    """Lets a minute pass for every lease and every back-off."""
+    """Let every lease and every back-off expire by moving them back one minute."""
 
     def pass_time() -> None:
         with database.write() as session:
@@ -52,7 +52,7 @@ def submitted(store: JobStore, count: int = 1) -> str:
 
 
 def taken(store: JobStore, worker: str = "w1@host") -> Claim:
-    """The next attempt of the job whose turn it is."""
+    """Dispatch the next job and claim it."""
     (bell,) = store.backlog.enqueue(1).queued
     claim = store.leases.claim(bell.job_id, worker)
     assert claim is not None

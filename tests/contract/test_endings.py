@@ -1,4 +1,4 @@
-"""What becomes of a batch from its last job's end on, on every database: noted, given up, forgotten."""
+"""Batches after their last job has ended, on every database: the end is noted, the batch deleted, its rows removed."""
 
 import hashlib
 import json
@@ -42,7 +42,7 @@ def picture(claim: Claim) -> Picture:
 
 
 def ended(store: JobStore) -> str:
-    """A batch of three: two succeeded, one failed."""
+    """Return a batch of three ended jobs: two succeeded, one failed."""
     batch_id = submitted(store)
     good, fine, bad = claimed(store, batch_id)
     assert store.attempts.succeed(good, picture(good))
@@ -89,7 +89,7 @@ def test_an_end_is_not_noted_of_a_batch_that_was_tried_anew_meanwhile(store: Job
     (claim,) = [store.leases.claim(bell.job_id, "w1@host") for bell in store.backlog.enqueue(9).queued]
     assert claim is not None
     store.attempts.succeed(claim, picture(claim))
-    assert not store.endings.note(batch_id, at)  # it has ended again, later
+    assert not store.endings.note(batch_id, at)  # the batch has ended again, at a later time
     assert store.endings.unnoted() == [batch_id]
 
 
@@ -172,7 +172,7 @@ def test_what_has_not_ended_is_given_up_only_with_what_it_still_does(store: JobS
         store.deletions.mark(batch_id)
     held, *_ = claimed(store, batch_id, 1)
     store.deletions.mark(batch_id, cancel=True)
-    assert store.leases.claim(f"{batch_id}-2", "w1@host") is None  # its message rings in vain
+    assert store.leases.claim(f"{batch_id}-2", "w1@host") is None  # the message of a cancelled job has no effect
     assert not store.deletions.at_rest(batch_id)
     assert store.leases.beat("w1@host", {}).cancelled == frozenset()
     assert store.attempts.stopped(held)
@@ -182,7 +182,7 @@ def test_what_has_not_ended_is_given_up_only_with_what_it_still_does(store: JobS
 def test_what_a_late_pass_has_queued_is_stopped(store: JobStore, database: Database) -> None:
     batch_id = submitted(store)
     store.deletions.mark(batch_id, cancel=True)
-    with database.write() as session:  # as a dispatcher does that looked before the batch was given up
+    with database.write() as session:  # as by a dispatcher whose pass began before the batch was marked
         session.execute(sa.update(JobRow).values(state=JobState.QUEUED.value))
     assert store.deletions.at_rest(batch_id)
     assert store.leases.claim(f"{batch_id}-1", "w1@host") is None
@@ -202,7 +202,7 @@ def test_rows_go_a_piece_at_a_time_whoever_goes_on_and_nothing_else_does(store: 
     store.deletions.mark(batch_id, cancel=True)
     after = store.deletions.delete_rows(batch_id)
     assert after == 1000
-    assert store.deletions.delete_rows(batch_id) == 2000  # another one, who finds what is left
+    assert store.deletions.delete_rows(batch_id) == 2000  # a second process continues after the first thousand
     assert store.deletions.delete_rows(batch_id, after) == 2000
     assert store.deletions.marked() == [batch_id]
     assert store.deletions.delete_rows(batch_id, 2000) is None
@@ -237,4 +237,4 @@ def test_a_copy_for_a_batch_that_was_given_up_meanwhile_comes_too_late(store: Jo
     assert len(made) == 1
     store.deletions.mark(batch_id, cancel=True)
     assert store.deletions.at_rest(batch_id)
-    assert store.reuse.record_copies(made) == made  # whoever made it deletes it
+    assert store.reuse.record_copies(made) == made  # too late: the process that made the copy deletes it

@@ -1,4 +1,4 @@
-"""Jobs that are too large for every living worker wait, with the reason, until a worker allows them."""
+"""Jobs that are too large for every live worker wait, with the reason, until a worker allows their size."""
 
 from dataclasses import replace
 from datetime import UTC, datetime
