@@ -1,4 +1,4 @@
-"""`farm watch` in a terminal and on a pipe."""
+"""`farm watch` in a terminal and in a pipe."""
 
 import io
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ from tests.unit.farm.show.views import WORKER, failure, status
 
 
 class Farm:
-    """What `Watcher` asks a farm."""
+    """The part of a farm's interface that `Watcher` uses."""
 
     def __init__(self) -> None:
         self.statuses = [status(succeeded=1, pending=2)]

@@ -1,4 +1,4 @@
-"""Who is served next: worked examples, and bounds that hold for any load."""
+"""The order of dispatch: worked examples, and bounds that hold for any load."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence

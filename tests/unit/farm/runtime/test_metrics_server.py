@@ -1,4 +1,4 @@
-"""Where a process of the farm tells its metrics, what else it answers there, and what when its services do not."""
+"""The metrics endpoint of a process: its address, its other pages, and its answers during an outage."""
 
 import json
 import threading
@@ -96,13 +96,13 @@ def test_who_listens_everywhere_is_known_by_the_address_that_the_farms_redis_see
     try:
         with served(CollectorRegistry(), metrics_host=host) as server:
             assert server.url == f"http://127.0.0.1:{server.port}/metrics"
-    except NotConfigured as error:  # a machine without IPv6
+    except NotConfigured as error:  # the machine has no IPv6
         assert host == "::"
         pytest.skip(str(error))
 
 
 class Workers:
-    """Registered workers, or a database that is away."""
+    """A registry of workers, or one whose database does not answer."""
 
     def __init__(self, *known: WorkerInfo, away: bool = False) -> None:
         self.known, self.away = known, away

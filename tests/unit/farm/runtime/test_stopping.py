@@ -1,4 +1,4 @@
-"""What runs until it is told to stop hears of it, whatever it does at that moment."""
+"""A stop signal reaches a running program at any moment."""
 
 import os
 import signal
@@ -29,7 +29,7 @@ def test_a_signal_that_comes_amid_a_wait_for_it_is_heard() -> None:
 
 @pytest.fixture(autouse=True)
 def terminal() -> Iterator[None]:
-    """As for who was not started by nohup."""
+    """Restore the default action of SIGHUP, as in a process that was not started by nohup."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, before)

@@ -1,4 +1,4 @@
-"""What a log is told of a long transfer, and how often."""
+"""The log lines of a long transfer, and their frequency."""
 
 import logging
 import re
@@ -12,7 +12,7 @@ MIB = 2**20
 
 
 def told(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, seconds: float, count: int) -> list[int]:
-    """How many MiB the lines name, while `count` of 100 MiB come one by one, one every so many seconds."""
+    """Return the MiB in each line, for `count` of 100 MiB that arrive one every `seconds`."""
     clock = [0.0]
     monkeypatch.setattr(transfer_bar.time, "monotonic", lambda: clock[0])
     caplog.set_level("INFO")
