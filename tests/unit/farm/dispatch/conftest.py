@@ -47,7 +47,7 @@ class Clock:
 
 
 class Turns(threading.Event):
-    """A stop event for a loop: each pause of the loop runs the test's next step, and the last one ends the loop.
+    """A stop event for a loop: each pause of the loop runs the test's next step, and the loop ends after the last one.
 
     A pause advances the clock by its length, but takes no real time. Other threads that the loop starts block in their
     first pause until the end.

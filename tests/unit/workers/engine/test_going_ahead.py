@@ -1,4 +1,4 @@
-"""Who may go ahead of whom: priorities, full forwards, and urgent requests."""
+"""Which requests may go ahead of others: priorities, full forwards, and urgent requests."""
 
 import random
 from collections import Counter
@@ -14,7 +14,7 @@ OTHER = ForwardKey("sd15", (4, 8, 8), "float32")
 
 
 def scheduler(slots: int = 2, line: int = 4, most_rows: int = 2**31, **requests: ForwardKey) -> StepScheduler:
-    """A step scheduler with these requests in line."""
+    """Return a step scheduler with these requests in line."""
     made = StepScheduler(slots, line, most_rows=lambda _: most_rows)
     for request_id, key in requests.items():
         made.enqueue(request_id, key)
@@ -102,12 +102,12 @@ def test_small_requests_do_not_starve_a_larger_one_of_their_key() -> None:
     line.enqueue("guided", SMALL, rows=2)
     line.enqueue("e", SMALL)
     line.remove("a")
-    assert line.admit() == ()  # room for one row, which e must not take
+    assert line.admit() == ()  # one row is free, but e must not take it before guided
     line.remove("b")
     assert line.admit() == ("guided",)
 
 
-# --- urgent ones
+# --- urgent requests
 
 
 def test_an_urgent_request_takes_the_slot_of_the_lowest_priority_that_came_last() -> None:
@@ -142,7 +142,7 @@ def test_it_does_not_wait_for_room_in_line_and_leaves_the_room_of_others() -> No
     assert line.waiting == ("a", "b")
     assert line.full
     line.remove("b")
-    assert not line.full  # a was put aside, and takes no room
+    assert not line.full  # a was preempted, and does not count
 
 
 def test_it_waits_only_for_others_as_urgent() -> None:
@@ -176,7 +176,7 @@ def test_who_was_put_aside_goes_on_before_others_of_its_priority() -> None:
     assert line.admit() == ("u1", "u2")
     assert line.waiting == ("b", "a", "c", "d")
     line.remove("u1")
-    assert line.admit() == ("b",)  # which opens a key, and yet nobody goes ahead of it
+    assert line.admit() == ("b",)  # b opens a key, yet no other request goes ahead of it
     line.remove("u2")
     assert line.admit() == ("a",)
 
@@ -207,7 +207,7 @@ def test_a_stream_of_urgent_requests_leaves_every_other_turn_to_the_rest() -> No
     assert [name for name in turns if name in "ab"] == ["a", "b", "a", "b"]
 
 
-# --- whatever comes
+# --- random sequences
 
 
 @pytest.mark.parametrize("seed", range(40))

@@ -1,4 +1,4 @@
-"""Models of a hub that is away, refuses, or breaks off: a hub of our own, asked over real connections."""
+"""Models of a hub that is down, refuses requests, or breaks connections: a local hub over real connections."""
 
 import threading
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from workers.models.checkpoints import open_checkpoint
 
 
 class Hub(ThreadingHTTPServer):
-    """Answers everything with one status, or breaks off."""
+    """A hub that answers every request with one status, or closes the connection."""
 
     status: int | None = 200
     daemon_threads = True
@@ -37,7 +37,7 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def handle(self) -> None:
-        with suppress(OSError, ValueError):  # it was broken off
+        with suppress(OSError, ValueError):  # the connection was broken
             super().handle()
 
 

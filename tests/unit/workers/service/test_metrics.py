@@ -1,4 +1,4 @@
-"""What a worker counts, with the engine as it is and nobody who listens."""
+"""The metrics of a worker, with its real engine and without a metrics server."""
 
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -127,4 +127,4 @@ def test_services_memory_and_models_are_read_when_asked(metrics: WorkerMetrics) 
     assert found["farm_worker_info['1', 'cpu', 'float32']"] == 1
     used, total = found["farm_worker_device_memory_used_bytes[]"], found["farm_worker_device_memory_total_bytes[]"]
     assert 10_000_000 < used < total
-    assert memory(torch.device("meta")) is not None  # what is no GPU is the process'
+    assert memory(torch.device("meta")) is not None  # without a GPU, the memory of the process
