@@ -86,7 +86,7 @@ def render(store: JobStore, batch_id: str, *indices: int, error: str | None = No
             assert store.attempts.fail(claim, error, ErrorClass.BAD_INPUT)
 
 
-def test_a_batch_is_told_of_from_its_submission_to_its_end(store: JobStore, rows: BatchRows, flower: Flower) -> None:
+def test_a_batch_has_a_row_from_its_submission_to_its_end(store: JobStore, rows: BatchRows, flower: Flower) -> None:
     batch_id = submitted(store)
     rows.update(0.0)
     assert flower.shown(batch_id) == ("PROGRESS", "░░░░░░░░░░░░ 0/3 0%")
@@ -111,7 +111,7 @@ def test_a_batch_is_told_of_from_its_submission_to_its_end(store: JobStore, rows
     assert flower.row(batch_id).exception == "1 of 3 failed"
 
 
-def test_a_batch_is_told_of_when_it_has_changed(store: JobStore, rows: BatchRows, flower: Flower) -> None:
+def test_a_row_is_sent_when_its_batch_has_changed(store: JobStore, rows: BatchRows, flower: Flower) -> None:
     moves, waits = submitted(store, 2), submitted(store, 2, "waits")
     store.steering.pause(batch_id=waits)
     render(store, moves, 1)
@@ -139,7 +139,7 @@ def test_the_measured_steps_tell_an_eta_before_the_first_picture(
     assert flower.shown(batch_id)[1] == "░░░░░░░░░░░░ 0/4 0% 12.0/min ETA 20s"
 
 
-def test_who_tells_next_neither_loses_a_row_nor_makes_a_second_one(store: JobStore, flower: Flower) -> None:
+def test_the_next_leader_neither_loses_nor_duplicates_a_row(store: JobStore, flower: Flower) -> None:
     first = telling(store, flower)
     ends, goes_on = submitted(store, 1), submitted(store, 2, "goes on")
     first.update(0.0)

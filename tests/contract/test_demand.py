@@ -99,9 +99,7 @@ def test_copies_failures_and_jobs_of_other_models_say_nothing_of_what_one_costs(
 
 
 @pytest.mark.parametrize("whose", ["batch", "owner"])
-def test_what_is_paused_waits_for_a_person_and_not_for_a_device(
-    database: Database, store: JobStore, whose: str
-) -> None:
+def test_paused_jobs_are_no_demand_for_a_device(database: Database, store: JobStore, whose: str) -> None:
     batch = store.submissions.submit("paused", "me", 50, specs(5, "tiny"))
     which = {"batch_id": batch} if whose == "batch" else {"owner": "me"}
     store.steering.pause(**which)
@@ -131,7 +129,7 @@ def test_what_is_deleted_or_not_there_yet_does_not_count(database: Database, sto
     assert by_sql(database, "tiny") == 0
 
 
-def test_who_serves_a_model_is_told_where_nothing_waits_too(database: Database, store: JobStore) -> None:
+def test_workers_of_a_model_are_counted_without_waiting_jobs_too(database: Database, store: JobStore) -> None:
     for number in (1, 2):
         store.workers.register(
             WorkerInfo(f"w{number}@host", "cpu", "float32", 4, "1", [ServedModel("tiny"), ServedModel(f"own{number}")])

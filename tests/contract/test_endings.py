@@ -126,7 +126,7 @@ def test_entries_go_on_from_page_to_page(store: JobStore) -> None:
     assert [entry["index"] for entry in store.endings.entries(batch_id)] == list(range(1, 2346))
 
 
-def test_what_went_wrong_is_found_without_a_look_at_what_did_not(store: JobStore) -> None:
+def test_only_failed_jobs_are_listed_with_their_errors(store: JobStore) -> None:
     batch_id = ended(store)
     assert [(job.index, job.error) for job in store.queries.wrong(batch_id)] == [(3, "no such sampler")]
     assert store.queries.wrong(submitted(store)) == []
@@ -142,7 +142,7 @@ def test_a_batch_of_a_paused_owner_is_paused(store: JobStore) -> None:
     assert [batch.paused for batch in store.queries.batches()] == [True]
 
 
-def test_what_is_given_up_is_not_there_for_anybody_and_its_key_is_free(store: JobStore) -> None:
+def test_a_deleted_batch_is_not_found_and_its_key_is_free(store: JobStore) -> None:
     batch_id = submitted(store, key="monday")
     store.deletions.mark(batch_id, cancel=True)
     for ask in (
@@ -166,7 +166,7 @@ def test_what_is_given_up_is_not_there_for_anybody_and_its_key_is_free(store: Jo
         store.deletions.mark(batch_id)
 
 
-def test_what_has_not_ended_is_given_up_only_with_what_it_still_does(store: JobStore) -> None:
+def test_a_batch_that_has_not_ended_is_deleted_only_with_cancel(store: JobStore) -> None:
     batch_id = submitted(store)
     with pytest.raises(NotEnded, match=re.escape(f"3 jobs of {batch_id}")):
         store.deletions.mark(batch_id)
@@ -194,7 +194,7 @@ def rows_of(database: Database) -> tuple[int, ...]:
         return tuple(session.scalar(sa.select(sa.func.count()).select_from(table)) or 0 for table in tables)
 
 
-def test_rows_go_a_piece_at_a_time_whoever_goes_on_and_nothing_else_does(store: JobStore, database: Database) -> None:
+def test_only_rows_of_the_batch_are_deleted_in_pieces_by_any_process(store: JobStore, database: Database) -> None:
     other = ended(store)
     batch_id = submitted(store, 2500)
     held, *_ = claimed(store, batch_id, 1)

@@ -58,7 +58,7 @@ def test_a_group_ends_each_job_with_its_own_picture(store: JobStore) -> None:
         assert (attempt.steps_done, attempt.device_seconds) == (claim.spec.num_inference_steps, 0.75)
 
 
-def test_one_zombie_in_a_group_changes_nothing_and_holds_up_nobody(store: JobStore) -> None:
+def test_a_zombie_in_a_group_changes_nothing_and_does_not_delay_the_others(store: JobStore) -> None:
     claims = store.leases.claim_many(queued(store, 3), "w1@host")
     zombie, *others = claims.values()
     store.attempts.hand_back(zombie)
@@ -72,7 +72,7 @@ def test_one_zombie_in_a_group_changes_nothing_and_holds_up_nobody(store: JobSto
     assert [len(store.queries.attempts(claim.job_id)) for claim in others] == [1, 1]
 
 
-def test_a_group_waits_for_a_job_that_somebody_else_changes_now(store: JobStore, database: Database) -> None:
+def test_a_group_waits_for_a_job_that_another_transaction_changes(store: JobStore, database: Database) -> None:
     first, second = store.leases.claim_many(queued(store, 2), "w1@host").values()
     with ThreadPoolExecutor(1) as thread:
         with database.write() as session:

@@ -190,7 +190,7 @@ def test_without_a_dispatcher_that_leads_nobody_waits(store: JobStore, database:
     assert passed(store) == ([f"{batch_id}-1", f"{batch_id}-2"], {})
 
 
-def test_who_can_not_copy_renders_and_still_waits_for_twins(store: JobStore) -> None:
+def test_a_pass_without_copying_renders_and_still_waits_for_duplicates(store: JobStore) -> None:
     done(store)
     batch_id = submit(store, SPEC, SPEC)
     assert [bell.job_id for bell in store.backlog.enqueue(10).queued] == [f"{batch_id}-1"]
@@ -263,7 +263,7 @@ def test_a_copy_that_breaks_off_leaves_the_job_as_it_was(store: JobStore) -> Non
     assert [one.outcome for one in store.queries.attempts(job_id)] == [Outcome.HANDED_BACK, Outcome.SUCCEEDED]
 
 
-def test_what_waits_for_a_twin_does_not_hold_up_who_comes_behind_it(
+def test_a_job_that_waits_for_a_duplicate_does_not_block_those_behind_it(
     store: JobStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(backlog_pass, "AHEAD", 30)

@@ -177,7 +177,7 @@ def test_an_older_schema_asks_for_a_migration_first(database: Database) -> None:
 
 
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
-def test_a_migration_that_waits_for_a_long_reader_keeps_nobody_else_waiting(database: Database) -> None:
+def test_a_migration_that_waits_for_a_long_reader_does_not_block_others(database: Database) -> None:
     go_back(database, "0004")
     count = sa.text("SELECT count(*) FROM workers")  # the next migration adds a column to this table
     with ThreadPoolExecutor(1) as pool:
@@ -197,7 +197,7 @@ def test_a_migration_that_waits_for_a_long_reader_keeps_nobody_else_waiting(data
     database.check_schema()
 
 
-def test_a_migration_waits_for_whoever_writes(database: Database) -> None:
+def test_a_migration_waits_for_a_writer(database: Database) -> None:
     go_back(database, "0004")
     with ThreadPoolExecutor(1) as pool:
         with database.write() as session:

@@ -48,7 +48,7 @@ def test_what_is_paused_waits_in_the_backlog_until_it_goes_on(store: JobStore, k
 
 
 @KINDS
-def test_what_lies_in_redis_comes_back_and_its_message_rings_in_vain(store: JobStore, kind: str) -> None:
+def test_a_queued_job_returns_to_the_backlog_and_its_message_has_no_effect(store: JobStore, kind: str) -> None:
     batch_id = submitted(store, 1)
     (bell,) = store.backlog.enqueue(9).queued
     assert store.steering.pause(**which(kind, batch_id)) == 1
@@ -182,7 +182,7 @@ def test_an_owners_batches_that_are_handed_in_meanwhile_or_deleted_are_not_cance
     assert store.queries.batch(batch_id).counts == {state: 4500 * (state is JobState.PENDING) for state in JobState}
 
 
-def test_one_thing_at_a_time_is_steered(store: JobStore) -> None:
+def test_exactly_one_target_is_accepted(store: JobStore) -> None:
     with pytest.raises(ValueError, match="exactly one"):
         store.steering.cancel()
     with pytest.raises(ValueError, match="exactly one"):

@@ -69,7 +69,7 @@ def test_a_deadlock_is_ended_by_doing_one_of_the_two_anew(database: Database) ->
     assert len(tries) == 3
 
 
-def test_who_is_frozen_amid_a_transaction_holds_up_nobody_for_long(database: Database, frozen_soon: Database) -> None:
+def test_a_process_frozen_in_a_transaction_soon_loses_its_locks(database: Database, frozen_soon: Database) -> None:
     def freeze() -> None:
         with frozen_soon.write() as session:
             take(session, OWNERS[0])
@@ -84,7 +84,7 @@ def test_who_is_frozen_amid_a_transaction_holds_up_nobody_for_long(database: Dat
         take(session, OWNERS[0])
 
 
-def test_who_pauses_an_owner_may_be_the_second_to_write_of_it(database: Database) -> None:
+def test_a_pause_updates_an_owner_that_another_transaction_inserts(database: Database) -> None:
     store = JobStore.over(database, Settings(database_url="", broker_url="", s3_bucket=""))
     with database.write() as session:
         session.execute(sa.insert(OwnerRow).values(name="new", virtual_time=3.0))

@@ -186,7 +186,7 @@ def test_a_dispatcher_no_longer_believes_that_it_leads_while_sql_is_away(parts: 
     assert not leadership.leads
 
 
-def test_one_service_after_another_away_is_logged_for_each(
+def test_consecutive_outages_of_two_services_are_logged_for_each(
     parts: Parts, leadership: Leadership, caplog: pytest.LogCaptureFixture
 ) -> None:
     parts.submit(1)

@@ -153,7 +153,7 @@ def test_another_dispatcher_that_takes_over_meanwhile_is_found(database: Databas
     assert TAKEOVER_SECONDS / 2 < clock.seconds < TAKEOVER_SECONDS
 
 
-def test_who_leads_in_something_else_is_no_dispatcher(database: Database) -> None:
+def test_the_holder_of_another_lease_is_no_dispatcher(database: Database) -> None:
     assert Leadership(database, "retention", lease_seconds=600).seek()
     clock = Clock()
     assert check_dispatcher(database, "start one", clock=clock, sleep=clock.sleep).level == "bad"

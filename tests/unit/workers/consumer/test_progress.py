@@ -68,7 +68,7 @@ def worker() -> Iterator[Worker]:
         worker.hub.close()
 
 
-def test_a_render_is_told_of_when_it_has_got_further(worker: Worker) -> None:
+def test_a_render_is_reported_when_it_has_progressed(worker: Worker) -> None:
     renders = Renders(**{"b-1": 3, "b-2": 0})
     bars = ProgressBars(renders, 1.0)
     bars.send(worker.reporter)
@@ -83,7 +83,7 @@ def test_a_render_is_told_of_when_it_has_got_further(worker: Worker) -> None:
     ]
 
 
-def test_a_render_that_waits_for_a_slot_is_not_told_of(worker: Worker) -> None:
+def test_a_render_that_waits_for_a_slot_is_not_reported(worker: Worker) -> None:
     @contextmanager
     def waiting() -> Iterator[Mapping[tuple[str, int], Progress]]:
         yield {("b-1", 1): Progress(0, 20, None)}
@@ -154,7 +154,7 @@ def test_while_redis_is_away_nothing_piles_up_and_afterwards_it_goes_on(
     assert worker.arrived()[-1]["result"] == "███████████░ 95% step 19/20"
 
 
-def test_what_ends_after_the_workers_loop_is_told_all_the_same(worker: Worker) -> None:
+def test_a_task_that_ends_after_the_workers_loop_is_still_reported(worker: Worker) -> None:
     worker.event_dispatcher.send("task-started", uuid="b-1")
     worker.blueprint.state = bootsteps.CLOSE
     worker.reporter.stop(worker)

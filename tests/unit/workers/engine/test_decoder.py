@@ -99,7 +99,7 @@ def test_pictures_that_fail_together_are_tried_alone_and_only_the_culprit_fails(
     assert lost == []
 
 
-def test_a_lost_device_is_told_and_nobodys_picture_is(decoder: Decoder, done: Outcomes, lost: list[Exception]) -> None:
+def test_a_lost_device_is_reported_and_no_picture_is(decoder: Decoder, done: Outcomes, lost: list[Exception]) -> None:
     pipeline = Waiting()
     pipeline.errors.append(torch.AcceleratorError("device-side assert"))
     pipeline.go_on.set()

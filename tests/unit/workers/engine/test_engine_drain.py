@@ -92,7 +92,7 @@ def test_a_look_at_what_is_not_here_is_cancelled(engine: Engine) -> None:
     assert snapshot.cancelled()
 
 
-def test_who_stops_looking_hurts_nobody(engine: Engine, gated: Gated) -> None:
+def test_a_cancelled_snapshot_does_not_affect_the_render(engine: Engine, gated: Gated) -> None:
     futures = [engine.submit(request("a", steps=3))]
     gated.begun()
     assert engine.snapshot("a").cancel()
@@ -149,7 +149,7 @@ def test_a_snapshot_of_something_else_is_left_aside_and_told(
 # --- draining
 
 
-def test_a_drain_hands_back_who_waits_at_once_and_ends_when_the_rest_is_done(engine: Engine, gated: Gated) -> None:
+def test_a_drain_hands_back_waiting_requests_at_once_and_finishes_the_rest(engine: Engine, gated: Gated) -> None:
     first = engine.submit(request("running", steps=3))
     gated.begun()
     waiting = engine.submit(request("waiting"))
@@ -164,7 +164,7 @@ def test_a_drain_hands_back_who_waits_at_once_and_ends_when_the_rest_is_done(eng
     assert isinstance(first.result(0), Rendered)
 
 
-def test_who_waits_for_room_in_line_is_handed_back_too(engine: Engine, gated: Gated) -> None:
+def test_a_request_that_waits_for_room_in_line_is_handed_back_too(engine: Engine, gated: Gated) -> None:
     engine.submit(request("0"))
     gated.begun()
     for name in "12":
@@ -175,7 +175,7 @@ def test_who_waits_for_room_in_line_is_handed_back_too(engine: Engine, gated: Ga
         late.result(SOON)
 
 
-def test_who_was_put_aside_is_handed_back_with_its_state(gated: Gated) -> None:
+def test_a_preempted_request_is_handed_back_with_its_state(gated: Gated) -> None:
     with running(gated, slots=1) as engine:
         bulk = engine.submit(request("bulk", steps=5))
         gated.begun()
@@ -272,7 +272,7 @@ def test_one_is_handed_back_while_its_neighbours_go_on(engine: Engine, gated: Ga
     assert not engine.hand_back("leaves", "it is gone")
 
 
-def test_who_is_denoised_is_not_handed_back_but_finished(engine: Engine, gated: Gated) -> None:
+def test_a_denoised_request_is_not_handed_back_but_finished(engine: Engine, gated: Gated) -> None:
     decoding, decoded = threading.Event(), threading.Event()
 
     def wait_for_it(_: object) -> None:

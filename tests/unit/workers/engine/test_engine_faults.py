@@ -54,7 +54,7 @@ def test_a_request_that_can_not_be_encoded_is_refused_where_it_was_handed_in(eng
     engine.submit(request("good")).result(SOON)
 
 
-def test_the_farms_own_errors_come_out_as_they_are(engine: Engine, gated: Gated) -> None:
+def test_errors_of_the_farm_are_raised_unchanged(engine: Engine, gated: Gated) -> None:
     error = BadRequest("no such sampler here")
     gated.faults["encode a"] = fail(error)
     with pytest.raises(BadRequest, match="no such sampler here") as caught:
@@ -210,7 +210,7 @@ def break_loop(engine: Engine, monkeypatch: pytest.MonkeyPatch, times: int = 1) 
     monkeypatch.setattr(engine, "_schedule", raise_or_schedule)
 
 
-def test_a_broken_loop_fails_who_is_here_as_retryable_and_renders_the_next(
+def test_a_broken_loop_fails_its_requests_as_retryable_and_renders_the_next(
     engine: Engine, gated: Gated, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     futures = [engine.submit(request("a"))]

@@ -26,7 +26,7 @@ def test_shapes_take_turns(engine: Engine, gated: Gated) -> None:
     assert gated.forwards == [["first"], ["64"], ["128"], ["64"], ["128"]]
 
 
-def test_another_shape_at_the_head_of_the_line_holds_up_nobody(gated: Gated) -> None:
+def test_another_shape_at_the_head_of_the_line_blocks_no_request(gated: Gated) -> None:
     with running(gated, slots=2, line=4) as engine:
         futures = [engine.submit(request("a", steps=3))]
         gated.begun()
@@ -72,7 +72,7 @@ def test_an_urgent_request_is_in_the_next_forward_or_the_one_after(gated: Gated)
 # --- measured sizes
 
 
-def test_somebody_of_another_shape_may_come_while_forwards_are_measured() -> None:
+def test_a_request_of_another_shape_may_arrive_while_forwards_are_measured() -> None:
     measuring, measured = threading.Event(), threading.Event()
 
     class Slow(ForwardSizes):

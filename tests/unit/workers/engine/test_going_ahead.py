@@ -46,7 +46,7 @@ def test_priority_goes_before_what_could_join_a_forward() -> None:
 # --- going ahead
 
 
-def test_who_can_join_a_running_forward_goes_ahead_of_who_would_open_another() -> None:
+def test_a_request_that_can_join_a_running_forward_goes_ahead_of_one_that_opens_another() -> None:
     line = scheduler(slots=2, a=SMALL, b=LARGE, c=SMALL)
     assert line.admit() == ("a", "c")
     line.remove("a")
@@ -88,7 +88,7 @@ def test_a_request_larger_than_a_forward_runs_alone() -> None:
     assert line.admit() == ("b",)
 
 
-def test_whose_forward_is_full_holds_up_nobody_of_another_key() -> None:
+def test_a_request_whose_forward_is_full_does_not_block_another_key() -> None:
     line = scheduler(slots=3, most_rows=1, a=SMALL, b=SMALL, c=LARGE)
     assert line.admit() == ("a", "c")
     assert line.waiting == ("b",)
@@ -121,7 +121,7 @@ def test_an_urgent_request_takes_the_slot_of_the_lowest_priority_that_came_last(
     assert line.running == ("a", "b", "urgent")
 
 
-def test_it_takes_from_its_own_key_before_another_of_the_same_priority() -> None:
+def test_an_urgent_request_preempts_its_own_key_before_another_of_the_same_priority() -> None:
     line = scheduler(slots=2, a=SMALL, b=SMALL)
     line.admit()
     line.remove("b")
@@ -132,7 +132,7 @@ def test_it_takes_from_its_own_key_before_another_of_the_same_priority() -> None
     assert line.waiting == ("a",)
 
 
-def test_it_does_not_wait_for_room_in_line_and_leaves_the_room_of_others() -> None:
+def test_an_urgent_request_neither_waits_for_room_in_line_nor_takes_it() -> None:
     line = scheduler(slots=1, line=1, a=SMALL)
     line.admit()
     line.enqueue("b", SMALL)
@@ -145,7 +145,7 @@ def test_it_does_not_wait_for_room_in_line_and_leaves_the_room_of_others() -> No
     assert not line.full  # a was preempted, and does not count
 
 
-def test_it_waits_only_for_others_as_urgent() -> None:
+def test_an_urgent_request_waits_only_for_other_urgent_ones() -> None:
     line = scheduler(slots=1)
     line.enqueue("first", SMALL, priority=95)
     line.admit()
@@ -166,7 +166,7 @@ def test_room_for_its_rows_is_made_in_its_own_key(rows: int) -> None:
     assert line.waiting == tuple("abcd"[max(0, 4 - rows) :])
 
 
-def test_who_was_put_aside_goes_on_before_others_of_its_priority() -> None:
+def test_a_preempted_request_resumes_before_others_of_its_priority() -> None:
     line = scheduler(slots=2, line=9, a=SMALL, b=LARGE)
     line.admit()
     for name in "cd":
@@ -211,7 +211,7 @@ def test_a_stream_of_urgent_requests_leaves_every_other_turn_to_the_rest() -> No
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_whatever_comes_nobody_waits_for_ever_and_no_bound_is_broken(seed: int) -> None:
+def test_no_request_starves_and_no_bound_is_exceeded_in_random_sequences(seed: int) -> None:
     chance = random.Random(seed)
     keys = [SMALL, LARGE, OTHER][: chance.randint(1, 3)]
     most = {key: chance.choice([1, 2, 4, 8]) for key in keys}

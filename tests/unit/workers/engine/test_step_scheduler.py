@@ -26,7 +26,7 @@ def test_slots_go_to_the_head_of_the_line() -> None:
     assert line.waiting == ("c",)
 
 
-def test_nobody_is_admitted_while_the_slots_are_taken() -> None:
+def test_no_request_is_admitted_while_all_slots_are_taken() -> None:
     line = scheduler(slots=1, a=SMALL, b=SMALL)
     line.admit()
     assert line.admit() == ()

@@ -62,7 +62,7 @@ def test_a_hub_that_is_away_for_a_while_makes_no_wrong_model(hub: Hub, status: i
     assert raised.value.retryable
 
 
-def test_a_hub_that_nobody_reaches_makes_no_wrong_model(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub_makes_a_model_unavailable_not_invalid(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:1")
     with pytest.raises(ModelUnavailable):
         open_checkpoint("org/name", {})

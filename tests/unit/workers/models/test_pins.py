@@ -259,7 +259,7 @@ def test_a_guess_too_large_for_the_budget_refuses_no_model() -> None:
     assert pins.held == ("a",)
 
 
-def test_nobody_can_release_what_nobody_uses() -> None:
+def test_a_model_without_users_can_not_be_released() -> None:
     pins = Shelf(a=1).pins()
     touch(pins, "a")
     with pytest.raises(ValueError, match="nobody uses model 'a'"):
@@ -439,7 +439,7 @@ def test_all_who_wait_for_a_model_hear_that_it_failed_and_the_next_in_line_is_lo
     assert shelf.loading == ["a", "b"]
 
 
-def test_who_waits_for_room_is_not_starved_by_new_users_of_what_must_leave() -> None:
+def test_a_load_that_waits_for_memory_is_not_starved_by_new_users_of_the_model_to_evict() -> None:
     shelf = Shelf(a=600, b=600)
     pins = shelf.pins(1000, guessed=True)
     pins.use("a")
@@ -457,7 +457,7 @@ def test_who_waits_for_room_is_not_starved_by_new_users_of_what_must_leave() -> 
     assert shelf.loading == ["a", "b", "a"]
 
 
-def test_a_model_that_need_not_leave_takes_new_users_while_somebody_waits() -> None:
+def test_a_model_that_is_not_to_be_evicted_takes_new_users_during_a_wait() -> None:
     shelf = Shelf(a=400, b=400, c=400)
     pins = shelf.pins(1000, guessed=True)
     pins.use("a")
@@ -471,7 +471,7 @@ def test_a_model_that_need_not_leave_takes_new_users_while_somebody_waits() -> N
     assert pins.held == ("c", "b")
 
 
-def test_who_waited_behind_a_model_that_got_its_room_elsewhere_finds_his_still_loaded() -> None:
+def test_a_model_whose_eviction_became_unnecessary_serves_its_waiting_users() -> None:
     shelf = Shelf(a=400, b=400, c=400)
     pins = shelf.pins(1000, guessed=True)
     pins.use("a")

@@ -58,7 +58,7 @@ def test_the_driver_is_asked_where_nothing_is_said(driver: Path) -> None:
         ("GPU-unknown", ["gpu-unknown"]),
     ],
 )
-def test_what_is_visible_is_what_is_there(driver: Path, visible: str, names: list[str]) -> None:
+def test_only_visible_gpus_are_used(driver: Path, visible: str, names: list[str]) -> None:
     found = here({"CUDA_VISIBLE_DEVICES": visible})
     assert [gpu.name for gpu in found] == names
     assert ",".join(gpu.id for gpu in found) == visible.partition(",-1")[0]
@@ -77,7 +77,7 @@ def test_some_of_them_may_be_meant(wanted: str, names: list[str]) -> None:
     [("4", "there are 3 here: a, b, c"), ("0", "at least one"), ("-1", "at least one"), ("0,0", "each once")]
     + [(wrong, "all, a number of them, or a list") for wrong in ("every", "1-2", "")],
 )
-def test_what_is_not_there_can_not_be_meant(wanted: str, why: str) -> None:
+def test_a_missing_gpu_can_not_be_chosen(wanted: str, why: str) -> None:
     with pytest.raises(NotConfigured, match=why):
         chosen(wanted, [Gpu(name, name) for name in "abc"])
 

@@ -58,14 +58,14 @@ def test_what_is_asked_while_a_call_is_under_way_goes_into_one_call(
     assert doubling.calls == [[1], [2, 3, 4]]
 
 
-def test_what_breaks_breaks_alone(gathered: GroupCommit[int, int], doubling: Doubling) -> None:
+def test_an_error_concerns_only_the_call_that_caused_it(gathered: GroupCommit[int, int], doubling: Doubling) -> None:
     _, two, thirteen, four = ask(gathered, doubling, 2, 13, 4)
     assert (two.result(), four.result()) == (4, 8)
     with pytest.raises(ValueError, match="13"):
         thirteen.result()
 
 
-def test_an_outage_is_told_to_all_and_not_tried_for_each(gathered: GroupCommit[int, int], doubling: Doubling) -> None:
+def test_an_outage_fails_all_calls_without_single_retries(gathered: GroupCommit[int, int], doubling: Doubling) -> None:
     for answer in ask(gathered, doubling, 2, 99, 4)[1:]:
         with pytest.raises(DatabaseUnavailable):
             answer.result()

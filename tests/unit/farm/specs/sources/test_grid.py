@@ -155,7 +155,7 @@ def test_a_bad_row_is_told_once_however_large_the_grid() -> None:
     ]
 
 
-def test_values_that_do_not_go_together_are_found_where_they_meet() -> None:
+def test_grid_values_that_are_invalid_together_are_refused() -> None:
     with pytest.raises(InvalidInput, match=r"trajectory: keeps a picture a step, 200 at most; .* is 300"):
         list(stream("a", grid="trajectory=false,true steps=100,300"))
 
