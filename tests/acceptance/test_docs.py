@@ -32,7 +32,7 @@ class Block:
     """Commands of a page that run one after another."""
 
     where: str
-    """`services`: with PostgreSQL, Redis and S3; `embedded`: beside `farm up`."""
+    """`services`: with PostgreSQL, Redis and S3; `embedded`: next to a running `farm up`."""
     stopped: bool
     """Whether all dispatchers and workers are stopped first."""
     commands: tuple[str, ...]

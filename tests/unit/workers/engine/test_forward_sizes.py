@@ -136,7 +136,7 @@ def test_each_shape_is_measured_once(clock: Clock, template: RenderRequest) -> N
     assert len(pipeline.forwards) == 2 * once
 
 
-# --- kept on disk
+# --- stored on disk
 
 
 def test_what_was_measured_is_read_back_by_the_next_worker(
@@ -185,7 +185,7 @@ def test_a_folder_that_can_not_be_written_costs_nothing_else(
     assert "can't keep the measured forward sizes" in caplog.text
 
 
-# --- corrected
+# --- corrections
 
 
 def test_rows_that_did_not_fit_after_all_lower_the_best_here_and_on_disk(
@@ -215,7 +215,7 @@ def test_a_forward_that_took_no_time_divides_nothing() -> None:
     assert Curve({1: 0.0, 2: 0.0}).best == 1
 
 
-# --- filled up
+# --- filled forwards
 
 
 @dataclass(frozen=True)
