@@ -1,7 +1,7 @@
-"""Whole checkpoints of each model family, a few hundred kilobytes with random weights, made offline.
+"""Complete checkpoints of each model family, made offline: a few hundred kilobytes with random weights.
 
-Shaped as the families' published ones are, only narrow: their parts, their configs' peculiarities, their noise
-schedulers. They draw 64x64 pictures of nothing that depend on all they are given.
+They have the parts, config peculiarities and noise schedulers of the published checkpoints, in narrow layers. Their
+64x64 pictures show nothing, but depend on every input.
 """
 
 import json
@@ -16,13 +16,13 @@ import transformers
 from tokenizers.pre_tokenizers import ByteLevel
 
 _WIDTH = 32
-"""Of a text encoder's vectors, and of CLIP's projected one."""
+"""The width of a text encoder's vectors, and of CLIP's projected vector."""
 _LATENT_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 _NO_QUANT_CONVS = {"use_quant_conv": False, "use_post_quant_conv": False}
 
 
 def build_checkpoint(folder: Path, **scheduler: Any) -> Path:
-    """Write a Stable Diffusion 1.x that renders 64x64 pictures from 4x8x8 latents; the same bytes every time.
+    """Write a Stable Diffusion 1.x that renders 64x64 pictures from 4x8x8 latents, with reproducible bytes.
 
     `scheduler` sets values in its PNDM config, such as `prediction_type`. Returns `folder`.
     """
@@ -48,12 +48,12 @@ def build_checkpoint(folder: Path, **scheduler: Any) -> Path:
             feature_extractor=None,
             requires_safety_checker=False,
         )
-    # PNDM has no clip_sample, yet SD's configs carry it, and DDIM would clip without it.
+    # PNDM has no clip_sample, yet the configs of SD contain it, and DDIM would clip without it.
     return _save(pipe, folder, {"clip_sample": False, **scheduler})
 
 
 def build_sdxl(folder: Path, **scheduler: Any) -> Path:
-    """Write an SDXL base that renders 64x64 pictures from 4x8x8 latents; the same bytes every time.
+    """Write an SDXL base that renders 64x64 pictures from 4x8x8 latents, with reproducible bytes.
 
     `scheduler` sets values in its Euler config. Returns `folder`.
     """
@@ -84,17 +84,17 @@ def build_sdxl(folder: Path, **scheduler: Any) -> Path:
             scheduler=diffusers.EulerDiscreteScheduler(**_LATENT_DIFFUSION, timestep_spacing="leading"),
             add_watermarker=False,
         )
-    # SDXL's own config carries other samplers' keys too.
+    # SDXL's own config contains keys of other samplers too.
     foreign = {"clip_sample": False, "sample_max_value": 1.0, "set_alpha_to_one": False, "skip_prk_steps": True}
     return _save(pipe, folder, {**foreign, **scheduler})
 
 
 def build_sd3(folder: Path, t5: bool = True, **scheduler: Any) -> Path:
-    """Write a Stable Diffusion 3 that renders 64x64 pictures from 16x8x8 latents; the same bytes every time.
+    """Write a Stable Diffusion 3 that renders 64x64 pictures from 16x8x8 latents, with reproducible bytes.
 
-    Without `t5` its third text encoder and tokenizer are null, as people leave them out to save memory; diffusers then
-    loads it only if told so (`text_encoder_3=None, tokenizer_3=None`). `scheduler` sets values in its flow matching
-    Euler config. Returns `folder`.
+    Without `t5` its third text encoder and tokenizer are null, a common way to save memory; diffusers then loads it
+    only with `text_encoder_3=None, tokenizer_3=None`. `scheduler` sets values in its flow matching Euler config.
+    Returns `folder`.
     """
     with _random_weights():
         tokenizer, tokenizer_2 = _tokenizer(), _tokenizer(pad_token="!")
@@ -105,7 +105,7 @@ def build_sd3(folder: Path, t5: bool = True, **scheduler: Any) -> Path:
             num_layers=2,
             attention_head_dim=16,
             num_attention_heads=2,
-            joint_attention_dim=3 * _WIDTH,  # wider than both CLIPs side by side, as it is there
+            joint_attention_dim=3 * _WIDTH,  # wider than both CLIPs concatenated, as in the original
             caption_projection_dim=32,
             pooled_projection_dim=2 * _WIDTH,
             pos_embed_max_size=24,
@@ -125,10 +125,11 @@ def build_sd3(folder: Path, t5: bool = True, **scheduler: Any) -> Path:
 
 
 def build_flux(folder: Path, guidance_embeds: bool = True, **scheduler: Any) -> Path:
-    """Write a Flux that renders 64x64 pictures from 16x8x8 latents; the same bytes every time.
+    """Write a Flux that renders 64x64 pictures from 16x8x8 latents, with reproducible bytes.
 
-    Shaped as FLUX.1-dev; without `guidance_embeds` its transformer is FLUX.1-schnell's. Its native size is 1024x1024,
-    which diffusers has no config for. `scheduler` sets values in its flow matching Euler config. Returns `folder`.
+    It has the structure of FLUX.1-dev; without `guidance_embeds` its transformer is that of FLUX.1-schnell. Its native
+    size is 1024x1024, which diffusers does not store in a config. `scheduler` sets values in its flow matching Euler
+    config. Returns `folder`.
     """
     with _random_weights():
         tokenizer = _tokenizer()
@@ -158,14 +159,14 @@ def build_flux(folder: Path, guidance_embeds: bool = True, **scheduler: Any) -> 
 
 @contextmanager
 def _random_weights() -> Iterator[None]:
-    """The same random weights every time, whatever was drawn before; what is drawn after does not notice."""
+    """Draw the same random weights every time, and restore the state of the random generator afterwards."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         yield
 
 
 def _vae(**config: Any) -> "diffusers.AutoencoderKL":
-    """A VAE with the published ones' factor of 8."""
+    """Return a VAE with a scale factor of 8, as in the published checkpoints."""
     return diffusers.AutoencoderKL(
         sample_size=64,
         block_out_channels=(8, 8, 16, 16),
@@ -196,7 +197,7 @@ def _clip(
 
 
 def _tokenizer(**tokens: str) -> "transformers.CLIPTokenizer":
-    """CLIP's byte-level tokenizer without its merges: one token a character."""
+    """Return CLIP's byte-level tokenizer without merges: one token per character."""
     alphabet = sorted(ByteLevel.alphabet())
     words = [*alphabet, *(character + "</w>" for character in alphabet), "<|startoftext|>", "<|endoftext|>"]
     vocab = {word: index for index, word in enumerate(words)}
@@ -204,7 +205,7 @@ def _tokenizer(**tokens: str) -> "transformers.CLIPTokenizer":
 
 
 def t5_encoder(width: int) -> "transformers.T5EncoderModel":
-    """T5 v1.1's encoder."""
+    """Return an encoder of T5 v1.1."""
     return transformers.T5EncoderModel(
         transformers.T5Config(
             vocab_size=len(t5_tokenizer()),
@@ -221,7 +222,7 @@ def t5_encoder(width: int) -> "transformers.T5EncoderModel":
 
 
 def t5_tokenizer() -> "transformers.T5Tokenizer":
-    """T5's unigram tokenizer with the printable ASCII characters for pieces; what is not among them is unknown."""
+    """Return T5's unigram tokenizer with the printable ASCII characters as pieces; any other character is unknown."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
     pieces += [(chr(code), -3.0) for code in range(ord("!"), ord("~") + 1)]
     return transformers.T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512)
@@ -229,7 +230,7 @@ def t5_tokenizer() -> "transformers.T5Tokenizer":
 
 def _save(pipe: "diffusers.DiffusionPipeline", folder: Path, scheduler: dict[str, Any]) -> Path:
     pipe.save_pretrained(folder)
-    # Written here because a pipeline mends outdated values, and a scheduler leaves out those it does not know.
+    # Written to the file directly: a pipeline corrects outdated values, and a scheduler drops unknown ones.
     config = folder / "scheduler" / "scheduler_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), **scheduler}))
     return folder

@@ -1,4 +1,4 @@
-"""What every test may use."""
+"""Options and fixtures for all tests."""
 
 import gc
 import importlib
@@ -11,13 +11,13 @@ from hypothesis import settings
 
 pytest_plugins = ["tests.servers"]
 
-# Ten thousand cases of each property: `pytest --hypothesis-profile long`.
+# Ten thousand examples of each property: `pytest --hypothesis-profile long`.
 settings.register_profile("short", max_examples=200, deadline=None)
 settings.register_profile("long", max_examples=10_000, deadline=None)
 settings.load_profile("short")
 
 ASKED_FOR = ("chaos", "compose", "hosts", "long")
-"""Marks of what runs only when it is asked for: `pytest -m chaos`, as `make chaos` does."""
+"""Marks of tests that run only on request: `pytest -m chaos`, as `make chaos` does."""
 
 
 RENDERING = ("torch", "diffusers", "transformers", "huggingface_hub", "safetensors", "tokenizers", "numpy", "scipy")
@@ -30,13 +30,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Where torch is installed, `--without-torch` makes its import fail."""
+    """With `--without-torch`, make the import of torch fail even where it is installed."""
     if config.getoption("--without-torch"):
         sys.modules["torch"] = None  # type: ignore[assignment]
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """With `--without-torch`, ignore the test files that import what only a worker needs, or whose fixtures do."""
+    """With `--without-torch`, ignore test files that import a worker's packages, directly or through fixtures."""
     path = collection_path / "conftest.py" if collection_path.is_dir() else collection_path
     looked_at = path.name == "conftest.py" or path.match("test_*.py")
     if not (config.getoption("--without-torch") and looked_at and path.exists()):
@@ -51,19 +51,19 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 @pytest.fixture(scope="module", autouse=True)
 def _garbage_is_collected() -> Iterator[None]:
-    """What the tests of a file leave open is an error there, and not in a later file, whenever garbage is collected."""
+    """Collect garbage after each file, so that an unclosed resource fails that file and not a later one."""
     yield
     gc.collect()
 
 
 def pytest_collection_finish() -> None:
-    """Garbage collections skip all that was imported: with torch and diffusers, each takes a quarter of a second."""
+    """Exclude imports from garbage collection: with torch and diffusers, a collection takes a quarter of a second."""
     gc.collect()
     gc.freeze()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect what runs only when it is asked for, unless marks are chosen on the command line."""
+    """Deselect tests that run only on request, unless marks are chosen on the command line."""
     if config.getoption("markexpr"):
         return
     left_out = {item for item in items if any(item.get_closest_marker(mark) for mark in ASKED_FOR)}

@@ -1,4 +1,4 @@
-"""The null pipeline, every forward of which waits for the test, and what tests of the engine do with it."""
+"""A null pipeline whose every forward waits for the test, and helpers for tests of the engine."""
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -16,11 +16,11 @@ from workers.render.pipeline import Pipeline
 from workers.render.request import RenderRequest
 
 SOON = 30.0
-"""Seconds after which a test that waits in vain gives up."""
+"""Seconds after which a waiting test fails."""
 
 
 class Gated:
-    """A null pipeline that does one forward when told to, and can be made to fail anywhere."""
+    """A null pipeline that runs a forward when the test allows it, and that can be made to fail in any verb."""
 
     def __init__(self) -> None:
         self.null = NullPipeline()
@@ -28,12 +28,12 @@ class Gated:
         self.filled: list[int | None] = []
         self.decoded: list[int] = []
         self.faults: dict[str, Callable[[Any], None]] = {}
-        """By `verb` or `verb id`: called with the verb's first argument before the verb is."""
+        """Functions by `verb` or `verb id`, called with the verb's first argument before the verb runs."""
         self.poison: dict[str, int] = {}
-        """Whose output of which forward, from 0, is not a number."""
+        """By request id, the forward (counted from 0) whose output is NaN."""
         self.rows: dict[str, int] = {}
         self.most_rows = 2**31
-        """More do not fit into its memory."""
+        """A forward with more rows runs out of memory."""
         self._allowed = threading.Semaphore(0)
         self._begun = threading.Semaphore(0)
 
@@ -78,23 +78,23 @@ class Gated:
         return self.null.decode(latents)
 
     def begun(self) -> list[str]:
-        """Wait for the next forward to begin; the ids in it."""
+        """Wait for the next forward to begin; returns its request ids."""
         assert self._begun.acquire(timeout=SOON)
         return self.forwards[-1]
 
     def allow(self, forwards: int = 1000) -> None:
-        """Let the forward under way end, and so many in all."""
+        """Let that many forwards end, including the one under way."""
         self._allowed.release(forwards)
 
     def next(self) -> list[str]:
-        """Let the forward under way end, and wait for the one after it; the ids in that."""
+        """Let the forward under way end, and wait for the next to begin; returns its request ids."""
         self.allow(1)
         return self.begun()
 
 
 @contextmanager
 def running(pipeline: Pipeline, slots: int = 3, line: int = 2, **options: Any) -> Iterator[Engine]:
-    """A started engine of one model, `tiny`; at its end nobody is left in it, and nobody uses the model."""
+    """Run an engine of one model, `tiny`; at the end, check that it has no request and the model no user."""
     pins = Pins.of({"tiny": pipeline})
     engine = Engine(pins, slots, line, **options)
     engine.start()
@@ -117,7 +117,7 @@ def request(request_id: str, steps: int = 2, priority: int = 50, **spec: Any) ->
 
 
 def pixel(seed: int) -> tuple[int, ...]:
-    """The colour that a null picture of that seed has all over."""
+    """Return the colour of every pixel in a null picture of that seed."""
     return tuple(colour(seed).mul(255).round().int().flatten().tolist())
 
 

@@ -16,7 +16,7 @@ from workers.render.request import RenderRequest
 
 
 def draw(pipeline: Pipeline, specs: Sequence[RenderSpec], slots: int, **options: bool) -> list[np.ndarray]:
-    """The pictures of the specs, (height, width, 3) in [0, 1], by an engine with that many slots."""
+    """Return the pictures of the specs, (height, width, 3) in [0, 1], from an engine with that many slots."""
     pictures: dict[str, np.ndarray] = {}
     rendered = decoder.rendered
 

@@ -1,4 +1,4 @@
-"""A real Prometheus, Debian's, over the farm's own configuration."""
+"""A real Prometheus (Debian's package) with the farm's own configuration."""
 
 import json
 import os
@@ -21,13 +21,13 @@ SHIPPED = ROOT / "infra" / "prometheus"
 
 
 def program(name: str) -> str:
-    """Where `prometheus` or `promtool` is."""
+    """Return the path of `prometheus` or `promtool`."""
     found = shutil.which(name, path=f"{os.environ.get('PATH', '')}:{ROOT / '.cache' / 'debian' / 'usr' / 'bin'}")
     return found or missing(f"no {name}: run infra/ci-packages, or apt-get install prometheus")
 
 
 def free_port() -> int:
-    """A port of this machine's that nobody has now."""
+    """Return an unused local port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -35,29 +35,29 @@ def free_port() -> int:
 
 
 class Prometheus:
-    """One that runs, and what it knows."""
+    """A client of a running Prometheus."""
 
     def __init__(self, url: str) -> None:
         self.url = url
 
     def query(self, promql: str) -> list[dict[str, Any]]:
-        """What an expression gives now: samples with their labels."""
+        """Return the current value of an expression: samples with their labels."""
         result: list[dict[str, Any]] = self._get("query", query=promql)["result"]
         return result
 
     def value(self, promql: str) -> float | None:
-        """The one number that an expression gives; None if it gives none."""
+        """Return the single number of an expression, or None if it has no value."""
         found = self.query(promql)
         assert len(found) < 2, found
         return float(found[0]["value"][1]) if found else None
 
     def targets(self) -> list[dict[str, Any]]:
-        """What it scrapes."""
+        """Return the active scrape targets."""
         found: list[dict[str, Any]] = self._get("targets")["activeTargets"]
         return found
 
     def ready(self) -> bool:
-        """Whether it answers."""
+        """Return whether it answers."""
         try:
             with urllib.request.urlopen(f"{self.url}/-/ready", timeout=5) as answer:
                 return bool(answer.status == 200)
@@ -75,7 +75,7 @@ class Prometheus:
 
 @contextmanager
 def prometheus(folder: Path, dispatcher: str, *, seconds: int = 1) -> Iterator[Prometheus]:
-    """One that finds a farm by its dispatcher's `host:port` as shipped, only asking every second."""
+    """Run the shipped configuration against a dispatcher's `host:port`, with intervals of `seconds`."""
     place = folder / "prometheus"
     shutil.copytree(SHIPPED, place)
     config = place / "prometheus.yml"
@@ -115,7 +115,7 @@ def prometheus(folder: Path, dispatcher: str, *, seconds: int = 1) -> Iterator[P
 
 
 def promtool(*arguments: str, given: bytes = b"", at: Path = SHIPPED) -> str:
-    """What Prometheus' own checker says; fails with it where something is wrong."""
+    """Run Prometheus' own checker and return its output; fails with that output if the checker fails."""
     done = subprocess.run([program("promtool"), *arguments], cwd=at, input=given, capture_output=True, check=False)
     said = (done.stdout + done.stderr).decode()
     assert done.returncode == 0, said

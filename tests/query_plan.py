@@ -1,4 +1,4 @@
-"""How a database would answer a query."""
+"""Query plans."""
 
 import sqlalchemy as sa
 
@@ -6,7 +6,7 @@ from farm.jobs.database import Database
 
 
 def plan(database: Database, query: sa.Select[object]) -> str:
-    """The plan of a query, as `EXPLAIN` prints it."""
+    """Return the plan of a query, as `EXPLAIN` prints it."""
     with database.read() as session:
         compiled = query.compile(database.engine, compile_kwargs={"literal_binds": True})
         how = "EXPLAIN QUERY PLAN" if database.engine.dialect.name == "sqlite" else "EXPLAIN"

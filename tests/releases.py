@@ -49,13 +49,13 @@ class Release:
 
     @property
     def env(self) -> dict[str, str]:
-        """The environment variables that its programs need."""
+        """The environment variables for its programs."""
         return {"PYTHONPATH": str(self.folder)}
 
 
 @dataclass(frozen=True)
 class NextRelease(Release):
-    """A release with one migration more than this tree."""
+    """A release with one more migration than this tree."""
 
     revision: str
     """The revision of its schema."""
@@ -67,7 +67,7 @@ def this_release() -> Release:
 
 
 def previous_release(folder: Path) -> Release:
-    """Write the previous release into a new folder; fails the test where git does not have its commit."""
+    """Write the previous release into a new folder; fails the test if git does not have its commit."""
     archive = subprocess.run(
         ["git", "archive", PREVIOUS, "farm", "workers"], cwd=ROOT, capture_output=True, check=False
     )
@@ -85,7 +85,7 @@ def previous_release(folder: Path) -> Release:
 
 
 def next_release(folder: Path) -> NextRelease:
-    """Write a next release into a new folder: this tree's packages with one migration more."""
+    """Write a next release into a new folder: this tree's packages with one more migration."""
     folder.mkdir()
     for package in (farm, workers):
         there = Path(package.__file__ or "").parent
@@ -102,14 +102,14 @@ def next_release(folder: Path) -> NextRelease:
 
 
 def _name(folder: Path, version: str) -> None:
-    """Give the packages in a folder a version, as their installation would."""
+    """Write the metadata that gives the packages in a folder a version, as their installation would."""
     info = folder / f"diffusion_farm-{version}.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: diffusion-farm\nVersion: {version}\n")
 
 
 def _checked(release: Release) -> Release:
-    """The release, once its programs are known to import its own packages and not this tree's."""
+    """Return the release after checking that its programs import its own packages and not this tree's."""
     found = subprocess.run(
         [sys.executable, "-c", "import farm, workers; print(farm.__version__, farm.__file__, workers.__file__)"],
         cwd=release.folder,

@@ -1,4 +1,4 @@
-"""A farm as its user has it: `farm up` in a folder of its own, and the command line beside it."""
+"""A user's farm: `farm up` in a folder of its own, and the command line in the same folder."""
 
 import json
 import os
@@ -28,7 +28,7 @@ class UserFarm:
         self.popen: subprocess.Popen[str] | None = None
 
     def up(self) -> None:
-        """Start it and wait until it says that it stands."""
+        """Start the farm and wait until it reports that it is ready."""
         self.said = ""
         self.popen = subprocess.Popen(
             [sys.executable, "-m", "farm", "up"],
@@ -52,23 +52,23 @@ class UserFarm:
                     self._heard.notify_all()
 
     def hear(self, words: str, seconds: float = 120) -> None:
-        """Wait until it has said that."""
+        """Wait until the output contains these words."""
         with self._heard:
             assert self._heard.wait_for(lambda: words in self.said, seconds), self.said
 
     def pid(self, part: str) -> int:
-        """The process of a part, by the farm's own note of it."""
+        """Return the process id of a part, from the farm's pid file."""
         record = json.loads((self.folder / ".farm" / "run" / f"{part}.pid").read_text())
         return int(record["pid"])
 
     def processes(self) -> list[psutil.Process]:
-        """It and everything below it."""
+        """Return the farm's process and all its descendants."""
         assert self.popen is not None
         top = psutil.Process(self.popen.pid)
         return [top, *top.children(recursive=True)]
 
     def down(self) -> int:
-        """Stop it as Ctrl-C does; returns its exit code."""
+        """Stop the farm as Ctrl-C does; returns its exit code."""
         assert self.popen is not None
         self.popen.terminate()
         code = self.popen.wait(60)
@@ -83,7 +83,7 @@ class UserFarm:
 
 @pytest.fixture(scope="module")
 def user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[UserFarm]:
-    """A farm that runs."""
+    """A running farm."""
     user = UserFarm(tmp_path_factory.mktemp("user"))
     user.up()
     yield user

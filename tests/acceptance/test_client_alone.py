@@ -1,4 +1,4 @@
-"""The client in an environment of its own: no torch, and it can submit and download."""
+"""The client in an environment without torch can submit and download."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The commands of the README and of the pages in `docs/` run, in the order of their page."""
+"""The commands of the README and of the pages in `docs/` run, in the order of each page."""
 
 import os
 import re
@@ -23,23 +23,23 @@ PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 _BLOCK = re.compile(r"^```(?P<language>sh|python)(?P<options>[^\n]*)\n(?P<text>.*?)^```", re.MULTILINE | re.DOTALL)
 _SPAN = re.compile(r"`(farm [^`]+)`")
 _SERVICES = {"farm dispatcher": "dispatching", "farm worker": "ready."}
-"""Commands that run until they are stopped, and what they print when they are ready."""
+"""Commands that run until they are stopped, and the text that they print when they are ready."""
 _PROMPTS = "a red circle on a white background\na blue star on a black background\n"
 
 
 @dataclass(frozen=True)
 class Block:
-    """Commands of a page that are run one after another."""
+    """Commands of a page that run one after another."""
 
     where: str
-    """`services`: with PostgreSQL, Redis and S3; `embedded`: beside `farm up`."""
+    """`services`: with PostgreSQL, Redis and S3; `embedded`: next to a running `farm up`."""
     stopped: bool
     """Whether all dispatchers and workers are stopped first."""
     commands: tuple[str, ...]
 
 
 def blocks(page: Path) -> list[Block]:
-    """The blocks of a page that are to be run. Raises `ValueError` for shell commands that are not."""
+    """Return the blocks of a page that a test runs. Raises `ValueError` for shell commands that no test runs."""
     found = []
     for block in _BLOCK.finditer(page.read_text()):
         run = re.fullmatch(r" run=(services|embedded)( stopped)?", block["options"])
@@ -68,7 +68,7 @@ class Shell:
         self.services: list[subprocess.Popen[str]] = []
 
     def run(self, command: str) -> None:
-        """Run a command until it succeeds, or a service until it is ready."""
+        """Run a command until it succeeds, or start a service and wait until it is ready."""
         ready = next((text for service, text in _SERVICES.items() if command.startswith(service)), None)
         if ready is not None:
             self._start(command, ready)
@@ -193,7 +193,7 @@ def test_the_commands_of_the_other_pages_run(reader: Shell) -> None:
     for page in PAGES:
         if page not in (OPERATE, SECURE) and any(block.where == "services" for block in blocks(page)):
             reader.follow(page, "services")
-            reader.run("farm cancel --owner reader")  # so that the next page's jobs need not wait
+            reader.run("farm cancel --owner reader")  # so that the next page's jobs do not wait for these
 
 
 @pytest.mark.long
@@ -208,7 +208,7 @@ def test_every_block_of_shell_commands_is_run_by_a_test() -> None:
 
 
 def spans(page: Path) -> list[str]:
-    """The commands within a page's sentences; those that end a batch come last, because others still use the batch."""
+    """Return the commands within a page's sentences; those that end a batch come last, because others use the batch."""
     found = {span for span in _SPAN.findall(page.read_text()) if span not in _SERVICES}
     return sorted(found, key=lambda span: (("cancel" in span) + 2 * ("delete" in span), span))
 

@@ -1,4 +1,4 @@
-"""The farm as its user has it: `farm up`, the command line, the pictures; and what happens when things die."""
+"""A user's farm: `farm up`, the command line, the pictures, and recovery after processes die."""
 
 import base64
 import csv
@@ -25,7 +25,7 @@ PROMPTS = ROOT / "examples" / "prompts.csv"
 
 
 def right(paths: Iterable[Path]) -> float:
-    """The share of pictures that show what their own metadata asks for."""
+    """Return the share of pictures that show what the prompt in their metadata says."""
     verdicts = []
     for path in paths:
         with Image.open(path) as image:

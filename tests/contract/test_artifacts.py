@@ -1,4 +1,4 @@
-"""What a finished job has stored: listed by workers of this release, derived for those of older ones."""
+"""The artifacts of a finished job: workers of this release store the list, and for older releases it is derived."""
 
 import pytest
 import sqlalchemy as sa
@@ -69,7 +69,7 @@ def test_a_success_reported_twice_is_listed_once(store: JobStore) -> None:
 def test_the_artifacts_of_an_older_release_are_derived_from_the_picture(store: JobStore, database: Database) -> None:
     job = succeeded(store)
     with database.write() as session:
-        session.execute(sa.delete(ArtifactRow))  # a worker of release 0.1 writes none
+        session.execute(sa.delete(ArtifactRow))  # workers of release 0.1 write no artifact rows
     old = store.queries.job(job.id)
     assert old.picture == PICTURE
     assert old.artifacts == (

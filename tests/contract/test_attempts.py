@@ -1,4 +1,4 @@
-"""What becomes of a job's attempts, on every database: retried by the class of the error, written down, tried anew."""
+"""The attempts of a job on every database: retries by error class, the recorded outcomes, and manual retries."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -35,7 +35,7 @@ def made(database: Database, **settings: float) -> JobStore:
 
 @pytest.fixture
 def lapse(database: Database) -> Callable[[], None]:
-    """Lets a minute pass for every lease and every back-off."""
+    """Let every lease and every back-off expire by moving them back one minute."""
 
     def pass_time() -> None:
         with database.write() as session:
@@ -52,7 +52,7 @@ def submitted(store: JobStore, count: int = 1) -> str:
 
 
 def taken(store: JobStore, worker: str = "w1@host") -> Claim:
-    """The next attempt of the job whose turn it is."""
+    """Dispatch the next job and claim it."""
     (bell,) = store.backlog.enqueue(1).queued
     claim = store.leases.claim(bell.job_id, worker)
     assert claim is not None
@@ -124,7 +124,7 @@ def test_an_error_waits_longer_each_time_before_the_job_is_tried_again(database:
     assert [outcome for _, outcome, _ in story(store, job_id)] == ["retried"] * 4 + ["failed"]
 
 
-def test_what_fails_together_does_not_come_back_together(database: Database) -> None:
+def test_jobs_that_fail_together_are_retried_at_different_times(database: Database) -> None:
     store = made(database, retry_seconds=100)
     submitted(store, 8)
     for bell in store.backlog.enqueue(8).queued:
@@ -182,7 +182,7 @@ def test_a_job_without_memory_here_is_tried_here_again_if_no_other_worker_serves
     assert story(store, job_id)[-1] == (3, "failed", ErrorClass.OUT_OF_MEMORY)
 
 
-def test_a_job_that_keeps_losing_its_worker_is_told_to_be_poison(store: JobStore, lapse: Callable[[], None]) -> None:
+def test_a_job_that_keeps_losing_its_worker_fails_as_poison(store: JobStore, lapse: Callable[[], None]) -> None:
     job_id = f"{submitted(store)}-1"
     for _ in range(3):
         taken(store)

@@ -1,4 +1,4 @@
-"""Whose turn it is, on every database: priorities, fair shares, caps, pauses; and what a pass costs."""
+"""The order of dispatch on every database: priorities, fair shares, caps and pauses; and the cost of a pass."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -45,7 +45,7 @@ def of_batch(job_id: str) -> str:
 
 
 def served(store: JobStore, count: int, seconds: dict[str, float] | None = None) -> list[str]:
-    """The batches of the next jobs, each rendered before the next is dispatched, in so many seconds."""
+    """Render `count` jobs one after another, each in its batch's seconds, and return their batches in that order."""
     found = []
     for _ in range(count):
         (bell,) = store.backlog.enqueue(1).queued
@@ -88,7 +88,7 @@ def test_owners_share_by_device_seconds_and_weight(store: JobStore, database: Da
     mine = [store.submissions.submit(name, "me", 50, some(100)) for name in "abc"]
     yours = store.submissions.submit("z", "you", 50, some(100))
     served(store, 8, {yours: 3.0})
-    # Measured by now: a job of yours takes as long as three of mine.
+    # The durations are measured by now: a job of yours takes as long as three of mine.
     counts = Counter(served(store, 24, {yours: 3.0}))
     assert 5 <= counts[yours] <= 7
     assert max(counts[one] for one in mine) - min(counts[one] for one in mine) <= 1
@@ -97,7 +97,7 @@ def test_owners_share_by_device_seconds_and_weight(store: JobStore, database: Da
 
 
 def charged(database: Database, batch_id: str, owner: str = "me") -> tuple[float, float]:
-    """The virtual times of a batch and an owner, both of weight 1."""
+    """Return the virtual times of a batch and its owner, both of weight 1."""
     with database.read() as session:
         return session.get_one(BatchRow, batch_id).virtual_time, session.get_one(OwnerRow, owner).virtual_time
 
@@ -110,10 +110,10 @@ def test_a_charge_is_corrected_when_it_is_known_what_the_job_took(store: JobStor
     batch_id = store.submissions.submit("a", "me", 50, some(10))
     served(store, 2, {batch_id: 7.0})
     store.submissions.submit("other", "me", 50, some(1, model="other"))
-    bells = store.backlog.enqueue(1).queued  # 7 + 7 measured, and 7 charged for the third; 1 for the other model's
+    bells = store.backlog.enqueue(1).queued  # 7 + 7 measured, 7 estimated for the third; 1 for the other model's job
     assert charged(database, batch_id) == pytest.approx((21.0, 22.0))
     store.backlog.unqueue([bell.job_id for bell in bells])
-    store.backlog.enqueue(1)  # both are given back, and charged again
+    store.backlog.enqueue(1)  # refunds both charges and makes them again
     assert charged(database, batch_id) == pytest.approx((21.0, 22.0))
 
 
@@ -137,7 +137,7 @@ def test_a_restart_of_the_dispatcher_loses_no_charge(store: JobStore, database: 
     for claim, seconds in zip(claims, (5.0, 6.0, 7.0), strict=True):
         assert claim is not None
         store.attempts.succeed(claim, replace(PICTURE, render_seconds=90.0, device_seconds=seconds))
-    successor.backlog.enqueue(1)  # and 6 for the fourth
+    successor.backlog.enqueue(1)  # charges 6 for the fourth job
     assert charged(database, batch_id) == pytest.approx((18.0 + 6.0, 18.0 + 6.0))
 
 
@@ -265,7 +265,7 @@ def test_a_batch_that_has_waited_too_long_gets_a_turn_and_counts_as_urgent(store
     claim = store.leases.claim(bells[0].job_id, "w1@host")
     assert claim is not None
     assert claim.priority == 80
-    # It is being served now, and then has been a moment ago.
+    # The old batch gets no second turn while its job runs, nor right after that job ends.
     assert [of_batch(bell.job_id) for bell in store.backlog.enqueue(5).queued] == [high, high]
     store.attempts.succeed(claim, PICTURE)
     for bell in bells[1:]:

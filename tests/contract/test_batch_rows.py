@@ -1,4 +1,4 @@
-"""What Flower is told of batches, on every database; and what it makes of that."""
+"""The events that describe batches to Flower, on every database, and the rows that Flower makes of them."""
 
 import itertools
 import re
@@ -26,7 +26,7 @@ PICTURE = Picture("b/1.png", "f" * 64, 123, 64, 64, "e" * 64, 1.0)
 
 
 class Flower:
-    """What is told, and Celery's own account of tasks, which Flower shows."""
+    """Records the events it receives and applies them to Celery's own task state, which Flower displays."""
 
     def __init__(self) -> None:
         self.told: list[Event] = []
@@ -86,7 +86,7 @@ def render(store: JobStore, batch_id: str, *indices: int, error: str | None = No
             assert store.attempts.fail(claim, error, ErrorClass.BAD_INPUT)
 
 
-def test_a_batch_is_told_of_from_its_submission_to_its_end(store: JobStore, rows: BatchRows, flower: Flower) -> None:
+def test_a_batch_has_a_row_from_its_submission_to_its_end(store: JobStore, rows: BatchRows, flower: Flower) -> None:
     batch_id = submitted(store)
     rows.update(0.0)
     assert flower.shown(batch_id) == ("PROGRESS", "░░░░░░░░░░░░ 0/3 0%")
@@ -111,14 +111,14 @@ def test_a_batch_is_told_of_from_its_submission_to_its_end(store: JobStore, rows
     assert flower.row(batch_id).exception == "1 of 3 failed"
 
 
-def test_a_batch_is_told_of_when_it_has_changed(store: JobStore, rows: BatchRows, flower: Flower) -> None:
+def test_a_row_is_sent_when_its_batch_has_changed(store: JobStore, rows: BatchRows, flower: Flower) -> None:
     moves, waits = submitted(store, 2), submitted(store, 2, "waits")
     store.steering.pause(batch_id=waits)
     render(store, moves, 1)
-    assert rows.update(0.0) == 4  # for each that it tells of for the first time, that it is no longer what it was
+    assert rows.update(0.0) == 4  # two new batches; a new row takes two events, the first resets a terminal state
     assert flower.shown(waits)[1].endswith("paused")
     assert rows.update(1.0) == 0
-    assert rows.update(AGAIN_SECONDS + 1) == 1  # the rate of what moves falls while nothing ends
+    assert rows.update(AGAIN_SECONDS + 1) == 1  # the rate of a running batch falls while no job ends
     assert flower.told[-1][1]["uuid"] == moves
     render(store, moves, 2)
     assert rows.update(AGAIN_SECONDS + 2) == 1
@@ -139,11 +139,11 @@ def test_the_measured_steps_tell_an_eta_before_the_first_picture(
     assert flower.shown(batch_id)[1] == "░░░░░░░░░░░░ 0/4 0% 12.0/min ETA 20s"
 
 
-def test_who_tells_next_neither_loses_a_row_nor_makes_a_second_one(store: JobStore, flower: Flower) -> None:
+def test_the_next_leader_neither_loses_nor_duplicates_a_row(store: JobStore, flower: Flower) -> None:
     first = telling(store, flower)
     ends, goes_on = submitted(store, 1), submitted(store, 2, "goes on")
     first.update(0.0)
-    render(store, ends, 1)  # while nobody tells
+    render(store, ends, 1)  # no dispatcher sends events meanwhile
     at = store.endings.last_ended_at(ends)
     assert at is not None
     assert store.endings.note(ends, at)
@@ -153,7 +153,7 @@ def test_who_tells_next_neither_loses_a_row_nor_makes_a_second_one(store: JobSto
     assert flower.shown(ends)[0] == "SUCCESS"
     assert flower.shown(goes_on)[1].startswith("██████░░░░░░ 1/2 50%")
     before = flower.shown(ends), flower.row(ends).runtime
-    telling(store, flower).update(200.0)  # told twice, it is the same
+    telling(store, flower).update(200.0)  # sending the same events again changes nothing
     assert (flower.shown(ends), flower.row(ends).runtime) == before
 
 

@@ -1,4 +1,4 @@
-"""What is asked of the farm, by model, on both databases; and the same number in plain SQL, for an autoscaler."""
+"""The demand by model on both databases, and the same number in plain SQL, for an autoscaler."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,7 +41,7 @@ def render(store: JobStore, *job_ids: str, seconds: float) -> None:
 
 
 def by_sql(database: Database, model: str) -> float:
-    """What KEDA reads; on SQLite too, though it can't ask there."""
+    """Return the demand by KEDA's query, which works on SQLite too, although KEDA itself can't read SQLite."""
     with database.read() as session:
         found = session.execute(sa.text(SQL), {"model": model}).one()
     return float(found[0])
@@ -58,7 +58,7 @@ def test_jobs_are_counted_by_state_and_model_where_a_batch_has_several_too(datab
     jobs = {model: demand.jobs for model, demand in found.models.items()}
     assert jobs["tiny"] == {JobState.PENDING: 6, JobState.QUEUED: 2}
     assert jobs["other"] == {JobState.PENDING: 1, JobState.QUEUED: 1, JobState.RUNNING: 1}
-    assert (by_sql(database, "tiny"), by_sql(database, "other")) == (8, 3)  # a second each
+    assert (by_sql(database, "tiny"), by_sql(database, "other")) == (8, 3)  # one second per job
 
 
 def test_what_waits_costs_what_its_batch_took_or_else_its_model_or_else_a_second(
@@ -99,9 +99,7 @@ def test_copies_failures_and_jobs_of_other_models_say_nothing_of_what_one_costs(
 
 
 @pytest.mark.parametrize("whose", ["batch", "owner"])
-def test_what_is_paused_waits_for_a_person_and_not_for_a_device(
-    database: Database, store: JobStore, whose: str
-) -> None:
+def test_paused_jobs_are_no_demand_for_a_device(database: Database, store: JobStore, whose: str) -> None:
     batch = store.submissions.submit("paused", "me", 50, specs(5, "tiny"))
     which = {"batch_id": batch} if whose == "batch" else {"owner": "me"}
     store.steering.pause(**which)
@@ -131,7 +129,7 @@ def test_what_is_deleted_or_not_there_yet_does_not_count(database: Database, sto
     assert by_sql(database, "tiny") == 0
 
 
-def test_who_serves_a_model_is_told_where_nothing_waits_too(database: Database, store: JobStore) -> None:
+def test_workers_of_a_model_are_counted_without_waiting_jobs_too(database: Database, store: JobStore) -> None:
     for number in (1, 2):
         store.workers.register(
             WorkerInfo(f"w{number}@host", "cpu", "float32", 4, "1", [ServedModel("tiny"), ServedModel(f"own{number}")])

@@ -1,4 +1,4 @@
-"""What becomes of a batch from its last job's end on, on every database: noted, given up, forgotten."""
+"""Batches after their last job has ended, on every database: the end is noted, the batch deleted, its rows removed."""
 
 import hashlib
 import json
@@ -42,7 +42,7 @@ def picture(claim: Claim) -> Picture:
 
 
 def ended(store: JobStore) -> str:
-    """A batch of three: two succeeded, one failed."""
+    """Return a batch of three ended jobs: two succeeded, one failed."""
     batch_id = submitted(store)
     good, fine, bad = claimed(store, batch_id)
     assert store.attempts.succeed(good, picture(good))
@@ -89,7 +89,7 @@ def test_an_end_is_not_noted_of_a_batch_that_was_tried_anew_meanwhile(store: Job
     (claim,) = [store.leases.claim(bell.job_id, "w1@host") for bell in store.backlog.enqueue(9).queued]
     assert claim is not None
     store.attempts.succeed(claim, picture(claim))
-    assert not store.endings.note(batch_id, at)  # it has ended again, later
+    assert not store.endings.note(batch_id, at)  # the batch has ended again, at a later time
     assert store.endings.unnoted() == [batch_id]
 
 
@@ -126,7 +126,7 @@ def test_entries_go_on_from_page_to_page(store: JobStore) -> None:
     assert [entry["index"] for entry in store.endings.entries(batch_id)] == list(range(1, 2346))
 
 
-def test_what_went_wrong_is_found_without_a_look_at_what_did_not(store: JobStore) -> None:
+def test_only_failed_jobs_are_listed_with_their_errors(store: JobStore) -> None:
     batch_id = ended(store)
     assert [(job.index, job.error) for job in store.queries.wrong(batch_id)] == [(3, "no such sampler")]
     assert store.queries.wrong(submitted(store)) == []
@@ -142,7 +142,7 @@ def test_a_batch_of_a_paused_owner_is_paused(store: JobStore) -> None:
     assert [batch.paused for batch in store.queries.batches()] == [True]
 
 
-def test_what_is_given_up_is_not_there_for_anybody_and_its_key_is_free(store: JobStore) -> None:
+def test_a_deleted_batch_is_not_found_and_its_key_is_free(store: JobStore) -> None:
     batch_id = submitted(store, key="monday")
     store.deletions.mark(batch_id, cancel=True)
     for ask in (
@@ -166,13 +166,13 @@ def test_what_is_given_up_is_not_there_for_anybody_and_its_key_is_free(store: Jo
         store.deletions.mark(batch_id)
 
 
-def test_what_has_not_ended_is_given_up_only_with_what_it_still_does(store: JobStore) -> None:
+def test_a_batch_that_has_not_ended_is_deleted_only_with_cancel(store: JobStore) -> None:
     batch_id = submitted(store)
     with pytest.raises(NotEnded, match=re.escape(f"3 jobs of {batch_id}")):
         store.deletions.mark(batch_id)
     held, *_ = claimed(store, batch_id, 1)
     store.deletions.mark(batch_id, cancel=True)
-    assert store.leases.claim(f"{batch_id}-2", "w1@host") is None  # its message rings in vain
+    assert store.leases.claim(f"{batch_id}-2", "w1@host") is None  # the message of a cancelled job has no effect
     assert not store.deletions.at_rest(batch_id)
     assert store.leases.beat("w1@host", {}).cancelled == frozenset()
     assert store.attempts.stopped(held)
@@ -182,7 +182,7 @@ def test_what_has_not_ended_is_given_up_only_with_what_it_still_does(store: JobS
 def test_what_a_late_pass_has_queued_is_stopped(store: JobStore, database: Database) -> None:
     batch_id = submitted(store)
     store.deletions.mark(batch_id, cancel=True)
-    with database.write() as session:  # as a dispatcher does that looked before the batch was given up
+    with database.write() as session:  # as by a dispatcher whose pass began before the batch was marked
         session.execute(sa.update(JobRow).values(state=JobState.QUEUED.value))
     assert store.deletions.at_rest(batch_id)
     assert store.leases.claim(f"{batch_id}-1", "w1@host") is None
@@ -194,7 +194,7 @@ def rows_of(database: Database) -> tuple[int, ...]:
         return tuple(session.scalar(sa.select(sa.func.count()).select_from(table)) or 0 for table in tables)
 
 
-def test_rows_go_a_piece_at_a_time_whoever_goes_on_and_nothing_else_does(store: JobStore, database: Database) -> None:
+def test_only_rows_of_the_batch_are_deleted_in_pieces_by_any_process(store: JobStore, database: Database) -> None:
     other = ended(store)
     batch_id = submitted(store, 2500)
     held, *_ = claimed(store, batch_id, 1)
@@ -202,7 +202,7 @@ def test_rows_go_a_piece_at_a_time_whoever_goes_on_and_nothing_else_does(store: 
     store.deletions.mark(batch_id, cancel=True)
     after = store.deletions.delete_rows(batch_id)
     assert after == 1000
-    assert store.deletions.delete_rows(batch_id) == 2000  # another one, who finds what is left
+    assert store.deletions.delete_rows(batch_id) == 2000  # a second process continues after the first thousand
     assert store.deletions.delete_rows(batch_id, after) == 2000
     assert store.deletions.marked() == [batch_id]
     assert store.deletions.delete_rows(batch_id, 2000) is None
@@ -237,4 +237,4 @@ def test_a_copy_for_a_batch_that_was_given_up_meanwhile_comes_too_late(store: Jo
     assert len(made) == 1
     store.deletions.mark(batch_id, cancel=True)
     assert store.deletions.at_rest(batch_id)
-    assert store.reuse.record_copies(made) == made  # whoever made it deletes it
+    assert store.reuse.record_copies(made) == made  # too late: the process that made the copy deletes it

@@ -1,4 +1,4 @@
-"""How long a submission would take a device, from what was rendered, on both kinds of database."""
+"""Estimated device time of a submission, from measured renders, on both kinds of database."""
 
 import pytest
 import sqlalchemy as sa

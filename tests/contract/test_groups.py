@@ -1,4 +1,4 @@
-"""Claims and finishes of many jobs in one transaction, on every database: each as if it were alone."""
+"""Claims and finishes of many jobs in one transaction, on every database: each has the same effect as if made alone."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -58,7 +58,7 @@ def test_a_group_ends_each_job_with_its_own_picture(store: JobStore) -> None:
         assert (attempt.steps_done, attempt.device_seconds) == (claim.spec.num_inference_steps, 0.75)
 
 
-def test_one_zombie_in_a_group_changes_nothing_and_holds_up_nobody(store: JobStore) -> None:
+def test_a_zombie_in_a_group_changes_nothing_and_does_not_delay_the_others(store: JobStore) -> None:
     claims = store.leases.claim_many(queued(store, 3), "w1@host")
     zombie, *others = claims.values()
     store.attempts.hand_back(zombie)
@@ -67,19 +67,19 @@ def test_one_zombie_in_a_group_changes_nothing_and_holds_up_nobody(store: JobSto
     assert recorded == {claim.job_id for claim in others}
     job = store.queries.job(zombie.job_id)
     assert (job.state, job.worker, job.attempt, job.picture) == (JobState.RUNNING, "w2@host", 2, None)
-    # Again, since the answer was lost: recorded they are, and once.
+    # Repeating the call after a lost answer reports the same jobs and records nothing twice.
     assert store.attempts.succeed_many([Success(claim, PICTURE) for claim in claims.values()]) == recorded
     assert [len(store.queries.attempts(claim.job_id)) for claim in others] == [1, 1]
 
 
-def test_a_group_waits_for_a_job_that_somebody_else_changes_now(store: JobStore, database: Database) -> None:
+def test_a_group_waits_for_a_job_that_another_transaction_changes(store: JobStore, database: Database) -> None:
     first, second = store.leases.claim_many(queued(store, 2), "w1@host").values()
     with ThreadPoolExecutor(1) as thread:
         with database.write() as session:
             session.execute(sa.update(JobRow).where(JobRow.id == second.job_id).values(cancel_requested=True))
             ending = thread.submit(store.attempts.succeed_many, [Success(first, PICTURE), Success(second, PICTURE)])
-            if database.engine.dialect.name == "postgresql":  # SQLite has one writer at a time
-                while store.queries.job(first.job_id).state is not JobState.SUCCEEDED:  # not held up by the other
+            if database.engine.dialect.name == "postgresql":  # SQLite has only one writer at a time
+                while store.queries.job(first.job_id).state is not JobState.SUCCEEDED:  # although second is locked
                     threading.Event().wait(0.01)
             assert not ending.done()
         assert ending.result(10) == {first.job_id, second.job_id}

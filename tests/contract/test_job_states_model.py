@@ -1,6 +1,6 @@
-"""Whatever happens to jobs in whatever order, on every database: the store does what a plain dict of them says.
+"""The job store agrees with a model, a plain dict of jobs, after any sequence of operations, on every database.
 
-A short form runs with all tests; `pytest --hypothesis-profile long` takes its time.
+A short form runs with all tests; `pytest --hypothesis-profile long` runs many more examples.
 """
 
 import logging
@@ -44,7 +44,7 @@ LIVE = (JobState.PENDING, JobState.QUEUED, JobState.RUNNING)
 
 @dataclass
 class Known:
-    """A job as the model knows it."""
+    """The model's record of a job."""
 
     batch_id: str
     owner: str
@@ -58,10 +58,10 @@ class Known:
     paused: bool = False
     outcomes: list[str] = field(default_factory=list)
     ended: list[tuple[str, JobState]] = field(default_factory=list)
-    """What the log says of its endings: the attempt, if one ended, and the job's state then."""
+    """The endings that the log must report: the attempt, if one ended, and the new state of the job."""
 
     def ends(self, outcome: str, state: JobState) -> None:
-        """What happens to a running one whose attempt ends: a wish to cancel it comes first."""
+        """Record the end of the running attempt; a requested cancellation overrides any state but success."""
         cancelled = self.cancel and state is not JobState.SUCCEEDED
         self.outcomes.append("cancelled" if cancelled and outcome != "lost" else outcome)
         self.state = JobState.CANCELLED if cancelled else state
@@ -69,11 +69,11 @@ class Known:
 
 
 class Farm(RuleBasedStateMachine):
-    """People, a dispatcher and two workers, in any order."""
+    """Users, a dispatcher and two workers, whose operations come in any order."""
 
     database: Database
     lines: list[str]
-    """What was logged of endings."""
+    """The log lines that report endings."""
     batches = Bundle("batches")
     claims = Bundle("claims")
 
@@ -102,7 +102,7 @@ class Farm(RuleBasedStateMachine):
         self.seen: dict[str, JobState] = {}
         self.paused: set[str] = set()
 
-    # --- people
+    # --- users
 
     @rule(target=batches, count=st.integers(1, 3), owner=st.sampled_from(OWNERS))
     def submit(self, count: int, owner: str) -> str:
@@ -230,7 +230,7 @@ class Farm(RuleBasedStateMachine):
     @rule(claim=claims)
     def succeed(self, claim: Claim) -> None:
         holds, job = self.holds(claim), self.jobs[claim.job_id]
-        already = job.state is JobState.SUCCEEDED and job.attempt == claim.attempt  # and the answer may have been lost
+        already = job.state is JobState.SUCCEEDED and job.attempt == claim.attempt  # its answer may have been lost
         assert self.store.attempts.succeed(claim, PICTURE) == (holds or already)
         if holds:
             job.ends("succeeded", JobState.SUCCEEDED)
@@ -258,12 +258,12 @@ class Farm(RuleBasedStateMachine):
         job = self.jobs[claim.job_id]
         holds = self.holds(claim)
         if holds and not job.cancel:
-            return  # no worker says so then
+            return  # a worker reports this only after a cancellation
         assert self.store.attempts.stopped(claim) == holds
         if holds:
             job.ends("cancelled", JobState.CANCELLED)
 
-    # --- what must always hold
+    # --- invariants
 
     @invariant()
     def the_store_says_what_the_model_says(self) -> None:
@@ -297,7 +297,7 @@ class Farm(RuleBasedStateMachine):
         assert {key: n for key, n in counts.items() if n} == there
 
     def teardown(self) -> None:
-        """Nobody is lost: once nothing holds it up, every job ends."""
+        """No job is lost: once pauses end and leases expire, every job can be rendered to its end."""
         if not hasattr(self, "jobs"):
             return
         for name in self.paused:
@@ -310,7 +310,8 @@ class Farm(RuleBasedStateMachine):
         self.lose_messages()
         for turn in range(2 * len(self.jobs) + 1):
             for bell in self.store.backlog.enqueue(6).queued:
-                for worker in WORKERS[:: -1 if turn % 2 else 1]:  # who avoids it puts it back, and it is not there then
+                # A worker that the job avoids puts it back into the backlog, so each worker tries first in turn.
+                for worker in WORKERS[:: -1 if turn % 2 else 1]:
                     if claim := self.store.leases.claim(bell.job_id, worker):
                         assert self.store.attempts.succeed(claim, PICTURE)
                         break
@@ -323,7 +324,7 @@ _ENDED = re.compile(r"ended job_id=(?P<job_id>\S+)(?: attempt=(?P<attempt>\d+))?
 
 @contextmanager
 def logged_lines() -> Iterator[list[str]]:
-    """What the funnel logs."""
+    """Yield the list of lines that the transition log writes."""
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]

@@ -1,4 +1,4 @@
-"""What `JobStore` promises, on every database: each move of a job, who may make it, and who comes too late."""
+"""The guarantees of `JobStore` on every database: each transition, which caller may make it, and late calls."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -29,7 +29,7 @@ def store(database: Database) -> JobStore:
 
 @pytest.fixture
 def lapse(database: Database) -> Callable[[], None]:
-    """Lets a minute pass for every lease and every queued job."""
+    """Let every lease expire and every queued message become overdue by moving them back one minute."""
 
     def pass_time() -> None:
         with database.write() as session:
@@ -263,7 +263,7 @@ def test_a_cancelled_render_never_goes_back_to_the_backlog(
 
 
 def again(store: JobStore, claim: Claim) -> Claim:
-    """The next attempt of a job that went back to the backlog."""
+    """Claim the next attempt of a job that went back to the backlog."""
     (bell,) = store.backlog.enqueue(100).queued
     assert bell.job_id == claim.job_id
     following = store.leases.claim(bell.job_id, "w2@host")

@@ -20,13 +20,13 @@ PRODUCTS = ("farm", "workers")
 
 
 def packages(product: str) -> list[str]:
-    """The names of a product's packages."""
+    """Return the packages of a product."""
     folders = (ROOT / product).iterdir()
     return sorted(f"{product}.{path.name}" for path in folders if (path / "__init__.py").exists())
 
 
 def imports_of_higher_layers() -> Iterator[tuple[str, str, str]]:
-    """(contract, package, package of a higher layer), for every pair of layers."""
+    """Yield (contract, package, package of a higher layer) for every pair of layers."""
     for contract in CONTRACTS:
         if contract["type"] == "layers":
             (product,) = contract["containers"]
@@ -37,7 +37,7 @@ def imports_of_higher_layers() -> Iterator[tuple[str, str, str]]:
 
 
 def imports_of_libraries() -> Iterator[tuple[str, str, str]]:
-    """(contract, package or module, library that it must not import), for every contract about libraries."""
+    """Yield (contract, package or module, forbidden library) for every contract about libraries."""
     every = [package for product in PRODUCTS for package in packages(product)]
     for contract in CONTRACTS:
         if contract["type"] == "protected":
@@ -54,7 +54,7 @@ def imports_of_libraries() -> Iterator[tuple[str, str, str]]:
 
 
 def imports_of_siblings() -> Iterator[tuple[str, str, str]]:
-    """(contract, package, other package or module of its layer), for every two of one layer."""
+    """Yield (contract, package, other package or module of the same layer) for every ordered pair within a layer."""
     for contract in CONTRACTS:
         if contract["type"] == "layers":
             (product,) = contract["containers"]
@@ -69,7 +69,7 @@ FORBIDDEN = [*imports_of_higher_layers(), *imports_of_siblings(), *imports_of_li
 
 
 def copied(folder: Path) -> Path:
-    """A copy of the products and their contracts."""
+    """Copy the products and their contracts into a folder, and return it."""
     for product in PRODUCTS:
         shutil.copytree(ROOT / product, folder / product, ignore=shutil.ignore_patterns("__pycache__", "weights"))
     shutil.copy(ROOT / "pyproject.toml", folder)
@@ -77,7 +77,7 @@ def copied(folder: Path) -> Path:
 
 
 def lint(folder: Path) -> subprocess.CompletedProcess[str]:
-    """`lint-imports` over a copy, which goes before the installed packages."""
+    """Run `lint-imports` on a copy, which takes precedence over the installed packages."""
     return subprocess.run(
         [Path(sys.executable).with_name("lint-imports"), "--no-cache"],
         cwd=folder,
@@ -89,13 +89,15 @@ def lint(folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 def added_to(importer: str, number: int) -> str:
-    """The module with a forbidden import: a new one in a package, or the module that a contract names."""
+    """Return the module that gets a forbidden import: a new module of a package, or the module that a contract
+    names.
+    """
     return f"{importer}.forbidden_{number}" if (ROOT / importer.replace(".", "/")).is_dir() else importer
 
 
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What the linter says of each broken contract, for a copy with every forbidden import and a new package."""
+    """Return the linter's report by broken contract, for a copy with every forbidden import and a new package."""
     folder = copied(tmp_path_factory.mktemp("forbidden"))
     for number, (_, importer, imported) in enumerate(FORBIDDEN):
         path = folder / added_to(importer, number).replace(".", "/")

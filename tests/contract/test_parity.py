@@ -1,7 +1,7 @@
-"""A request's picture is diffusers' own with the same seed, alone and in shared forwards.
+"""The engine draws the same picture as diffusers for the same request and seed, alone and in shared forwards.
 
-All families, all samplers of their kind of model. Random weights, float32 on the CPU, one thread; pictures are compared
-before they are rounded to 8 bits, with the tolerance of `benchmarks.parity`.
+Covers all families with all samplers of their kind of model. Random weights, float32 on the CPU, one thread; pictures
+are compared before they are rounded to 8 bits, with the tolerance of `benchmarks.parity`.
 """
 
 import random
@@ -32,24 +32,24 @@ CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
     "flux": build_flux,
 }
 SHARES = {"sd": (0, 3), "sdxl": (1, 3), "sd-v": (2, 3), "sd3": (0, 2), "sd3-without-t5": (1, 2), "flux": (0, 2)}
-"""(first, every): of each checkpoint's samplers, those in `make test`, with half of their specs.
+"""(first, every): the slice of each checkpoint's samplers that `make test` covers, with half of their specs.
 
-`make test-long` has all.
+`make test-long` covers all samplers and specs.
 """
 PROMPTS = ("a red circle on a blue square", "", "an OLD house, über the water", "a long prompt, " * 8, "two cats")
 STEPS = ((1, 2), (3, 2), (5, 2), (1, 4))
 
 
 def specs_of(place: int, sampler: str | None, family: str) -> list[RenderSpec]:
-    """A sampler with and without guidance and negative prompt, in an odd and an even number of steps.
+    """Return specs of a sampler with and without guidance and negative prompt, in an odd and an even number of steps.
 
-    What else a spec may ask of its family is strewn among them.
+    The other fields that the family supports vary among them.
     """
     diffusion, flux = family.startswith("StableDiffusion") and "3" not in family, family == "FluxPipeline"
     specs = []
     choices = list(product((1, 7.5), ("", "blurry, low"), STEPS[place % len(STEPS)]))
     for guidance_scale, negative_prompt, steps in choices:
-        # A negative prompt that guides nothing makes no other picture: its reference is drawn once.
+        # A negative prompt without guidance does not change the picture, so its reference is drawn once.
         guides = negative_prompt if guidance_scale > 1 or flux else ""
         index = choices.index((guidance_scale, guides, steps))
         large = (place + 3 * index) % 16 == 0
@@ -80,7 +80,7 @@ class Sides:
         self.references = References(folder)
         self.pipeline: Any = load(str(folder), torch.device("cpu"), torch.float32)
         self.forwards: list[list[tuple[str | None, int, int]]] = []
-        """Of each forward: its requests' samplers, steps and rows."""
+        """The sampler, step and number of rows of each request, one list for each forward."""
         self._denoise = self.pipeline.denoise
         self.pipeline.denoise = self.denoise
         kind, family = self.pipeline.samplers, self.pipeline.family
@@ -91,7 +91,7 @@ class Sides:
             spec
             for place, name in enumerate(self.samplers)
             for number, spec in enumerate(specs_of(place, name, family))
-            if every == 1 or number.bit_count() % 2 == place % 2  # half of them: each choice twice
+            if every == 1 or number.bit_count() % 2 == place % 2  # half of them, with each choice twice
         ]
 
     def denoise(self, requests: list[RenderRequest], rows: int | None = None) -> torch.Tensor:
@@ -99,12 +99,12 @@ class Sides:
         return self._denoise(requests, rows)
 
     def render(self, specs: list[RenderSpec], slots: int, **options: bool) -> list[np.ndarray]:
-        """The float pictures of the specs, from an engine with that many slots."""
+        """Return the float pictures of the specs, from an engine with that many slots."""
         self.forwards.clear()
         return draw(self.pipeline, specs, slots, **options)
 
     def compare(self, specs: list[RenderSpec], pictures: list[np.ndarray]) -> dict[str, Parity]:
-        """The errors of both sides, by sampler."""
+        """Return the errors of both implementations by sampler."""
         compared: dict[str, tuple[list[np.ndarray], list[Reference]]] = {}
         for spec, picture in zip(specs, pictures, strict=True):
             ours, theirs = compared.setdefault(spec.scheduler or "own", ([], []))
@@ -114,7 +114,7 @@ class Sides:
 
     @torch.inference_mode()
     def finish(self, request: RenderRequest, forwards: int = 10**6) -> RenderRequest:
-        """Denoise a request without an engine, to its end or up to so many forwards."""
+        """Denoise a request without an engine, to its end or for at most `forwards` forwards."""
         self.pipeline.plan(request)
         self.pipeline.encode(request)
         while not request.denoised and request.step_index < forwards:
@@ -125,7 +125,8 @@ class Sides:
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    # Models this small gain nothing from more, and on a busy machine threads that wait for each other cost 100 times.
+    # Models this small gain nothing from more threads; on a busy machine, threads that wait for each other made the
+    # tests 100 times slower.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -193,7 +194,7 @@ def test_a_deterministic_request_draws_the_same_bytes_among_any_neighbours(sides
 
 @pytest.fixture(scope="module")
 def objects(tmp_path_factory: pytest.TempPathFactory) -> Sides:
-    """A checkpoint whose config makes PNDM take Runge-Kutta steps and DDIM clip: no table holds either."""
+    """A checkpoint whose config makes PNDM take Runge-Kutta steps and DDIM clip; sampler tables support neither."""
     return Sides(build_sdxl(tmp_path_factory.mktemp("objects"), skip_prk_steps=False, clip_sample=True))
 
 

@@ -1,4 +1,4 @@
-"""The family that `docs/pipelines.md` writes is all that is needed: its pictures are diffusers' own."""
+"""The family that `docs/pipelines.md` writes works as shown, and draws the same pictures as diffusers."""
 
 import re
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "pipelines.md"
 
 @pytest.fixture
 def family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The page's file among the families."""
+    """Install the page's file as a family."""
     (code,) = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
     (tmp_path / "pixart_sigma.py").write_text(code)
     monkeypatch.setattr(pipelines, "__path__", [*pipelines.__path__, str(tmp_path)])
@@ -32,7 +32,7 @@ def family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    """A narrow PixArt-Sigma with random weights, which draws 64x64 pictures."""
+    """Write a narrow PixArt-Sigma with random weights, which draws 64x64 pictures."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         transformer = diffusers.PixArtTransformer2DModel(

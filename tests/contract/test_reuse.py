@@ -1,4 +1,4 @@
-"""The same work once, on every database: who waits for a twin, who gets a copy, who does neither; what it costs."""
+"""Reuse of identical work on every database: which jobs wait for a duplicate, which get a copy, and what that costs."""
 
 import math
 import re
@@ -32,7 +32,7 @@ SPEC = RenderSpec(prompt="a boat", seed=1)
 
 @pytest.fixture
 def store(database: Database) -> JobStore:
-    """With a worker, and a dispatcher that leads."""
+    """A store with a registered worker and a leading dispatcher."""
     Leadership(database, "dispatcher", lease_seconds=600).keep()
     store = JobStore.over(database, Settings(database_url="", broker_url="", s3_bucket="", retry_seconds=0))
     store.workers.register(WORKER)
@@ -44,7 +44,7 @@ def submit(store: JobStore, *specs: RenderSpec, priority: int = 50, **options: b
 
 
 def passed(store: JobStore, most: int = 100) -> tuple[list[str], dict[str, str]]:
-    """Which jobs a pass sends to be rendered, and which it wants copied."""
+    """Run a pass; return the jobs it queued, and the copies it wants as a mapping of job to source."""
     found = store.backlog.enqueue(most, copy=True)
     return [bell.job_id for bell in found.queued], dict(found.copies)
 
@@ -61,13 +61,13 @@ def rendered(store: JobStore, job_id: str, picture: Picture = PICTURE) -> str:
 
 
 def done(store: JobStore, spec: RenderSpec = SPEC, picture: Picture = PICTURE) -> str:
-    """A job that was rendered."""
+    """Render a job and return its id."""
     (job_id,), _ = passed(store) if submit(store, spec) else ([], {})
     return rendered(store, job_id, picture)
 
 
 def copied(store: JobStore, copies: dict[str, str]) -> list[Copying]:
-    """Those of the copies that came too late; the objects are taken to be there."""
+    """Record copies without copying objects; return those that came too late."""
     return store.reuse.record_copies(store.reuse.begin_copies(copies))
 
 
@@ -123,7 +123,7 @@ def test_while_nobody_serves_the_model_what_was_rendered_waits_to_know_the_weigh
     assert passed(store) == ([f"{batch_id}-2"], {})
     store.workers.register(WORKER)
     assert passed(store) == ([], {f"{batch_id}-1": source})
-    with database.write() as session:  # one that serves it, and has not loaded it
+    with database.write() as session:  # the worker still serves the model, but has not loaded these weights
         session.execute(sa.update(WorkerRow).values(models=[{"name": "tiny"}]))
     assert passed(store) == ([f"{batch_id}-1"], {})
 
@@ -190,7 +190,7 @@ def test_without_a_dispatcher_that_leads_nobody_waits(store: JobStore, database:
     assert passed(store) == ([f"{batch_id}-1", f"{batch_id}-2"], {})
 
 
-def test_who_can_not_copy_renders_and_still_waits_for_twins(store: JobStore) -> None:
+def test_a_pass_without_copying_renders_and_still_waits_for_duplicates(store: JobStore) -> None:
     done(store)
     batch_id = submit(store, SPEC, SPEC)
     assert [bell.job_id for bell in store.backlog.enqueue(10).queued] == [f"{batch_id}-1"]
@@ -203,9 +203,9 @@ def test_a_more_urgent_twin_takes_the_place_of_one_that_lies_in_redis(store: Job
     assert passed(store) == ([urgent], {})
     assert store.queries.job(bulk).state is JobState.PENDING
     claim = claimed(store, urgent)
-    assert store.leases.claim(bulk, WORKER.name) is None  # its message is still there
+    assert store.leases.claim(bulk, WORKER.name) is None  # the message of the preempted job is still queued
     more_urgent = f"{submit(store, priority=99)}-1"
-    assert passed(store) == ([], {})  # what is rendered goes on
+    assert passed(store) == ([], {})  # a running job is not preempted
     store.attempts.succeed(claim, PICTURE)
     assert passed(store)[1] == {bulk: urgent, more_urgent: urgent}
 
@@ -245,7 +245,7 @@ def test_a_copy_that_comes_too_late_changes_nothing(store: JobStore, how: str) -
     assert store.queries.job(job_id) == before
     assert before.picture is None or before.picture.key not in copying.keys.values()
     assert [one.attempt for one in store.queries.attempts(job_id)] == list(range(1, before.attempt + 1))
-    # Whatever object it left is swept with what else the job's attempts may have left.
+    # Objects of the late copy are swept together with the other leftovers of the job's attempts.
     ((_, keys),) = store.leftovers.find()
     assert set(copying.keys.values()) <= set(keys)
 
@@ -263,7 +263,7 @@ def test_a_copy_that_breaks_off_leaves_the_job_as_it_was(store: JobStore) -> Non
     assert [one.outcome for one in store.queries.attempts(job_id)] == [Outcome.HANDED_BACK, Outcome.SUCCEEDED]
 
 
-def test_what_waits_for_a_twin_does_not_hold_up_who_comes_behind_it(
+def test_a_job_that_waits_for_a_duplicate_does_not_block_those_behind_it(
     store: JobStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(backlog_pass, "AHEAD", 30)
@@ -286,7 +286,7 @@ def test_what_waits_for_a_twin_does_not_hold_up_who_comes_behind_it(
 
 @pytest.fixture
 def statements(database: Database) -> Iterator[list[str]]:
-    """What the database is asked, from now on."""
+    """Collect the SQL statements executed from now on."""
     asked: list[str] = []
 
     def note(_connection: object, _cursor: object, statement: str, *_: object) -> None:
@@ -299,7 +299,9 @@ def statements(database: Database) -> Iterator[list[str]]:
 
 @contextmanager
 def work_of(database: Database) -> Iterator[list[int]]:
-    """What the database does meanwhile: thousands of SQLite's instructions, or the rows that PostgreSQL reads."""
+    """Measure the work of the database within the block: SQLite's instructions in thousands, or rows read by
+    PostgreSQL.
+    """
     done = [0]
     if database.engine.dialect.name == "postgresql":
         before = _rows_read(database)
@@ -322,7 +324,7 @@ def work_of(database: Database) -> Iterator[list[int]]:
 def _rows_read(database: Database) -> int:
     with ExitStack() as opened:
         connections = [opened.enter_context(database.engine.connect()) for _ in range(database.engine.pool.checkedin())]
-        for connection in connections:  # each keeps its numbers to itself for a second
+        for connection in connections:  # each connection reports its statistics with a delay of up to a second
             connection.execute(sa.text("SELECT pg_stat_force_next_flush()"))
             connection.commit()
         tables, indices = (
@@ -338,11 +340,11 @@ def _rows_read(database: Database) -> int:
 def test_a_pass_asks_as_often_however_many_jobs_it_moves_and_never_for_drawn_seeds(
     store: JobStore, statements: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backlog, "_CORRECT_SECONDS", 0.0)  # else one pass asks more than another, by the clock
+    monkeypatch.setattr(backlog, "_CORRECT_SECONDS", 0.0)  # each pass corrects charges, so that passes compare
     asked = []
     for count, seed in ((2, {}), (2, {"seed": 5}), (200, {"seed": 5})):
         submit(store, *(RenderSpec(prompt=f"{count} {n} {seed}", **seed) for n in range(count)))
-        store.backlog.enqueue(0)  # what it learns once
+        store.backlog.enqueue(0)  # loads what a pass reads only once
         statements.clear()
         bells, _ = passed(store, 500)
         assert len(bells) == count
@@ -351,7 +353,7 @@ def test_a_pass_asks_as_often_however_many_jobs_it_moves_and_never_for_drawn_see
             rendered(store, job_id)
     plain, few, many = asked
     assert few <= plain + 5
-    assert many <= few + 1  # of a thousand jobs that ended, what they took is asked in pieces
+    assert many <= few + 1  # the durations of a thousand ended jobs are read in several statements
 
 
 @pytest.mark.parametrize(
@@ -380,7 +382,7 @@ def test_what_a_pass_asks_of_works_is_answered_by_indices(
 def test_a_pass_over_a_long_backlog_of_twins_takes_no_longer(
     store: JobStore, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backlog, "_CORRECT_SECONDS", math.inf)  # a correction looks at the whole backlog, by the clock
+    monkeypatch.setattr(backlog, "_CORRECT_SECONDS", math.inf)  # a correction would read the whole backlog
 
     def work() -> int:
         if database.engine.dialect.name == "postgresql":

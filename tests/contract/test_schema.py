@@ -1,4 +1,4 @@
-"""The migrated schema is the declared one, and the questions asked most are answered from indexes."""
+"""Migrations produce the declared schema, and the most frequent queries use indexes."""
 
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -43,7 +43,7 @@ def test_jobs_of_an_older_schema_are_rendered_by_this_one(database: Database, re
     go_back(database, revision)
     with database.write() as session:
         session.execute(sa.text("INSERT INTO batches VALUES ('old', 'old', 'me', 50, 3, '2026-01-01 00:00:00.000000')"))
-        # As it was written before specs had more fields.
+        # Jobs are written as they were before specs had more fields.
         session.execute(
             sa.text("""
                 INSERT INTO jobs (id, batch_id, "index", spec, model, state, priority, rank, attempt, tries,
@@ -67,7 +67,7 @@ def test_jobs_of_an_older_schema_are_rendered_by_this_one(database: Database, re
 
 
 def go_back(database: Database, revision: str) -> None:
-    """Leave the schema as it was then, with nothing in it."""
+    """Replace the schema by an empty one of that revision."""
     with database.write() as session:
         Base.metadata.drop_all(session.connection())
         session.execute(sa.text("DROP TABLE alembic_version"))
@@ -81,7 +81,7 @@ def go_back(database: Database, revision: str) -> None:
 
 
 def counted(database: Database) -> dict[str, dict[str, int]]:
-    """By batch and state, what the triggers have counted; the same as is there."""
+    """Return the triggers' counts by batch and state, after checking them against the jobs themselves."""
     kept = sa.select(JobCountRow.batch_id, JobCountRow.state, sa.func.sum(JobCountRow.n)).group_by(
         JobCountRow.batch_id, JobCountRow.state
     )
@@ -99,7 +99,7 @@ def test_the_jobs_in_each_state_are_counted_whatever_moves_them(database: Databa
     store = JobStore.over(database, Settings(database_url="", broker_url="", s3_bucket=""))
     first = store.submissions.submit("first", "me", 50, [RenderSpec(prompt=str(n)) for n in range(1500)])
     second = store.submissions.submit("second", "me", 40, [RenderSpec(prompt=str(n)) for n in range(3)])
-    with ThreadPoolExecutor(4) as pool:  # on PostgreSQL by connections of their own, and so in shards of their own
+    with ThreadPoolExecutor(4) as pool:  # on PostgreSQL with several connections, which count in shards of their own
         claims = list(
             pool.map(lambda bell: store.leases.claim(bell.job_id, "w1@host"), store.backlog.enqueue(20).queued)
         )
@@ -144,12 +144,12 @@ def test_each_migration_says_which_programs_its_schema_serves(database: Database
     with database.read() as session:
         noted = {row.revision: (row.version, row.serves_from) for row in session.scalars(sa.select(ReleaseRow))}
     assert noted == {script.revision: (__version__, script.module.serves_from) for script in scripts}
-    # They are compared as text.
+    # Revisions are compared as text.
     assert all(len(text) == 4 for script in scripts for text in (script.revision, script.module.serves_from))
 
 
 def move_on(database: Database, serves_from: str) -> None:
-    """Leave the schema as a later version's migration would."""
+    """Change the schema's recorded revision as a later version's migration would."""
     with database.write() as session:
         session.execute(sa.text("UPDATE alembic_version SET version_num = '9999'"))
         session.add(ReleaseRow(revision="9999", version="9.9", serves_from=serves_from))
@@ -177,11 +177,11 @@ def test_an_older_schema_asks_for_a_migration_first(database: Database) -> None:
 
 
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
-def test_a_migration_that_waits_for_a_long_reader_keeps_nobody_else_waiting(database: Database) -> None:
+def test_a_migration_that_waits_for_a_long_reader_does_not_block_others(database: Database) -> None:
     go_back(database, "0004")
-    count = sa.text("SELECT count(*) FROM workers")  # a column of which the next step adds
+    count = sa.text("SELECT count(*) FROM workers")  # the next migration adds a column to this table
     with ThreadPoolExecutor(1) as pool:
-        # Somebody else's connection: the farm's own may not do nothing for so long.
+        # A connection from outside the farm: the farm's own connections may not be idle in a transaction for so long.
         with sa.create_engine(database.url, poolclass=sa.NullPool).connect() as backup:
             backup.execute(count)
             migrated = pool.submit(database.migrate)
@@ -197,13 +197,13 @@ def test_a_migration_that_waits_for_a_long_reader_keeps_nobody_else_waiting(data
     database.check_schema()
 
 
-def test_a_migration_waits_for_whoever_writes(database: Database) -> None:
+def test_a_migration_waits_for_a_writer(database: Database) -> None:
     go_back(database, "0004")
     with ThreadPoolExecutor(1) as pool:
         with database.write() as session:
             session.execute(sa.text("INSERT INTO owners (name) VALUES ('somebody')"))
             migrated = pool.submit(database.migrate)
-            if database.engine.dialect.name == "sqlite":  # which has one writer
+            if database.engine.dialect.name == "sqlite":  # SQLite has one writer, so the migration waits
                 with pytest.raises(TimeoutError):
                     migrated.result(0.3)
         migrated.result(30)
@@ -289,7 +289,7 @@ def test_a_database_without_a_schema_or_of_another_version_is_refused(database: 
 def test_an_index_serves_the_question(database: Database, index: str, query: sa.Select[tuple[object]]) -> None:
     with database.read() as session:
         if database.engine.dialect.name == "postgresql":
-            # An empty table is scanned whatever there is; what counts is that the index can serve.
+            # PostgreSQL always scans an empty table; the test checks only that the index can answer the query.
             session.execute(sa.text("SET LOCAL enable_seqscan = off"))
             session.execute(sa.text("SET LOCAL enable_bitmapscan = off"))
             session.execute(sa.text("SET LOCAL enable_sort = off"))

@@ -1,4 +1,4 @@
-"""Jobs that are too large for every living worker wait, with the reason, until a worker allows them."""
+"""Jobs that are too large for every live worker wait, with the reason, until a worker allows their size."""
 
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -49,7 +49,7 @@ def test_a_job_that_no_worker_has_the_memory_for_waits_and_smaller_ones_pass_it(
     assert store.overview.too_large(batch_id) == store.overview.too_large() == {"tiny": LIMIT}
 
 
-def test_it_goes_when_a_worker_comes_that_allows_it_or_knows_no_limit(store: JobStore) -> None:
+def test_a_large_job_is_queued_once_a_worker_allows_it_or_has_no_limit(store: JobStore) -> None:
     store.workers.register(worker("w1", LIMIT))
     store.submissions.submit("b", "me", 50, [spec(1024, 1024), spec(4096, 4096)])
     assert queued(store) == []

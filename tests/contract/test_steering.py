@@ -1,4 +1,4 @@
-"""What people do with what they have handed in, on every database: cancel, pause, resume."""
+"""Cancel, pause and resume of jobs, batches and owners, on every database."""
 
 from collections.abc import Iterator
 
@@ -48,7 +48,7 @@ def test_what_is_paused_waits_in_the_backlog_until_it_goes_on(store: JobStore, k
 
 
 @KINDS
-def test_what_lies_in_redis_comes_back_and_its_message_rings_in_vain(store: JobStore, kind: str) -> None:
+def test_a_queued_job_returns_to_the_backlog_and_its_message_has_no_effect(store: JobStore, kind: str) -> None:
     batch_id = submitted(store, 1)
     (bell,) = store.backlog.enqueue(9).queued
     assert store.steering.pause(**which(kind, batch_id)) == 1
@@ -83,7 +83,7 @@ def test_a_job_that_is_paused_between_its_dispatch_and_its_claim_is_put_back(
     batch_id = submitted(store, 1)
     (bell,) = store.backlog.enqueue(9).queued
     store.steering.pause(**which(kind, batch_id))
-    # As if a pass of a dispatcher that began before the pause had ended after it.
+    # The state after a dispatcher's pass that began before the pause and ended after it.
     with database.write() as session:
         session.connection().exec_driver_sql("UPDATE jobs SET state = 'queued'")
     assert store.leases.claim(bell.job_id, "w1@host") is None
@@ -161,7 +161,7 @@ def test_of_many_jobs_some_are_changed_at_a_time_and_workers_renew_between(
     ]
     between.clear()
     assert store.steering.retry(**which(kind, batch_id)) == 1
-    assert not between  # few are changed at once, however many jobs there are beside them
+    assert not between  # a change of few jobs has no pauses, however many other jobs there are
     assert store.queries.job(third).state is JobState.PENDING
     assert first != third
 
@@ -174,7 +174,7 @@ def test_an_owners_batches_that_are_handed_in_meanwhile_or_deleted_are_not_cance
 
     def specs() -> Iterator[RenderSpec]:
         for n in range(4500):
-            if n == 4400:  # some thousands are staged by now
+            if n == 4400:  # several thousand are staged by now
                 assert store.steering.cancel(owner="me") == 0
             yield RenderSpec(prompt=f"prompt {n}")
 
@@ -182,7 +182,7 @@ def test_an_owners_batches_that_are_handed_in_meanwhile_or_deleted_are_not_cance
     assert store.queries.batch(batch_id).counts == {state: 4500 * (state is JobState.PENDING) for state in JobState}
 
 
-def test_one_thing_at_a_time_is_steered(store: JobStore) -> None:
+def test_exactly_one_target_is_accepted(store: JobStore) -> None:
     with pytest.raises(ValueError, match="exactly one"):
         store.steering.cancel()
     with pytest.raises(ValueError, match="exactly one"):
@@ -202,5 +202,5 @@ def test_one_leads_until_its_lease_runs_out_or_it_resigns(database: Database) ->
     assert not first.seek()
     second.resign()
     assert first.seek()
-    second.resign()  # what it does not hold it can't give away
+    second.resign()  # a process that does not hold the lease can't release it
     assert not second.seek()

@@ -1,4 +1,4 @@
-"""How a batch comes in, on every database: whole or not at all, once under one key, a million in small memory."""
+"""Submission of batches, on every database: atomic, idempotent under a key, and a million jobs in little memory."""
 
 import subprocess
 import sys
@@ -31,7 +31,7 @@ def some(count: int, **fields: object) -> Iterator[RenderSpec]:
 
 
 def rows(database: Database) -> tuple[int, int, int]:
-    """How many batches, jobs and counts there are, seen or not."""
+    """Count the batches, jobs and job counts, staged ones included."""
     with database.read() as session:
         batches, jobs, counts = (
             session.scalar(sa.select(sa.func.count()).select_from(table)) for table in (BatchRow, JobRow, JobCountRow)
@@ -86,7 +86,7 @@ def test_a_submission_of_nothing_is_refused(store: JobStore, database: Database)
 def test_what_a_crash_left_is_found_after_an_hour_and_discarded(store: JobStore, database: Database) -> None:
     def crashing() -> Iterator[RenderSpec]:
         yield from some(4500)
-        # As a killed process leaves it: nothing is tidied up.
+        # A killed process does not clean up.
         store.submissions.discard = lambda batch_id: None  # type: ignore[method-assign]
         raise KeyboardInterrupt
 
@@ -146,7 +146,7 @@ def test_the_same_key_and_specs_are_the_same_batch(store: JobStore, database: Da
     first = store.submissions.submit("batch", "me", 50, some(2500), key="monday")
     assert store.submissions.submit("batch", "me", 50, some(2500), key="monday") == first
     assert rows(database)[:2] == (1, 2500)
-    # Nobody else's key, and no key, is the same.
+    # The same key of another owner, and a missing key, make new batches.
     assert store.submissions.submit("batch", "you", 50, some(3), key="monday") != first
     assert store.submissions.submit("batch", "me", 50, some(2500)) != first
 
@@ -247,7 +247,7 @@ def test_memory_does_not_grow_with_the_submission(database_url: str) -> None:
         return int(told.stdout)
 
     small, large = grown(10_000), grown(40_000)
-    assert large < small + 10_000  # KiB; forty thousand specs alone are 60 MB
+    assert large < small + 10_000  # in KiB; forty thousand specs alone take 60 MB
 
 
 def test_a_status_reads_no_jobs_and_lists_go_by_cursor(store: JobStore, database: Database) -> None:

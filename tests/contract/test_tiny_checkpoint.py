@@ -1,4 +1,4 @@
-"""That the model in the package is one diffusers loads, is small, and draws what it is told."""
+"""The packaged model loads in diffusers, is small, and draws what its prompt says."""
 
 import json
 

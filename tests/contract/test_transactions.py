@@ -1,4 +1,4 @@
-"""What transactions on PostgreSQL do to each other: nobody waits without end, and no person hears of it."""
+"""Concurrent transactions on PostgreSQL: none waits without end, and callers see no deadlock."""
 
 import threading
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ def owners(database: Database) -> None:
 
 @pytest.fixture
 def frozen_soon(database_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Database]:
-    """The same database by connections that may do nothing for 0.3 s only."""
+    """The same database by connections that may be idle in a transaction for only 0.3 s."""
     monkeypatch.setattr(db, "_FROZEN_SECONDS", 0.3)
     with closing(Database(database_url)) as database:
         yield database
@@ -40,7 +40,7 @@ def take(session: Session, owner: str) -> None:
 
 
 def waiting(database: Database) -> int:
-    """How many transactions of this database wait for a lock."""
+    """Count the transactions of this database that wait for a lock."""
     query = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
     with database.read() as session:
         return session.scalar(sa.text(query)) or 0
@@ -69,12 +69,12 @@ def test_a_deadlock_is_ended_by_doing_one_of_the_two_anew(database: Database) ->
     assert len(tries) == 3
 
 
-def test_who_is_frozen_amid_a_transaction_holds_up_nobody_for_long(database: Database, frozen_soon: Database) -> None:
+def test_a_process_frozen_in_a_transaction_soon_loses_its_locks(database: Database, frozen_soon: Database) -> None:
     def freeze() -> None:
         with frozen_soon.write() as session:
             take(session, OWNERS[0])
             with database.write() as another:
-                take(another, OWNERS[0])  # waits until the other has lost it
+                take(another, OWNERS[0])  # waits until the idle transaction has lost the lock
 
     with pytest.raises(DatabaseUnavailable):
         freeze()
@@ -84,7 +84,7 @@ def test_who_is_frozen_amid_a_transaction_holds_up_nobody_for_long(database: Dat
         take(session, OWNERS[0])
 
 
-def test_who_pauses_an_owner_may_be_the_second_to_write_of_it(database: Database) -> None:
+def test_a_pause_updates_an_owner_that_another_transaction_inserts(database: Database) -> None:
     store = JobStore.over(database, Settings(database_url="", broker_url="", s3_bucket=""))
     with database.write() as session:
         session.execute(sa.insert(OwnerRow).values(name="new", virtual_time=3.0))

@@ -1,4 +1,4 @@
-"""The benchmark's harness, with next to no work: every measurement gives its row."""
+"""The benchmark's harness with minimal work: every measurement gives its row."""
 
 import re
 from collections import Counter
@@ -60,7 +60,7 @@ def sides(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tu
 
 @pytest.fixture
 def cases(sides: tuple[Farm, Diffusers], request: pytest.FixtureRequest) -> Cases:
-    # Servers start with the first case that needs them.
+    # The servers start with the first case that needs them.
     return Cases(*sides, 64, (64, 72), TINY, lambda: nullcontext(request.getfixturevalue("embedded")))
 
 
@@ -79,7 +79,7 @@ def test_every_case_measures_something_and_has_its_row(number: int, cases: Cases
     assert row.value >= 0
     assert (row.met is None) == (not row.goal)
     assert row.what in table([row], ["a fact"])
-    assert row.farm_bytes >= Peak("cpu").bytes / 2  # 0 where nobody can tell
+    assert row.farm_bytes >= Peak("cpu").bytes / 2  # 0 if memory can't be measured
     assert bool(row.other_bytes) == bool(row.other and Peak("cpu").bytes)
 
 
@@ -101,7 +101,7 @@ def test_the_tolerance_is_four_times_what_diffusers_itself_is_off() -> None:
     reference = Reference(exact, (exact + 3e-6).astype(np.float32))
     assert Parity.of([exact + 1.2e-5], [reference]).holds
     assert not Parity.of([exact + 1.5e-5], [reference]).holds
-    # Rounding to 8 bits is off by half a shade more.
+    # Rounding to 8 bits adds an error of half a level.
     assert Parity.of([np.full((2, 2, 3), 128, np.uint8)], [reference]).holds
     assert not Parity.of([np.full((2, 2, 3), 129, np.uint8)], [reference]).holds
 
@@ -111,7 +111,7 @@ def test_a_server_batches_what_is_equal_and_nothing_else(sides: tuple[Farm, Diff
     other = [spec.model_copy(update={"guidance_scale": 3.0}) for spec in equal[:1]]
     run = sides[1].serve([*equal, *other], [0.0, 0.0, 0.0, 0.0], most=8)
     assert run.images == 4
-    assert 2 <= run.calls <= 3  # the oldest may be gone before the others are there
+    assert 2 <= run.calls <= 3  # the first may be taken before the others arrive
     assert sides[1].serve(equal, [0.0] * 3, most=1).calls == 3
 
 
@@ -148,7 +148,7 @@ def test_a_checkpoint_is_the_state_of_a_request_in_the_object_store(
     states = [checkpoint.unpack(storage.get(key)) for key in list(storage.keys())]
     assert {found.spec.seed for found in states} <= {spec.seed for spec in specs}
     assert run.images == 4
-    assert 0 < len(states) <= done.objects <= 2 * done.rounds  # slots
+    assert 0 < len(states) <= done.objects <= 2 * done.rounds  # 2 slots
     assert done.bytes > 0
 
 
@@ -198,7 +198,7 @@ def test_twice_the_rows_are_twice_the_flop(sides: tuple[Farm, Diffusers]) -> Non
     guided = work.uniform(4, 1, side=64, steps=3)
     plain = [spec.model_copy(update={"guidance_scale": 1.0}) for spec in guided]
     two, one = sides[0].full_forward(guided), sides[0].full_forward(plain)
-    # How many requests a full forward has is measured, and another number on a busy machine.
+    # The number of requests in a full forward is measured, and may differ on a busy machine.
     assert two.rows == 2 * two.requests
     assert one.rows == one.requests
     assert two.flop / two.rows == one.flop / one.rows > 0

@@ -1,4 +1,4 @@
-"""What docker-compose.yml asks its user for, and what .env.example says of it; `make compose-test` runs both."""
+"""The variables of docker-compose.yml match .env.example; `make compose-test` runs both."""
 
 import re
 import subprocess
@@ -17,7 +17,7 @@ def assignments(text: str) -> dict[str, str]:
 def test_every_variable_of_the_compose_file_is_in_the_example_with_its_default() -> None:
     required = set(re.findall(r"\$\{([A-Z0-9_]+):\?", COMPOSE))
     defaults = dict(re.findall(r"\$\{([A-Z0-9_]+):-([^}]*)\}", COMPOSE))
-    defaults |= dict.fromkeys(re.findall(r"^ +([A-Z0-9_]+):(?: *#.*)?$", COMPOSE, re.MULTILINE), "")  # handed through
+    defaults |= dict.fromkeys(re.findall(r"^ +([A-Z0-9_]+):(?: *#.*)?$", COMPOSE, re.MULTILINE), "")  # passed through
     example = assignments(EXAMPLE)
     assert {name for name, value in example.items() if f"\n{name}=" in EXAMPLE} == required
     assert {name: value for name, value in example.items() if name not in required} == defaults

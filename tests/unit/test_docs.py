@@ -1,4 +1,4 @@
-"""The documentation names only what exists: pages, files, tests, commands and their options."""
+"""The documentation names only pages, files, tests, commands and options that exist."""
 
 import re
 import shlex
@@ -25,9 +25,9 @@ _TYPED = re.compile(r"(?:^|\s|/)(farm [a-z].*)")
 _VARIABLE = re.compile(r"\bFARM_[A-Z0-9_]+\b")
 _NO_SETTINGS = {"FARM_ENV_FILE", "FARM_S3_"}
 _EXAMPLES = {"workers/pipelines/pixart_sigma.py"}
-"""Files that a page writes itself."""
+"""Files that the examples of a page create."""
 _OTHER_PARSER = "worker"
-"""The command whose options `workers` reads."""
+"""The command whose options `workers` parses."""
 
 
 @ALL_PAGES

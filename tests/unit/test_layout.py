@@ -1,4 +1,4 @@
-"""`tests/unit` mirrors the packages: each has a folder of tests, and a test imports the package of its folder."""
+"""`tests/unit` mirrors the packages: each has a folder of tests, and each test imports its folder's package."""
 
 import ast
 from pathlib import Path
@@ -10,7 +10,7 @@ UNIT = ROOT / "tests" / "unit"
 
 
 def packages(root: Path) -> list[Path]:
-    """The packages below `farm` and `workers` in a root, relative to it."""
+    """Return the packages below `farm` and `workers` in a root, relative to it."""
     return sorted(
         path.parent.relative_to(root)
         for product in ("farm", "workers")
@@ -23,7 +23,7 @@ FILES = sorted(path for folder in FOLDERS for path in (UNIT / folder).glob("test
 
 
 def imported(path: Path) -> set[str]:
-    """The modules that a file imports at its top."""
+    """Return the modules that a file imports at its top level."""
     found = set()
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.ImportFrom) and node.module:
@@ -34,7 +34,7 @@ def imported(path: Path) -> set[str]:
 
 
 def names_of_tests(path: Path) -> list[str]:
-    """The test functions of a file."""
+    """Return the names of a file's test functions."""
     functions = (node for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef))
     return [function.name for function in functions if function.name.startswith("test_")]
 

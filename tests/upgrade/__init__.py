@@ -1,1 +1,1 @@
-"""The farm of the previous release, upgraded to this one while it works."""
+"""A farm of the previous release, upgraded to this one while it runs."""

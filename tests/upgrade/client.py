@@ -1,6 +1,6 @@
-"""A client of any release, which a test asks and hears through pipes: a JSON request and its answer a line.
+"""A client of any release, which a test controls through pipes: each line is a JSON request or its answer.
 
-It uses nothing but the public interface of `farm`, and runs unchanged on the previous release and on this one.
+It uses only the public interface of `farm`, and runs unchanged on the previous release and on this one.
 """
 
 import hashlib
@@ -14,24 +14,24 @@ from farm import Farm, Job
 
 
 class Client:
-    """The requests by name."""
+    """The available requests by name."""
 
     def __init__(self, farm: Farm) -> None:
         self._farm = farm
 
     def submit(self, specs: list[dict[str, Any]], **options: Any) -> dict[str, Any]:
-        """Submit specs; returns the id of the batch and those of its jobs."""
+        """Submit specs; returns the id of the batch and the ids of its jobs."""
         batch = self._farm.submit(specs, **options)
         return {"batch": batch.id, "jobs": [job.id for job in batch]}
 
     def status(self, batch: str) -> dict[str, Any]:
-        """Return how far a batch is."""
+        """Return the status of a batch."""
         status = self._farm.batch(batch).status()
         counts = {state.value: count for state, count in status.counts.items() if count}
         return {"counts": counts, "done": status.done, "paused": status.paused, "total": status.total}
 
     def job(self, job: str) -> dict[str, Any]:
-        """Return what the release reports of a job, except its files."""
+        """Return the facts that the release reports about a job, except its files."""
         return _reported(self._farm.job(job))
 
     def attempts(self, job: str) -> list[dict[str, Any]]:
@@ -39,7 +39,7 @@ class Client:
         return [{**vars(one), "seconds": None} for one in self._farm.job(job).attempts()]
 
     def files(self, job: str) -> dict[str, Any]:
-        """Return hashes and sizes of everything that a job's methods make of its picture and its trajectory."""
+        """Return hashes and sizes of every file that a job's methods make from its picture and its trajectory."""
         found = self._farm.job(job).wait(60)
         png, image = found.png(), found.image()
         with tempfile.TemporaryDirectory() as folder:
@@ -63,7 +63,7 @@ class Client:
         self._farm.job(job).image().save(path)
 
     def batch(self, batch: str) -> dict[str, Any]:
-        """Return what a batch's methods make of it: its jobs, its manifest, an archive, a contact sheet."""
+        """Return the results of a batch's methods: its jobs, its manifest, an archive, a contact sheet."""
         found = self._farm.batch(batch)
         with tempfile.TemporaryDirectory() as folder:
             downloaded = sorted(path.name for path in found.download(folder))

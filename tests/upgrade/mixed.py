@@ -20,7 +20,7 @@ _WAIT_SECONDS = 120.0
 
 
 class RemoteError(AssertionError):
-    """A client of some release raised an error."""
+    """Raised when a client of either release reports an error."""
 
 
 class Client:
@@ -44,7 +44,7 @@ class Client:
         return answer["result"]
 
     def close(self) -> None:
-        """End it in good order."""
+        """Close the client's input, and wait for its end."""
         assert self._popen.stdin is not None
         assert self._popen.stdout is not None
         self._popen.stdin.close()
@@ -64,13 +64,13 @@ class Side:
     client: Client | None = None
 
     def ask(self, call: str, **arguments: Any) -> Any:
-        """Ask this release's client."""
+        """Send a request to this release's client; returns the result."""
         assert self.client is not None, f"no {self.name} client is there"
         return self.client.ask(call, **arguments)
 
 
 class MixedFarm:
-    """One farm's services, and both sides that use them."""
+    """The services of one farm, and the two sides that use them."""
 
     def __init__(self, settings: Settings, folder: Path, old: Release, new: Release, undo: ExitStack) -> None:
         self.settings = settings
@@ -80,21 +80,21 @@ class MixedFarm:
 
     @property
     def sides(self) -> tuple[Side, Side]:
-        """Both, the old one first."""
+        """Both sides, the old one first."""
         return self.old, self.new
 
     def side(self, name: str) -> Side:
-        """The side of that name."""
+        """Return the side with that name."""
         return self.old if name == "old" else self.new
 
     def other(self, name: str) -> Side:
-        """The side of the other name."""
+        """Return the side with the other name."""
         return self.new if name == "old" else self.old
 
     # --- starting and stopping ------------------------------------------------------------------------------
 
     def start_worker(self, side: Side, name: str, models: str, *, slots: int = 2, **env: object) -> Process:
-        """Start a worker and wait until a client of its own release sees it alive."""
+        """Start a worker and wait until a client of its own release lists it as alive."""
         process = self._start(
             side, name, ["-m", "workers", "--name", name], FARM_MODELS=models, FARM_SLOTS=slots, **env
         )
@@ -114,7 +114,7 @@ class MixedFarm:
         wait_until(lambda: "dispatching" in process.log.read_text(), f"the {side.name} dispatcher is up", _WAIT_SECONDS)
 
     def stop_dispatcher(self, side: Side) -> None:
-        """Stop a side's dispatcher in good order."""
+        """Stop a side's dispatcher; fails unless it exits with 0."""
         if side.dispatcher is not None:
             status, said = side.dispatcher.stop(), side.dispatcher.log.read_text()
             assert status == 0, f"the {side.name} dispatcher ended with {status}: {said}"
@@ -173,7 +173,7 @@ class MixedFarm:
     # --- waiting --------------------------------------------------------------------------------------------
 
     def wait_for_job(self, side: Side, job: str, true: Callable[[dict[str, Any]], bool], what: str) -> dict[str, Any]:
-        """Wait until a client of this side reports something of a job; returns the report."""
+        """Wait until `true` holds for the job as a client of this side reports it; returns the report."""
         found: dict[str, Any] = {}
 
         def reported() -> bool:
@@ -195,18 +195,18 @@ class MixedFarm:
             raise AssertionError(f"{status}: {[(job['id'], job['state'], job['error']) for job in jobs]}")
 
     def rendered_by(self, job: str) -> str:
-        """The side whose worker rendered a job's picture, as the new client reports it."""
+        """Return the side whose worker rendered a job's picture, as the new client reports it."""
         worker = self.new.ask("attempts", job=job)[-1]["worker"] or ""
         found = [side.name for side in self.sides if worker.partition("@")[0] in side.workers]
         assert found, f"{job} was rendered by {worker!r}, which is of neither side"
         return found[0]
 
     def ended_by(self, side: Side) -> int:
-        """The number of jobs whose success a side's workers have logged."""
+        """Return the number of jobs whose success a side's workers have logged."""
         return sum(worker.log.read_text().count("now=succeeded") for worker in side.workers.values())
 
     def logged(self, text: str) -> str:
-        """The log lines of all programs that contain a text, each after the program's name."""
+        """Return the log lines of all programs that contain a text, each after its program's name."""
         lines = [
             f"{path.stem}: {line}"
             for path in sorted(self._folder.glob("*.log"))
@@ -216,7 +216,7 @@ class MixedFarm:
         return "\n".join(["the logs have:", *lines])
 
     def errors(self) -> Iterator[str]:
-        """The tracebacks that programs of either side have logged, each with the program's name."""
+        """Yield the tracebacks that programs of either side have logged, each with its program's name."""
         for path in sorted(self._folder.glob("*.log")):
             said = path.read_text(errors="replace")
             if "Traceback" in said:

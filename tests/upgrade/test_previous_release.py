@@ -1,4 +1,4 @@
-"""A farm of the previous release, upgraded while it works: both releases share the jobs, the pictures and the schema.
+"""A farm of the previous release, upgraded while it runs: both releases share the jobs, the pictures and the schema.
 
 Everything is observed through the public client and the command line of either release.
 """
@@ -29,7 +29,7 @@ KIND = "postgresql"
 """The kind of database."""
 BOTH = ["old", "new"]
 CROSSED = pytest.mark.parametrize(("first", "second"), [("old", "new"), ("new", "old")])
-"""Once with each release in each part."""
+"""Runs with the two releases in either role."""
 PACE = "null:?seconds_per_step=0.03"
 
 
@@ -71,7 +71,7 @@ def old_farm(
 
 @pytest.fixture(scope="module")
 def farm(old_farm: MixedFarm) -> MixedFarm:
-    """The farm after `farm migrate` of this release, amid a batch, with dispatcher, workers and client of this release.
+    """The farm after `farm migrate` of this release during a batch, with this release's dispatcher, workers and client.
 
     The programs of the previous release that ran before the migration still run.
     """
@@ -102,7 +102,7 @@ def farm(old_farm: MixedFarm) -> MixedFarm:
 
 
 def models(side: str) -> str:
-    """What the workers of a side serve: a model of both, and one that only this side has."""
+    """Return the models of a side's workers: one that both sides serve, and one that only this side serves."""
     return f"tiny={PACE},by-{side}={PACE}"
 
 
@@ -125,7 +125,7 @@ def batch_by_both(farm: MixedFarm, client: Side) -> dict[str, Any]:
 
 
 def differences(old: Any, new: Any, where: str) -> list[str]:
-    """Where the new release's JSON lacks or changes a value of the old one's; the new one may have further keys."""
+    """Return where the new release's JSON lacks or changes a value of the old one's; additional keys are allowed."""
     if isinstance(old, dict) and isinstance(new, dict):
         return [line for key in old for line in differences(old[key], new.get(key, "gone"), f"{where}.{key}")]
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
@@ -199,7 +199,7 @@ def test_both_command_lines_say_and_fetch_the_same(farm: MixedFarm, tmp_path: Pa
 def test_a_render_goes_from_one_release_to_the_other_and_back(
     farm: MixedFarm, first: str, second: str, tmp_path: Path
 ) -> None:
-    """With the shipped model: its first worker is killed, its second one stopped, and the picture is the same."""
+    """With the shipped model: the first worker is killed, the second one stopped, and the picture is the same."""
     model = f"begun-by-{first}"
     steps = {"FARM_CHECKPOINT_STEPS": 10, "FARM_DRAIN_SECONDS": 0}
     here, there = farm.side(first), farm.side(second)
@@ -229,7 +229,7 @@ def test_a_render_goes_from_one_release_to_the_other_and_back(
 
 
 def resumed_at(worker: Process, job: str) -> int:
-    """The step at which a worker went on with a job, by its log; 0 if it began anew."""
+    """Return the step at which a worker resumed a job, according to its log; 0 if it started from the first step."""
     found = re.findall(rf"resuming job_id={job} .*step=(\d+)", worker.log.read_text())
     return int(found[-1]) if found else 0
 
@@ -353,7 +353,7 @@ def test_what_either_release_leaves_beside_its_pictures_is_swept_by_the_new_disp
         f"{short} and {long} have checkpoints",
         120,
     )
-    doomed.kill()  # so that it can't delete anything itself
+    doomed.kill()  # a killed worker can't delete anything itself
     heir = farm.start_worker(farm.side(renderer), f"{model}-heir", f"{model}={PACE}", FARM_CHECKPOINT_STEPS=10)
     found = farm.wait_for_job(client, short, lambda it: it["state"] == "succeeded", f"{short} has succeeded")
     assert client.ask("steer", what="job", name=long, verb="cancel")
@@ -381,7 +381,7 @@ def test_no_program_of_either_release_logged_a_traceback(farm: MixedFarm) -> Non
 
 
 def stored(farm: MixedFarm, batch: str = "") -> list[str]:
-    """The keys in the bucket, or those of a batch."""
+    """Return the keys in the bucket, or those of a batch."""
     storage = Storage(farm.settings)
     try:
         return list(storage.keys(f"{batch}/" if batch else ""))

@@ -1,4 +1,4 @@
-"""The public face: what `from farm import …` offers, and that importing it costs and does nothing."""
+"""The public API: the names that `from farm import …` provides, and an import that is fast and has no side effects."""
 
 import inspect
 import subprocess

@@ -1,4 +1,4 @@
-"""What `farm env` writes is found again by whoever reads it, and by nobody who should not."""
+"""`farm env` writes variables that programs can load, in a file that other users can't read."""
 
 import json
 import os
@@ -113,7 +113,7 @@ def test_an_embedded_farm_says_that_other_machines_can_not_reach_it(tmp_path: Pa
 
 @pytest.fixture(params=[{}, {"FARM_FLOWER_URL": "http://flower:5555"}, {"farm_slots": "3"}], ids=lambda it: str([*it]))
 def stopped(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """An embedded farm that does not run, with variables that do not lead to another farm."""
+    """A stopped embedded farm, with variables that do not name another farm."""
     embed(tmp_path / ".farm")
     for name, value in request.param.items():
         monkeypatch.setenv(name, value)
@@ -157,7 +157,7 @@ def test_a_file_that_everybody_can_read_is_refused(monkeypatch: pytest.MonkeyPat
     file.chmod(0o644)
     with pytest.raises(NotConfigured, match=f"chmod 600 {file}"):
         Settings.load()
-    file.chmod(0o640)  # a service's group
+    file.chmod(0o640)  # readable by a service's group
     assert Settings.load().s3_bucket == "pictures"
 
 
@@ -168,10 +168,10 @@ def test_two_farms_at_once_are_refused(environment: pytest.MonkeyPatch, tmp_path
     environment.setenv("FARM_ENV_FILE", str(file))
     with pytest.raises(NotConfigured, match="FARM_BROKER_URL") as caught:
         Settings.load()
-    assert "FARM_DATABASE_URL" not in str(caught.value)  # which are the same
+    assert "FARM_DATABASE_URL" not in str(caught.value)  # both define the same value
     assert ":other@" not in str(caught.value)
     environment.setenv("FARM_BROKER_URL", "redis://:other@elsewhere/0")
-    environment.setenv("FARM_LEASE_SECONDS", "20")  # whatever names no service may differ
+    environment.setenv("FARM_LEASE_SECONDS", "20")  # settings that name no service may differ
     assert Settings.load().lease_seconds == 20
 
 
@@ -181,7 +181,7 @@ def test_two_farms_at_once_are_refused(environment: pytest.MonkeyPatch, tmp_path
 def test_a_file_without_a_farm_is_said_so(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: bytes | None, why: str
 ) -> None:
-    embed(tmp_path / ".farm")  # it is not taken instead
+    embed(tmp_path / ".farm")  # it is not used instead
     file = tmp_path / "farm.env"
     if content is not None:
         file.write_bytes(content)

@@ -1,4 +1,4 @@
-"""The options, columns and axes of a spec all come from the fields of `RenderSpec`."""
+"""The options, columns and axes of a spec are all derived from the fields of `RenderSpec`."""
 
 import os
 import shutil

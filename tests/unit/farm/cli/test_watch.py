@@ -1,4 +1,4 @@
-"""`farm watch` in a terminal and on a pipe."""
+"""`farm watch` in a terminal and in a pipe."""
 
 import io
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ from tests.unit.farm.show.views import WORKER, failure, status
 
 
 class Farm:
-    """What `Watcher` asks a farm."""
+    """The part of a farm's interface that `Watcher` uses."""
 
     def __init__(self) -> None:
         self.statuses = [status(succeeded=1, pending=2)]
@@ -62,13 +62,13 @@ def test_failures_are_shown_as_they_come_each_once() -> None:
     assert [job.index for job in view.failures] == [4, 5, 6, 7, 8]
 
 
-def test_what_waits_says_why() -> None:
+def test_waiting_jobs_show_the_reason() -> None:
     farm = Farm()
     farm.missing = ["flux"]
     assert [line.why for line in Watcher(farm).read().batches] == ["no worker holds flux"]  # type: ignore[arg-type]
 
 
-def test_where_it_is_piped_it_is_said_again_only_when_something_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_a_pipe_a_line_is_printed_only_after_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
     farm, file = Farm(), io.StringIO()
     looks = iter([None, None, status(succeeded=2, pending=1), None])
 

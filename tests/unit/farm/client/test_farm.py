@@ -13,7 +13,7 @@ from farm.errors import SchemaMismatch
 
 @pytest.fixture
 def empty_database(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A SQLite file without a schema, which the environment names as the farm's database."""
+    """A SQLite file without a schema, set as the farm's database in the environment."""
     path = tmp_path / "empty.db"
     path.touch()
     monkeypatch.setenv("FARM_DATABASE_URL", f"sqlite:///{path}")

@@ -1,4 +1,4 @@
-"""A batch's page: all of it in one file, and nothing of a prompt is more than text in it."""
+"""The report of a batch: one self-contained file, in which prompts appear only as escaped text."""
 
 import hashlib
 import io
@@ -24,7 +24,7 @@ TOTALS = Totals(NOW, 12.345, [("sd15", "e" * 64), ("tiny", "f" * 64)])
 
 
 class Bucket:
-    """Pictures by key; counts how many were fetched before the last was used."""
+    """A bucket of equal pictures that counts how often one was fetched."""
 
     def __init__(self, size: tuple[int, int] = (640, 480)) -> None:
         out = io.BytesIO()
@@ -52,7 +52,7 @@ class Bucket:
 
 
 class Tags(HTMLParser):
-    """What a browser would find."""
+    """The tags, attributes and text of a page, as a browser parses them."""
 
     def __init__(self, text: str) -> None:
         super().__init__()

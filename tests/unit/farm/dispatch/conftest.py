@@ -1,4 +1,4 @@
-"""One dispatcher's parts with real SQL, Redis and S3, a clock that tests set, and outages that tests begin and end."""
+"""The parts of one dispatcher with real SQL, Redis and S3; tests set the clock, and begin and end outages."""
 
 import sqlite3
 import threading
@@ -42,15 +42,15 @@ class Clock:
         return self.now
 
     def pass_by(self, seconds: float) -> None:
-        """Let time pass."""
+        """Advance the clock."""
         self.now += seconds
 
 
 class Turns(threading.Event):
-    """A stop event for a loop: what the test does while the loop pauses, a step a pause, and then its end.
+    """A stop event for a loop: each pause of the loop runs the test's next step, and the loop ends after the last one.
 
-    A pause lets that much time pass by the clock, and none in truth. Other threads, which the loop starts, wait in
-    their first pause until the end.
+    A pause advances the clock by its length, but takes no real time. Other threads that the loop starts block in their
+    first pause until the end.
     """
 
     def __init__(self, clock: Clock, *steps: Callable[[], object]) -> None:
@@ -58,10 +58,10 @@ class Turns(threading.Event):
         self._clock, self._steps = clock, list(steps)
         self._loop = threading.current_thread()
         self.pauses: list[float] = []
-        """The seconds of each pause of the loop."""
+        """The length of each pause of the loop, in seconds."""
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Do the next step."""
+        """Run the next step."""
         if threading.current_thread() is not self._loop or timeout is None:
             return super().wait()
         self.pauses.append(timeout)
@@ -76,7 +76,7 @@ class Turns(threading.Event):
 
 
 class FlakyBroker(Broker):
-    """A broker of a real Redis that can be away, or do something of the test's just before it publishes."""
+    """A broker on a real Redis, with simulated outages and a hook that runs just before it publishes."""
 
     away = False
     before_publishing: Callable[[], object] | None = None
@@ -90,7 +90,7 @@ class FlakyBroker(Broker):
             yield
 
     def publish(self, doorbells: Any) -> None:
-        """Publish after what the test wants to happen before."""
+        """Run the hook, then publish."""
         if self.before_publishing is not None:
             self.before_publishing()
         super().publish(doorbells)
@@ -102,12 +102,12 @@ class FlakyBroker(Broker):
 
 
 class FlakyStorage(Storage):
-    """A storage on a real S3 that can be away, or have a copy wait."""
+    """A storage on a real S3, with simulated outages and copies that can be delayed."""
 
     away = False
     copies_may_go_on: threading.Event | None = None
     fails: Exception | None = None
-    """What copying raises."""
+    """The exception that copying raises."""
     copied: Sequence[str] = ()
     """The sources of the copies begun so far."""
 
@@ -119,7 +119,7 @@ class FlakyStorage(Storage):
             yield
 
     def copy(self, source: str, key: str, size: int | None = None) -> bool:
-        """Copy when the test lets it."""
+        """Copy once the test allows it."""
         self.copied = [*self.copied, source]
         if self.fails is not None:
             raise self.fails
@@ -130,7 +130,7 @@ class FlakyStorage(Storage):
 
 @dataclass
 class Parts:
-    """What a dispatcher is made of; the one place where these tests make them."""
+    """The services and settings of a dispatcher; the only place where these tests create them."""
 
     db: Database
     store: JobStore
@@ -140,7 +140,7 @@ class Parts:
     clock: Clock = field(default_factory=Clock)
 
     def dispatcher(self) -> Dispatcher:
-        """A dispatcher by the test's clock."""
+        """Return a dispatcher that uses the test's clock."""
         return Dispatcher(self.store, self.broker, self.storage, self.settings, self.clock)
 
     # --- jobs ---------------------------------------------------------------------------------------------------
@@ -152,7 +152,7 @@ class Parts:
         return [f"{batch_id}-{n}" for n in range(1, count + 1)]
 
     def claim(self, job_id: str) -> Claim:
-        """Have a worker claim a job, which the dispatcher need not have queued."""
+        """Have a worker claim a job, whether or not the dispatcher has queued it."""
         with self.db.write() as session:
             session.execute(sa.update(JobRow).where(JobRow.id == job_id).values(state=JobState.QUEUED.value))
         claim = self.store.leases.claim(job_id, WORKER.name)
@@ -160,7 +160,7 @@ class Parts:
         return claim
 
     def succeed(self, job_id: str, data: bytes = b"a picture") -> Picture:
-        """Have a worker store a picture, and the films of a job with a trajectory, and end the job with them."""
+        """Have a worker store a picture, and the films of a job with a trajectory, and report success."""
         claim = self.claim(job_id)
         key = image_key(claim.batch_id, claim.index, claim.attempt, claim.spec.prompt)
         films = [
@@ -177,39 +177,39 @@ class Parts:
         return picture
 
     def states(self, job_ids: Sequence[str]) -> list[JobState]:
-        """Their states."""
+        """Return the states of the jobs."""
         return [self.store.queries.job(job_id).state for job_id in job_ids]
 
     def messages(self) -> set[str]:
-        """The jobs whose messages lie in Redis."""
+        """Return the jobs whose messages are in Redis."""
         return self.broker.waiting("tiny")
 
     # --- time in SQL ----------------------------------------------------------------------------------------------
 
     def shift_lease(self, job_id: str, seconds: float) -> None:
-        """Let the lease of a running job end that many seconds from now."""
+        """Set the end of a running job's lease to that many seconds from now."""
         self._shift(JobRow.lease_until, JobRow.id == job_id, seconds)
 
     def shift_end(self, job_id: str, seconds: float) -> None:
-        """Let a job have ended that many seconds from now, which are negative."""
+        """Set the end of a job to that many seconds from now; use a negative number."""
         self._shift(JobRow.finished_at, JobRow.id == job_id, seconds)
 
     def shift_batch_end(self, batch_id: str, seconds: float) -> None:
-        """Let a batch have ended that many seconds from now, which are negative."""
+        """Set the end of a batch to that many seconds from now; use a negative number."""
         self._shift(BatchRow.ended_at, BatchRow.id == batch_id, seconds)
 
     def give_leadership_to(self, holder: str, seconds: float = 60.0) -> None:
-        """Have another process lead, for that many seconds from now."""
+        """Make another process the leader for that many seconds from now."""
         with self.db.write() as session:
             session.execute(sa.delete(LeaderRow))
             session.add(LeaderRow(name="dispatcher", holder=holder, until=now_plus(sa.literal(seconds))))
 
     def end_leadership(self) -> None:
-        """Let the lease of the process that leads run out."""
+        """Let the lease of the leader expire."""
         self._shift(LeaderRow.until, LeaderRow.name == "dispatcher", -1.0)
 
     def leader(self) -> str | None:
-        """The process that leads."""
+        """Return the leader."""
         with self.db.read() as session:
             return session.scalar(sa.select(LeaderRow.holder))
 
@@ -222,7 +222,7 @@ class Parts:
 
     @contextmanager
     def sql_is_away(self) -> Iterator[None]:
-        """Let every transaction fail as one fails whose database does not answer."""
+        """Make every transaction fail as it does if the database does not answer."""
         start, end = self.sql_outage()
         start()
         try:
@@ -231,7 +231,7 @@ class Parts:
             end()
 
     def sql_outage(self) -> tuple[Callable[[], None], Callable[[], None]]:
-        """The beginning of an outage of the database, and its end."""
+        """Return functions that begin and end an outage of the database."""
 
         def fail(_connection: sa.Connection) -> None:
             raise sa.exc.OperationalError("BEGIN", None, sqlite3.OperationalError("the test says so"))
@@ -246,15 +246,15 @@ class Parts:
 def parts(
     sqlite_url: str, valkey: str, s3: Mapping[str, str | None], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Parts]:
-    """An empty farm's parts, on SQLite."""
-    monkeypatch.setattr(election, "RENEW_SECONDS", 0.0)  # each pass asks who leads
+    """The parts of an empty farm, on SQLite."""
+    monkeypatch.setattr(election, "RENEW_SECONDS", 0.0)  # each pass asks for the lease of the leader
     with made_of(sqlite_url, valkey, s3) as parts:
         yield parts
 
 
 @contextmanager
 def made_of(database_url: str, broker_url: str, s3: Mapping[str, str | None]) -> Iterator[Parts]:
-    """A farm's parts over these services."""
+    """Create the parts of a farm on these services."""
     settings = Settings.load(
         database_url=database_url,
         broker_url=broker_url,
@@ -274,5 +274,5 @@ def made_of(database_url: str, broker_url: str, s3: Mapping[str, str | None]) ->
 
 @pytest.fixture
 def leadership(parts: Parts) -> Leadership:
-    """A dispatcher's part in the election."""
+    """The dispatcher's membership in the election."""
     return Leadership(parts.db, "dispatcher")

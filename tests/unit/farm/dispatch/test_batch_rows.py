@@ -1,4 +1,4 @@
-"""The loop that shows batches to Flower, and the events that it sends over a real Redis."""
+"""The loop that reports batches to Flower, and its events over a real Redis."""
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +17,7 @@ from tests.unit.farm.dispatch.conftest import Parts, Turns
 
 
 class Recorder(EventStream):
-    """A stream of which the test knows what was sent, and which it can break."""
+    """A stream that records the batches it is sent, and that a test can make fail."""
 
     fails: Exception | None = None
 
@@ -33,16 +33,16 @@ class Recorder(EventStream):
         self.sent.append([fields["uuid"] for _, fields in events])
 
     def close(self) -> None:
-        """Record the end."""
+        """Record that the stream was closed."""
         self.closed = True
 
 
 def nothing() -> None:
-    """A step in which the test only lets the loop go on."""
+    """A step in which the loop only continues."""
 
 
 def rows(parts: Parts, stream: EventStream | None = None, **settings: Any) -> BatchRows:
-    """The rows of a dispatcher that looks once a second."""
+    """Return the rows of a dispatcher that sends progress once a second."""
     found = BatchRows(parts.store.overview, parts.settings.model_copy(update={"progress_seconds": 1.0, **settings}))
     if stream is not None:
         found._stream = stream
@@ -131,7 +131,7 @@ def test_sql_away_is_waited_out(parts: Parts, leadership: Leadership, stream: Re
 
 @contextmanager
 def received(settings: Settings) -> Iterator[list[dict[str, Any]]]:
-    """The events that come over Redis meanwhile."""
+    """Collect the events that arrive over Redis during the block."""
     app = make_app(settings)
     events: list[dict[str, Any]] = []
     listening = threading.Event()
@@ -167,7 +167,7 @@ def test_events_are_followed_by_a_heartbeat_when_one_is_due_and_by_a_goodbye(par
     with received(parts.settings) as events:
         for at in (0.0, 5.0, 10.0):
             stream.send(event(), at)
-        stream.send((), 15.0)  # nothing to say, and no heartbeat due
+        stream.send((), 15.0)  # no events, and no heartbeat due
         stream.send((), 20.0)
         stream.close()
         wait_until(lambda: "worker-offline" in kinds(events), "it says goodbye")

@@ -1,4 +1,4 @@
-"""Copies of pictures: what is copied, what is too late, and an object store that hangs, fails or lost the picture."""
+"""Copies of pictures: successful copies, late copies, and an object store that hangs, fails or lost the picture."""
 
 import threading
 from collections.abc import Iterator
@@ -26,20 +26,20 @@ def copier(parts: Parts) -> Copier:
 
 
 def twins(parts: Parts, count: int = 1, **fields: Any) -> tuple[str, list[str]]:
-    """A job with a picture, and jobs of the same spec that wait."""
+    """Return a job with a picture, and pending jobs with the same spec."""
     (source,) = parts.submit(1, "original", prompt="the same", seed=7, **fields)
     parts.succeed(source)
     return source, parts.submit(count, "copies", prompt="the same", seed=7, **fields)
 
 
 def copies_are_wanted(parts: Parts) -> None:
-    """Have a dispatcher lead, and a worker with the weights of the pictures live: passes offer copies only then."""
+    """Elect a dispatcher and register a worker with the pictures' weights: passes offer copies only then."""
     parts.give_leadership_to("a dispatcher")
     parts.store.workers.register(WORKER)
 
 
 def serves(parts: Parts, source: str) -> bool:
-    """Whether a pass offers a job's picture to another job of the same spec."""
+    """Return whether a pass offers a job's picture to another job with the same spec."""
     copies_are_wanted(parts)
     parts.submit(1, "asks", prompt="the same", seed=7)
     return source in parts.store.backlog.enqueue(100, copy=True).copies.values()
@@ -161,7 +161,7 @@ def test_sql_away_leaves_a_copy_to_be_begun_again(parts: Parts, copier: Copier) 
 
 
 class _Answers404(BaseHTTPRequestHandler):
-    """What a proxy before an object store answers while that restarts: 404, and no word of S3's."""
+    """Answers as a proxy does while its object store restarts: with 404, and without an error code of S3."""
 
     def do_GET(self) -> None:
         self.send_response(404)
@@ -171,7 +171,7 @@ class _Answers404(BaseHTTPRequestHandler):
     do_HEAD = do_GET  # noqa: N815
 
     def log_message(self, *_: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
 
 @contextmanager
@@ -201,7 +201,7 @@ def test_a_404_that_is_not_of_the_object_store_leaves_the_picture_in_service(par
 
 @contextmanager
 def copying(copier: Copier) -> Iterator[None]:
-    """The copier's threads at work."""
+    """Run the copier's threads."""
     stop = threading.Event()
     copier.start(stop)
     try:
@@ -252,7 +252,7 @@ def test_a_copier_waits_after_an_error_and_longer_after_each_further_one(
     parts.storage.fails = StorageUnavailable("the test says so")
 
     def pause() -> float:
-        """Let a copy fail, and time pass until the copier is ready again; returns how long that took."""
+        """Let a copy fail, and advance the clock until the copier is ready again; returns the elapsed time."""
         began = parts.clock.now
         wait_until(lambda: not copier.ready, "the copier notices")
         while not copier.ready:

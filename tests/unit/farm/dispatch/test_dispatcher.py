@@ -1,4 +1,4 @@
-"""The dispatcher's loop and its recovery, with every outage and every change of the leader that it must survive."""
+"""The dispatcher's loop and its recovery, through outages and changes of the leader."""
 
 import logging
 import threading
@@ -19,20 +19,20 @@ from tests.unit.farm.dispatch.conftest import LEASE_SECONDS, WORKER, Parts, Turn
 
 PENDING, QUEUED, RUNNING = JobState.PENDING, JobState.QUEUED, JobState.RUNNING
 RECOVER_SECONDS = 1.0
-"""Half a beat."""
+"""Half a heartbeat interval."""
 
 
 def nothing() -> None:
-    """A step in which the test only lets the loop go on."""
+    """A step in which the loop only continues."""
 
 
 def passes(seconds: float) -> list[Callable[[], None]]:
-    """So many steps that an idle loop spends at least that long."""
+    """Return enough steps for an idle loop to spend at least that long."""
     return [nothing] * int(seconds / IDLE_SECONDS + 1)
 
 
 def run(parts: Parts, leadership: Leadership, *steps: Callable[[], object]) -> tuple[Dispatcher, Turns]:
-    """Run a dispatcher that does a step at each pause and then stops."""
+    """Run a dispatcher with a step at each pause, then stop it."""
     dispatcher, turns = parts.dispatcher(), Turns(parts.clock, *steps)
     dispatcher.run(turns, leadership)
     return dispatcher, turns
@@ -85,7 +85,7 @@ def test_a_dispatcher_that_fails_amid_a_pass_and_stops_leaves_nothing_queued_wit
     assert parts.states(jobs) == [PENDING] * 3
 
 
-# --- who leads -----------------------------------------------------------------------------------------------------
+# --- leadership ---------------------------------------------------------------------------------------------------
 
 
 def test_a_dispatcher_that_does_not_lead_moves_nothing(parts: Parts, leadership: Leadership) -> None:
@@ -143,7 +143,7 @@ def test_a_dispatcher_stops_without_the_database_too(
     assert parts.leader() == leadership.holder, "its lease has to run out"
 
 
-# --- Redis or SQL away ---------------------------------------------------------------------------------------------
+# --- outages of Redis and SQL ---------------------------------------------------------------------------------------
 
 
 def test_redis_away_is_logged_once_and_waited_for_without_moving_jobs(
@@ -186,7 +186,7 @@ def test_a_dispatcher_no_longer_believes_that_it_leads_while_sql_is_away(parts: 
     assert not leadership.leads
 
 
-def test_one_service_after_another_away_is_logged_for_each(
+def test_consecutive_outages_of_two_services_are_logged_for_each(
     parts: Parts, leadership: Leadership, caplog: pytest.LogCaptureFixture
 ) -> None:
     parts.submit(1)
@@ -285,7 +285,7 @@ def test_a_message_that_turns_up_again_is_missed_anew(parts: Parts) -> None:
     dispatcher.recover()
     parts.clock.pass_by(LEASE_SECONDS / 2 - 0.1)
     parts.store.backlog.unqueue([job])
-    dispatcher.fill()  # on its way in until now
+    dispatcher.fill()  # publishes its message again
     assert dispatcher.recover() == 0
     flush(parts)
     parts.clock.pass_by(1)
@@ -308,7 +308,7 @@ def test_a_job_that_was_claimed_meanwhile_misses_no_message(parts: Parts) -> Non
 
 def test_jobs_of_a_dispatcher_that_died_between_commit_and_publication_come_back(parts: Parts) -> None:
     jobs = parts.submit(2)
-    parts.store.backlog.enqueue(4)  # and then it died
+    parts.store.backlog.enqueue(4)  # the dispatcher dies after its commit
     dispatcher = parts.dispatcher()
     dispatcher.recover()
     parts.clock.pass_by(LEASE_SECONDS / 2)
@@ -330,7 +330,7 @@ def test_recovery_waits_for_redis_before_it_takes_any_message_for_lost(parts: Pa
 
 
 def flush(parts: Parts) -> None:
-    """Let Redis lose everything."""
+    """Delete everything in Redis."""
     with redis.Redis.from_url(parts.settings.broker_url) as client:
         client.flushall()
 
@@ -339,7 +339,7 @@ def flush(parts: Parts) -> None:
 
 
 def left_behind(parts: Parts) -> tuple[str, list[str]]:
-    """A job that succeeded at its second attempt, and what its first one left in the bucket."""
+    """Return a job that succeeded in its second attempt, and the objects that its first attempt left in the bucket."""
     (job,) = parts.submit(1)
     claim = parts.claim(job)
     key = checkpoint_key(claim.batch_id, claim.index, claim.attempt)

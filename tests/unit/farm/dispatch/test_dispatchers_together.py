@@ -1,4 +1,4 @@
-"""Dispatchers that work at the same time, on PostgreSQL, where nothing but the farm's own locks keeps them apart."""
+"""Concurrent dispatchers on PostgreSQL, where only the farm's own locks keep them from interfering."""
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -19,13 +19,13 @@ COUNT = 4
 
 @pytest.fixture
 def several(postgres_url: str, valkey: str, s3: Mapping[str, str | None]) -> Iterator[list[Parts]]:
-    """The parts of several dispatchers of one farm, each with connections of its own."""
+    """The parts of several dispatchers of one farm, each with its own connections."""
     with ExitStack() as stack:
         yield [stack.enter_context(made_of(postgres_url, valkey, s3)) for _ in range(COUNT)]
 
 
 def at_once(several: list[Parts], act: Callable[[Parts], T]) -> list[T]:
-    """What each of them returns, all started at the same moment."""
+    """Run `act` for all of them at the same moment; returns the results."""
     start = threading.Barrier(len(several))
 
     def one(parts: Parts) -> T:

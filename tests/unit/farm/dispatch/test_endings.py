@@ -1,4 +1,4 @@
-"""Batches that have ended: their manifests, and the deletion of those that are given up or too old."""
+"""Batches that have ended: their manifests, and their deletion, on request or after the retention time."""
 
 import json
 import threading
@@ -19,7 +19,7 @@ DAY_SECONDS = 24 * 3600
 
 
 def ended_batch(parts: Parts, name: str = "batch", jobs: int = 1) -> str:
-    """A batch whose jobs have succeeded."""
+    """Return a batch whose jobs have succeeded."""
     ids = parts.submit(jobs, name)
     for job in ids:
         parts.succeed(job)
@@ -27,7 +27,7 @@ def ended_batch(parts: Parts, name: str = "batch", jobs: int = 1) -> str:
 
 
 def keys(parts: Parts, batch_id: str) -> list[str]:
-    """The objects of a batch."""
+    """Return the keys of a batch's objects."""
     return list(parts.storage.keys(f"{batch_id}/"))
 
 

@@ -1,4 +1,4 @@
-"""What the doctor says of the database, the dispatcher and the workers, as SQL knows them."""
+"""The doctor's findings about the database, the dispatcher and the workers, as recorded in SQL."""
 
 import os
 import socket
@@ -25,7 +25,7 @@ NOBODY = Finding("worker", "bad", "none is alive", "start one: `farm worker`")
 
 
 class Clock:
-    """A clock that only a pause moves on."""
+    """A clock that only `sleep` advances."""
 
     def __init__(self, during: Callable[[float], None] = lambda _: None) -> None:
         self.seconds = 0.0
@@ -59,7 +59,7 @@ def lead(database: Database) -> Leadership:
 
 
 def lease_ends_in(database: Database, seconds: float) -> None:
-    """Move the end of the leader's lease, in place of waiting for it."""
+    """Set the end of the leader's lease, instead of waiting for it."""
     with database.write() as session:
         session.execute(sa.update(LeaderRow).values(until=now_plus(sa.literal(seconds))))
 
@@ -67,7 +67,7 @@ def lease_ends_in(database: Database, seconds: float) -> None:
 def introduce(
     store: JobStore, name: str, *models: str, version: str = __version__, database: Database | None = None
 ) -> None:
-    """Register a worker; with a database, as one that was last heard of before its lease."""
+    """Register a worker; with `database`, its last heartbeat is longer ago than a lease."""
     served = tuple(ServedModel(model) for model in models or ("tiny",))
     store.workers.register(WorkerInfo(name, "cpu", "float32", 8, version, served))
     if database is not None:
@@ -153,7 +153,7 @@ def test_another_dispatcher_that_takes_over_meanwhile_is_found(database: Databas
     assert TAKEOVER_SECONDS / 2 < clock.seconds < TAKEOVER_SECONDS
 
 
-def test_who_leads_in_something_else_is_no_dispatcher(database: Database) -> None:
+def test_the_holder_of_another_lease_is_no_dispatcher(database: Database) -> None:
     assert Leadership(database, "retention", lease_seconds=600).seek()
     clock = Clock()
     assert check_dispatcher(database, "start one", clock=clock, sleep=clock.sleep).level == "bad"

@@ -1,4 +1,4 @@
-"""Who is served next: worked examples, and bounds that hold for any load."""
+"""The order of dispatch: worked examples, and bounds that hold for any load."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -84,7 +84,7 @@ def test_an_owner_at_the_cap_is_passed_over() -> None:
     assert served([Share("a", "me", 90, unserved_seconds=999.0)], 5, [Owner("me", room=0)]) == ""
 
 
-def test_what_a_batch_did_not_have_is_given_back_and_goes_to_the_others() -> None:
+def test_a_refunded_charge_goes_to_the_other_batches() -> None:
     found = line([Share("a", "me", 50), Share("b", "you", 50)])
     first = found.take(4)
     for job in first:

@@ -1,4 +1,4 @@
-"""Samplers that a model can't use are refused at submit, by what the workers say about it."""
+"""A submission is refused if its model can't use the sampler, according to the workers' registrations."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""What workers of this release and the one before write about their models, and what each release reads."""
+"""Model entries written by workers of this release and the previous one, as each release reads them."""
 
 from dataclasses import replace
 from itertools import product
@@ -25,11 +25,11 @@ OLD_ENTRY = {
     "held": True,
     "memory": [20, 80],
 }
-"""As release 90b196f writes it."""
+"""An entry as release 90b196f writes it."""
 
 
 def fits_by_the_old_rule(entry: dict[str, Any], spec: RenderSpec) -> bool:
-    """Whether release 90b196f lets a job go to the worker that wrote this entry."""
+    """Return whether release 90b196f sends a job to the worker that wrote this entry."""
     rows = 2 if spec.guidance_scale > 1 or spec.true_cfg_scale > 1 else 1
     if spec.width is None or spec.height is None:
         return rows <= int(entry["own_rows"])
@@ -63,7 +63,7 @@ def test_the_release_before_reads_the_entries_of_this_one() -> None:
 def test_the_release_before_holds_back_no_picture_that_fits(guidance: Guidance, native_factor: int) -> None:
     limit = MemoryLimit(512 * 512, native_factor, guidance)
     (entry,) = served_columns([ServedModel("m", guidance=guidance, limit=limit)], None)["models"]
-    true_cfgs = (1.0, 4.0) if guidance != GUIDED else (1.0,)  # no family takes both
+    true_cfgs = (1.0, 4.0) if guidance != GUIDED else (1.0,)  # no family supports both
     for size, scale, true_cfg in product((None, 256, 360, 512, 768), (1.0, 5.0), true_cfgs):
         fields = {"width": size, "height": size, "guidance_scale": scale, "true_cfg_scale": true_cfg}
         spec = RenderSpec.parse({"prompt": "a", "negative_prompt": "b", **fields})

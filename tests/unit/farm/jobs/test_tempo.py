@@ -1,4 +1,4 @@
-"""How fast a batch goes, and the lines that say so."""
+"""The rate of a batch, and the lines that report it."""
 
 from datetime import UTC, datetime, timedelta
 

@@ -1,4 +1,4 @@
-"""Moves of jobs: those that the table allows, and no others."""
+"""Transitions of jobs: only those in the table, and only from the state that they leave."""
 
 import pytest
 import sqlalchemy as sa

@@ -1,4 +1,4 @@
-"""The home of an embedded farm: its lock, what of it is private, and what it keeps from run to run."""
+"""The home of an embedded farm: its lock, its private files, and the state it keeps between runs."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A part that is kept running, as far as any program can be one."""
+"""Restarts of a supervised part."""
 
 import sys
 from dataclasses import replace

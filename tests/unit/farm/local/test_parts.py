@@ -1,4 +1,4 @@
-"""With what a part of the embedded farm is started."""
+"""The arguments and environment of the embedded farm's parts."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The process of a part: its log, its pid file, and what a killed farm has left of it."""
+"""The process of a part: its log, its pid file, and cleanup after a killed farm."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def home(tmp_path: Path) -> Iterator[Home]:
 
 
 def ended(home: Home, program: str) -> PartProcess:
-    """A part that runs a program to its end."""
+    """Run a program as a part until it ends."""
     part = PartProcess("part", [sys.executable, "-c", program], home=home, env=os.environ)
     wait_until(lambda: part.ended() is not None, "it ends", 30)
     return part

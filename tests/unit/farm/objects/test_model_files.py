@@ -1,4 +1,4 @@
-"""Which files of a folder make a checkpoint, which names may stand in a manifest, and what is refused."""
+"""The files of a folder that form a checkpoint, the names allowed in a manifest, and the errors for all others."""
 
 import json
 import struct
@@ -19,7 +19,7 @@ def safetensors(tensor_bytes: int = 4) -> bytes:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A checkpoint with what people's folders have beside it."""
+    """A checkpoint with the extra files that such folders often contain."""
     folder = tmp_path / "model"
     index = {
         "_class_name": "StableDiffusionPipeline",

@@ -1,4 +1,4 @@
-"""Addresses of objects, which are made without asking the object store."""
+"""Addresses of objects, made without a request to the object store."""
 
 from farm.objects.storage import Storage
 from farm.settings import Settings

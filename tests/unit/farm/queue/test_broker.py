@@ -1,4 +1,4 @@
-"""Which of Redis' priority steps a job's priority becomes."""
+"""The mapping of a job's priority to Redis' priority steps."""
 
 from itertools import pairwise
 

@@ -1,4 +1,4 @@
-"""The wait after a failure grows, up to a limit."""
+"""The delay after a failure grows up to a limit."""
 
 from farm.runtime.backoff import Backoff
 

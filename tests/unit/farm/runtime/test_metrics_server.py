@@ -1,4 +1,4 @@
-"""Where a process of the farm tells its metrics, what else it answers there, and what when its services do not."""
+"""The metrics endpoint of a process: its address, its other pages, and its answers during an outage."""
 
 import json
 import threading
@@ -69,7 +69,7 @@ def test_a_port_that_is_taken_is_not_shared() -> None:
         MetricsServer(settings(metrics_port=server.port), CollectorRegistry())
 
 
-def test_who_never_answered_lets_go_of_its_port() -> None:
+def test_a_server_that_never_answered_frees_its_port() -> None:
     silent = MetricsServer(settings(), CollectorRegistry())
     silent.close()
     with served(CollectorRegistry(), metrics_port=silent.port):
@@ -92,17 +92,17 @@ def test_an_address_that_is_none_is_said() -> None:
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::"])
-def test_who_listens_everywhere_is_known_by_the_address_that_the_farms_redis_sees(host: str) -> None:
+def test_a_wildcard_host_is_published_as_the_address_that_reaches_redis(host: str) -> None:
     try:
         with served(CollectorRegistry(), metrics_host=host) as server:
             assert server.url == f"http://127.0.0.1:{server.port}/metrics"
-    except NotConfigured as error:  # a machine without IPv6
+    except NotConfigured as error:  # the machine has no IPv6
         assert host == "::"
         pytest.skip(str(error))
 
 
 class Workers:
-    """Registered workers, or a database that is away."""
+    """A registry of workers, or one whose database does not answer."""
 
     def __init__(self, *known: WorkerInfo, away: bool = False) -> None:
         self.known, self.away = known, away

@@ -1,4 +1,4 @@
-"""Many transfers at once: in order, bounded, and none left running."""
+"""Parallel transfers: results in order, bounded concurrency, and no transfer left running."""
 
 import threading
 from collections.abc import Iterator

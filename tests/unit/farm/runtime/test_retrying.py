@@ -1,4 +1,4 @@
-"""How long a call is repeated while a service is away."""
+"""How long a call is repeated during an outage."""
 
 import threading
 
@@ -10,7 +10,7 @@ from farm.runtime.retrying import insist
 
 
 class Clock:
-    """Stands in for `time` and for the events that `insist` waits on: pauses take no time."""
+    """Replaces `time`, and the events that `insist` waits on: pauses take no time."""
 
     def __init__(self) -> None:
         self.now, self.pauses = 0.0, list[float]()
@@ -38,7 +38,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 class Away:
-    """A service that does not answer the first calls."""
+    """A service that fails the first calls."""
 
     def __init__(self, failures: int) -> None:
         self.failures, self.calls = failures, 0

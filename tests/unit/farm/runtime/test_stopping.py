@@ -1,4 +1,4 @@
-"""What runs until it is told to stop hears of it, whatever it does at that moment."""
+"""A stop signal reaches a running program at any moment."""
 
 import os
 import signal
@@ -23,13 +23,13 @@ with stop_signals(stop, hurry):
 """
 
 
-def test_a_signal_that_comes_amid_a_wait_for_it_is_heard() -> None:
+def test_a_signal_during_the_wait_for_it_is_handled() -> None:
     subprocess.run([sys.executable, "-c", IN_THE_EVENTS_LOCK], check=True, timeout=60)
 
 
 @pytest.fixture(autouse=True)
 def terminal() -> Iterator[None]:
-    """As for who was not started by nohup."""
+    """Restore the default action of SIGHUP, as in a process that was not started by nohup."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, before)
@@ -47,7 +47,7 @@ def test_the_first_signal_stops_and_any_further_one_hurries(number: signal.Signa
     assert signal.getsignal(number) == before
 
 
-def test_who_was_started_by_nohup_outlives_its_terminal() -> None:
+def test_a_process_started_by_nohup_ignores_a_hangup() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with stop_signals(stop := threading.Event()):
         os.kill(os.getpid(), signal.SIGHUP)
@@ -57,7 +57,7 @@ def test_who_was_started_by_nohup_outlives_its_terminal() -> None:
     assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
 
-def test_who_can_not_hurry_only_stops() -> None:
+def test_without_a_hurry_event_every_signal_only_stops() -> None:
     stop = threading.Event()
     with stop_signals(stop):
         os.kill(os.getpid(), signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""Processes that are kept running: small shell programs in place of servers and workers."""
+"""Supervised processes: small shell programs in place of servers and workers."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ STAYS = "trap '' TERM; echo up; while :; do sleep 0.05; done"
 
 
 class Supervised:
-    """One kept process and the lines that it was reported with."""
+    """One supervised process and its reported lines."""
 
     def __init__(self, script: str, healthy_seconds: float = 1000.0, **program: object) -> None:
         self.lines: list[str] = []
@@ -53,7 +53,7 @@ class Shell(ChildProcess):
 
 
 def up(process: ChildProcess) -> bool:
-    """Whether it has written its first line; blocks until then."""
+    """Wait for the first line of output; returns whether there was one."""
     assert process.output is not None
     return bool(process.output.readline())
 

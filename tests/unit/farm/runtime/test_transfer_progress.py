@@ -1,4 +1,4 @@
-"""What a log is told of a long transfer, and how often."""
+"""The log lines of a long transfer, and their frequency."""
 
 import logging
 import re
@@ -12,7 +12,7 @@ MIB = 2**20
 
 
 def told(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, seconds: float, count: int) -> list[int]:
-    """How many MiB the lines name, while `count` of 100 MiB come one by one, one every so many seconds."""
+    """Return the MiB in each line, for `count` of 100 MiB that arrive one every `seconds`."""
     clock = [0.0]
     monkeypatch.setattr(transfer_bar.time, "monotonic", lambda: clock[0])
     caplog.set_level("INFO")
@@ -27,11 +27,11 @@ def test_a_line_comes_with_each_tenth(caplog: pytest.LogCaptureFixture, monkeypa
     assert told(caplog, monkeypatch, 0.5, 100) == list(range(10, 101, 10))
 
 
-def test_and_every_ten_seconds_where_it_is_slow(
+def test_a_slow_transfer_logs_every_ten_seconds(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert told(caplog, monkeypatch, 5, 7) == [2, 4, 6]
 
 
-def test_and_once_a_second_where_it_is_fast(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fast_transfer_logs_once_a_second(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     assert told(caplog, monkeypatch, 0.03125, 100) == [32, 64, 96]

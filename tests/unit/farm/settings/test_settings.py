@@ -52,7 +52,7 @@ def test_services_in_the_environment_are_used_instead(home: Path, monkeypatch: p
     set_all(monkeypatch)
     settings = Settings.load()
     assert settings.broker_url == "env-broker_url"
-    assert settings.s3_access_key_id is None  # boto3 looks at AWS_* itself
+    assert settings.s3_access_key_id is None  # boto3 reads AWS_* itself
 
 
 def test_other_settings_do_not_hide_an_embedded_farm(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Many pictures on one page."""
+"""Contact sheets."""
 
 from PIL import Image
 

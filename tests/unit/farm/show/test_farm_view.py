@@ -31,7 +31,7 @@ def test_a_wide_terminal_shows_all_of_it() -> None:
     for words in ("312/1000", "4.2/s", "2m 44s", "8 running", "680 pending", "no worker holds flux", "cuda:0 bfloat16",
                   "20.0/80G", "9/16", "0.0412", "sd15", "NaN in the latents"):  # fmt: skip
         assert words in page
-    assert "flux" not in page.replace("holds flux", "")  # served, and not loaded now
+    assert "flux" not in page.replace("holds flux", "")  # served, but not loaded now
     assert "█████░░░░░░░░░░░" in page
 
 

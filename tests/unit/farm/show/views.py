@@ -1,4 +1,4 @@
-"""Batches, jobs and a worker for views."""
+"""Sample batches, jobs and a worker for the views."""
 
 from datetime import UTC, datetime, timedelta
 

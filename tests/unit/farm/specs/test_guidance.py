@@ -1,4 +1,4 @@
-"""Which pictures are guided, and so take more memory and time."""
+"""Which pictures use guidance, and so need more memory and time."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The names of objects: readable, sortable, and a name of its own for each."""
+"""Keys of objects: readable, sortable and unique."""
 
 import pytest
 

@@ -36,9 +36,9 @@ RECIPES = [
     if (recipe := getattr(sampler, kind)) is not None
 ]
 MEAN, DEVIATION = 0.8, 0.5
-"""Of the pictures that the model knows which knows its pictures."""
+"""The normal distribution of the latents for which the exact denoiser is made."""
 TRIED = Path(__file__).with_name("samplers_tried.json")
-"""The table and the diffusers with which the tests marked long have passed."""
+"""The hash of the table and the version of diffusers that passed the tests marked `long`."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -64,7 +64,7 @@ def make(recipe: Recipe, own: Any) -> Any:
 
 
 def draw(pipe: Any, recipe: Recipe, steps: int, output_type: str = "np") -> torch.Tensor:
-    """One picture, or its latents, by the pipeline with another noise scheduler; the pipeline keeps its own."""
+    """Draw one picture, or its latents, with another noise scheduler; the pipeline keeps its own."""
     own = pipe.scheduler
     pipe.scheduler = make(recipe, own.config)
     try:
@@ -87,7 +87,7 @@ def draw(pipe: Any, recipe: Recipe, steps: int, output_type: str = "np") -> torc
 
 
 def know_a_gaussian(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replace the denoiser by the exact one for latents that are all drawn from one normal distribution."""
+    """Replace the denoiser by the exact one for latents drawn from one normal distribution."""
     if hasattr(pipe, "unet"):
         alphas = diffusers.DDPMScheduler.from_config(pipe.scheduler.config).alphas_cumprod.double()
 
@@ -129,7 +129,7 @@ def test_a_model_that_knows_its_pictures_draws_them(
     know_a_gaussian(pipes[family], monkeypatch)
     latents = draw(pipes[family], recipe, 30, "latent")
     assert float(latents.mean()) == pytest.approx(MEAN, abs=0.1)
-    # Consistency models leap to the picture at once; with a model that is none, pictures lose contrast.
+    # LCM jumps to the picture at every step; a model that was not trained for it loses contrast.
     lowest = 0.25 if "LCM" in recipe.class_name else 0.35
     assert lowest < float(latents.std()) < 0.65
 
@@ -149,7 +149,7 @@ def test_order_and_noise_are_the_schedulers_own(recipe: Recipe, pipes: dict[str,
     scheduler = make(recipe, pipes["StableDiffusion3Pipeline" if flow else "StableDiffusionPipeline"].scheduler.config)
     scheduler.set_timesteps(5)
     assert recipe.order == scheduler.order
-    # PNDM takes its first step twice and calls that order 1.
+    # PNDM takes its first step twice, but reports order 1.
     forwards = {1: (5, 6), 2: (2 * 5 - 1,)}[recipe.order]
     assert len(scheduler.timesteps) in forwards
     generator, sample = torch.Generator().manual_seed(0), torch.ones(1, 4, 8, 8)
@@ -159,7 +159,7 @@ def test_order_and_noise_are_the_schedulers_own(recipe: Recipe, pipes: dict[str,
     with torch.random.fork_rng():
         elsewhere = torch.get_rng_state()
         for timestep in scheduler.timesteps:
-            if hasattr(scheduler, "scale_model_input"):  # LMS warns of a step without it
+            if hasattr(scheduler, "scale_model_input"):  # LMS warns if this call is missing
                 scheduler.scale_model_input(sample, timestep)
             sample = scheduler.step(sample / 10, timestep, sample, return_dict=False, **accepted)[0]
         assert torch.equal(torch.get_rng_state(), elsewhere)
@@ -177,7 +177,7 @@ def test_a_flow_is_sampled_with_the_checkpoints_own_shift(pipes: dict[str, Any])
 
 
 def test_the_table_has_passed_the_long_tests_with_the_installed_diffusers() -> None:
-    """Those tests check diffusers as much as the table: `make test` repeats them only when either changes."""
+    """These tests check diffusers as much as the table, so `make test` requires them again only when either changes."""
     table = hashlib.sha256(repr(list(SAMPLERS.items())).encode()).hexdigest()
     found = {"diffusers": diffusers.__version__, "table": table}
     assert json.loads(TRIED.read_text()) == found, f"make test-long ARGS='-k samplers', then write this to {TRIED}"

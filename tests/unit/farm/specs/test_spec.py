@@ -117,7 +117,7 @@ def test_a_seed_of_none_counts_as_not_chosen() -> None:
 @pytest.mark.parametrize(
     "value", [10**5000, [[]] * 10**6, "x" * 10**7, {"a": [1] * 10**6}], ids=["number", "list", "text", "object"]
 )
-def test_what_is_wrong_is_said_in_short_however_large_it_is(value: object) -> None:
+def test_an_error_message_is_short_however_large_the_value_is(value: object) -> None:
     with pytest.raises(InvalidInput) as raised:
         RenderSpec.parse({"prompt": "x", "guidance_scale": value})
     assert len(str(raised.value)) < 250

@@ -1,4 +1,4 @@
-"""A channel whose connection went away while messages of it were not yet acknowledged."""
+"""Closing a channel with unacknowledged messages after its connection was lost."""
 
 from types import SimpleNamespace
 
@@ -14,6 +14,6 @@ def test_a_channel_closes_quietly_where_its_connection_is_gone() -> None:
     channel.__dict__.update(connection=transport, closed=False, _in_poll=False)
     qos = CheckedTransport.Channel.QoS(channel)
     qos._delivered["tag"] = SimpleNamespace()
-    transport.client = None  # as kombu leaves it once the connection was closed
+    transport.client = None  # as kombu leaves it after the connection was closed
     qos.restore_unacked_once()
     assert not qos._delivered

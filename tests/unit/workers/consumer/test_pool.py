@@ -1,4 +1,4 @@
-"""A task that ends wakes the loop that fetches the next, also after Redis was away."""
+"""A task that ends wakes the loop that fetches the next one, also after an outage of Redis."""
 
 import threading
 
@@ -12,7 +12,7 @@ def test_the_loop_is_woken_by_a_task_that_ends_after_a_lost_connection_too() -> 
     hub, woken, before = Hub(), threading.Event(), get_event_loop()
     pool = TaskPool(1)
     pool.register_with_event_loop(hub)
-    hub.reset()  # as Celery does when Redis has gone away: kombu has no current loop from then on
+    hub.reset()  # Celery does this after an outage of Redis; from then on kombu has no current loop
     assert get_event_loop() is None
     hub.call_soon = lambda *_: woken.set()
     pool.on_apply(lambda *_, **__: None, (), {}, callback=lambda _: None, accept_callback=lambda *_: None)

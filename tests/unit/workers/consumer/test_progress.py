@@ -1,4 +1,4 @@
-"""What a worker tells Flower of its renders while they run, and in which order."""
+"""The events with which a worker reports the progress of its renders to Flower, and their order."""
 
 import threading
 import time
@@ -20,7 +20,7 @@ from workers.render.request import Progress
 
 
 class Renders:
-    """Renders of which a test says how far they are."""
+    """Renders whose progress a test sets."""
 
     def __init__(self, **steps: int) -> None:
         self.attempt, self.steps, self.lock = 1, steps, threading.Lock()
@@ -32,10 +32,10 @@ class Renders:
 
 
 class Worker:
-    """Celery's side of a worker: its dispatcher of events, and what Flower makes of what arrives."""
+    """Celery's side of a worker: its event dispatcher, and the task state that Flower derives from the events."""
 
     def __init__(self, connection: Any, app: Celery) -> None:
-        # All of a process's connections in memory share it otherwise, and what earlier tests declared.
+        # By default all in-memory connections of a process share this state, and with it the queues of earlier tests.
         connection.transport.state = BrokerState()
         self.hub = Hub()
         self.event_dispatcher = app.events.Dispatcher(connection, hostname="w1@host", buffer_group=["task"])
@@ -46,7 +46,7 @@ class Worker:
         self.flower = State()
 
     def arrived(self) -> list[dict[str, Any]]:
-        """What Flower hears when the loop has run; it goes into Flower's own account of tasks."""
+        """Run the loop, apply the events that arrive to Flower's task state, and return them."""
         loop, found = self.hub.create_loop(), []
         deadline = time.monotonic() + 0.5
         while time.monotonic() < deadline or self.reporter._due is not None:
@@ -68,7 +68,7 @@ def worker() -> Iterator[Worker]:
         worker.hub.close()
 
 
-def test_a_render_is_told_of_when_it_has_got_further(worker: Worker) -> None:
+def test_a_render_is_reported_when_it_has_progressed(worker: Worker) -> None:
     renders = Renders(**{"b-1": 3, "b-2": 0})
     bars = ProgressBars(renders, 1.0)
     bars.send(worker.reporter)
@@ -83,7 +83,7 @@ def test_a_render_is_told_of_when_it_has_got_further(worker: Worker) -> None:
     ]
 
 
-def test_a_render_that_waits_for_a_slot_is_not_told_of(worker: Worker) -> None:
+def test_a_render_that_waits_for_a_slot_is_not_reported(worker: Worker) -> None:
     @contextmanager
     def waiting() -> Iterator[Mapping[tuple[str, int], Progress]]:
         yield {("b-1", 1): Progress(0, 20, None)}
@@ -93,7 +93,7 @@ def test_a_render_that_waits_for_a_slot_is_not_told_of(worker: Worker) -> None:
 
 
 def test_a_bar_never_comes_after_the_end_of_its_task(worker: Worker) -> None:
-    """However the task's thread and the reporter's meet: Flower would show the bar for the result."""
+    """However the task's thread and the reporter's interleave; otherwise Flower would show the bar as the result."""
     renders = Renders(**{f"b-{number}": 1 for number in range(200)})
     bars, going = ProgressBars(renders, 1.0), threading.Event()
 
@@ -142,19 +142,19 @@ def test_while_redis_is_away_nothing_piles_up_and_afterwards_it_goes_on(
     monkeypatch.setattr("workers.consumer.reporter.time.monotonic", lambda: clock[0])
     renders = Renders(**{"b-1": 0})
     bars = ProgressBars(renders, 1.0)
-    for _ in range(1000):  # Celery's loop does not run meanwhile: it tries to connect
+    for _ in range(1000):  # Celery's loop does not run, because it tries to connect
         clock[0] += 1
         renders.steps["b-1"] += 1
         bars.send(worker.reporter)
     assert len(worker.event_dispatcher._group_buffer["task"]) <= 3
     monkeypatch.undo()
-    worker.reporter.start(worker)  # it has connected
+    worker.reporter.start(worker)  # the connection is back
     renders.steps["b-1"] = 19
     bars.send(worker.reporter)
     assert worker.arrived()[-1]["result"] == "███████████░ 95% step 19/20"
 
 
-def test_what_ends_after_the_workers_loop_is_told_all_the_same(worker: Worker) -> None:
+def test_a_task_that_ends_after_the_workers_loop_is_still_reported(worker: Worker) -> None:
     worker.event_dispatcher.send("task-started", uuid="b-1")
     worker.blueprint.state = bootsteps.CLOSE
     worker.reporter.stop(worker)

@@ -10,7 +10,7 @@ from workers.consumer.queue_order import HeldFirst
 
 
 def take(cycle, waiting: Counter[str]) -> str:
-    """Take a message as kombu does: from the first queue, in the cycle's order, that has one."""
+    """Take a message as kombu does: from the first queue in the cycle's order that has one."""
     queue = next(queue for queue in cycle.consume(len(cycle.items)) if waiting[queue])
     waiting[queue] -= 1
     cycle.rotate(queue)
@@ -19,7 +19,7 @@ def take(cycle, waiting: Counter[str]) -> str:
 
 @pytest.fixture
 def held() -> list[str]:
-    """What the worker holds, most recently used first."""
+    """The worker's loaded models, most recently used first."""
     return ["c"]
 
 
@@ -66,7 +66,7 @@ def test_a_model_that_is_not_held_goes_first_once_in_so_many_rounds_and_they_tak
     taken = ""
     for _ in range(16):
         taken += take(cycle, waiting)
-        held[:] = taken[-1]  # loaded in place of the other
+        held[:] = taken[-1]  # replaces the other model
     assert taken == "cccaaaabbbbddddc"
 
 

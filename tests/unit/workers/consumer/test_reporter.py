@@ -1,4 +1,4 @@
-"""Task events leave a worker together."""
+"""A worker sends task events together."""
 
 from types import SimpleNamespace
 
@@ -13,7 +13,7 @@ from workers.consumer.reporter import Reporter
 def test_events_of_several_tasks_are_one_message() -> None:
     app = Celery("test", broker="memory://", set_as_current=False)
     with app.connection_for_write() as connection:
-        # All of a process's connections in memory share it otherwise, and what earlier tests declared.
+        # By default all in-memory connections of a process share this state, and with it the queues of earlier tests.
         connection.transport.state = BrokerState()
         events = app.events.Dispatcher(connection, hostname="w1@host", buffer_group=["task"])
         seen = Queue("seen", events.exchange, routing_key="#")(connection.default_channel)

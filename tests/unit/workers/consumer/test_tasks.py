@@ -1,4 +1,4 @@
-"""What Celery and Flower make of the outcome of a render."""
+"""The outcome of a render as a Celery task state, and its display in Flower."""
 
 import pytest
 from celery.exceptions import Ignore, Retry

@@ -1,4 +1,4 @@
-"""Which pictures are decoded at once, and what becomes of those that can't be."""
+"""Which pictures are decoded together, and how errors in decoding are handled."""
 
 import threading
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from workers.render.request import Rendered, RenderRequest
 
 @dataclass(frozen=True)
 class Waiting(NullPipeline):
-    """A null pipeline that decodes when it is told to."""
+    """A null pipeline whose decoding waits for the test."""
 
     decoded: list[torch.Size] = field(default_factory=list)
     errors: list[Exception] = field(default_factory=list)
@@ -99,11 +99,11 @@ def test_pictures_that_fail_together_are_tried_alone_and_only_the_culprit_fails(
     assert lost == []
 
 
-def test_a_lost_device_is_told_and_nobodys_picture_is(decoder: Decoder, done: Outcomes, lost: list[Exception]) -> None:
+def test_a_lost_device_is_reported_and_no_picture_is(decoder: Decoder, done: Outcomes, lost: list[Exception]) -> None:
     pipeline = Waiting()
     pipeline.errors.append(torch.AcceleratorError("device-side assert"))
     pipeline.go_on.set()
     decoder.add(pipeline, denoised(pipeline, request("a")))
-    decoder.side.run(pipeline.device, lambda: None)  # after it
+    decoder.side.run(pipeline.device, lambda: None)  # runs after the decoding
     assert [type(error) for error in lost] == [torch.AcceleratorError]
     assert done.empty()

@@ -1,4 +1,4 @@
-"""Requests come, share forwards, and go: the engine over a null pipeline whose every forward waits for the test."""
+"""Requests enter, share forwards, and leave: the engine over a null pipeline whose every forward waits for the test."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -76,7 +76,7 @@ def test_those_that_finish_at_the_same_step_are_decoded_together(engine: Engine,
     assert [gated.next(), gated.next()] == [["a", "b"]] * 2
     futures.append(engine.submit(request("last")))
     assert gated.next() == ["last"]
-    assert decoding.wait(SOON)  # of the first: the two wait
+    assert decoding.wait(SOON)  # of the first; a and b wait for it
     decode.set()
     for future, seed in zip(futures[:3], (1, 2, 3), strict=True):
         assert future.result(SOON).image.getpixel((0, 0)) == pixel(seed)
@@ -129,7 +129,7 @@ def test_a_device_that_hangs_beside_the_forwards_is_noticed_too(engine: Engine) 
 
     before, after = side.run(torch.device("meta"), film)
     assert after < before
-    # On the CPU one large picture may take long.
+    # Not counted on the CPU, where one large picture may take long.
     assert engine._decoder.side.run(torch.device("cpu"), lambda: engine.busy_seconds) == 0.0
 
 
@@ -151,7 +151,7 @@ def test_the_pace_is_smoothed_and_tells_how_long_the_rest_takes() -> None:
 
 
 def test_progress_counts_the_steps_that_were_asked_for_whatever_the_forwards() -> None:
-    heun = request("a", steps=20)  # a second-order sampler makes 19 forwards of 10 steps
+    heun = request("a", steps=20)  # a second-order sampler takes 19 forwards for 10 steps
     NullPipeline().plan(heun)
     heun.spec = heun.spec.model_copy(update={"num_inference_steps": 10})
     shown = []
@@ -173,7 +173,7 @@ def test_a_cancelled_request_leaves_between_two_steps(engine: Engine, gated: Gat
     a, b = engine.submit(request("a", steps=1)), engine.submit(request("b", steps=3))
     assert gated.next() == ["a", "b"]
     assert engine.cancel("b")
-    assert not b.done()  # the forward under way has rows of it
+    assert not b.done()  # the forward under way contains its rows
     gated.allow()
     with pytest.raises(RenderCancelled, match="b was cancelled"):
         b.result(SOON)
@@ -209,7 +209,7 @@ def test_the_futures_own_cancel_does_nothing(engine: Engine, gated: Gated) -> No
 
 @pytest.mark.parametrize("steps", [1, 3])
 def test_a_newer_attempt_takes_the_place_of_the_older(engine: Engine, gated: Gated, steps: int) -> None:
-    older = engine.submit(request("a", steps, seed=1))  # of one step: it is in its last forward
+    older = engine.submit(request("a", steps, seed=1))  # with one step, it is in its last forward
     gated.begun()
     newer = engine.submit(request("a", steps=2, seed=2))
     with pytest.raises(RenderCancelled, match="newer attempt"):

@@ -1,4 +1,4 @@
-"""What can be seen of a render while it runs, and what is left of it when its worker drains."""
+"""Snapshots of a running render, and the state that remains of it when its worker drains."""
 
 import threading
 import time
@@ -15,11 +15,11 @@ from workers.pipelines.null import NullPipeline
 from workers.render.request import Rendered, RequestHandedBack, Snapshot
 
 LONG = 10 * SOON
-"""Seconds of a drain that the test does not wait for: only one that ends early ends in time."""
+"""Seconds of a drain that is longer than the tests' timeout: the test passes only if the drain ends early."""
 
 
 def drain_and_see(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Future[None]:
-    """Begin to drain, and wait until it hands somebody back."""
+    """Begin to drain, and wait until the engine hands a request back."""
     seen, hand_back = threading.Event(), engine.hand_back
 
     def hand_back_and_tell(request_id: str, why: str) -> bool:
@@ -34,13 +34,13 @@ def drain_and_see(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Future[Non
 
 
 def handed_back(future: Future[Rendered]) -> Snapshot | None:
-    """The state that a request was handed back with."""
+    """Return the snapshot with which a request was handed back."""
     error = future.exception(SOON)
     assert isinstance(error, RequestHandedBack)
     return error.snapshot
 
 
-# --- looking
+# --- snapshots
 
 
 def test_a_look_shows_the_state_after_the_next_step(engine: Engine, gated: Gated) -> None:
@@ -92,7 +92,7 @@ def test_a_look_at_what_is_not_here_is_cancelled(engine: Engine) -> None:
     assert snapshot.cancelled()
 
 
-def test_who_stops_looking_hurts_nobody(engine: Engine, gated: Gated) -> None:
+def test_a_cancelled_snapshot_does_not_affect_the_render(engine: Engine, gated: Gated) -> None:
     futures = [engine.submit(request("a", steps=3))]
     gated.begun()
     assert engine.snapshot("a").cancel()
@@ -112,7 +112,7 @@ def test_a_snapshot_can_be_drawn_small_or_by_the_decoder(engine: Engine, gated: 
     assert small.getpixel((0, 0)) == large.getpixel((5, 5)) == pytest.approx(half, abs=1)
 
 
-# --- going on from a snapshot
+# --- resuming from a snapshot
 
 
 def snapshot_of(steps_done: int, **spec: object) -> Snapshot:
@@ -149,7 +149,7 @@ def test_a_snapshot_of_something_else_is_left_aside_and_told(
 # --- draining
 
 
-def test_a_drain_hands_back_who_waits_at_once_and_ends_when_the_rest_is_done(engine: Engine, gated: Gated) -> None:
+def test_a_drain_hands_back_waiting_requests_at_once_and_finishes_the_rest(engine: Engine, gated: Gated) -> None:
     first = engine.submit(request("running", steps=3))
     gated.begun()
     waiting = engine.submit(request("waiting"))
@@ -164,7 +164,7 @@ def test_a_drain_hands_back_who_waits_at_once_and_ends_when_the_rest_is_done(eng
     assert isinstance(first.result(0), Rendered)
 
 
-def test_who_waits_for_room_in_line_is_handed_back_too(engine: Engine, gated: Gated) -> None:
+def test_a_request_that_waits_for_room_in_line_is_handed_back_too(engine: Engine, gated: Gated) -> None:
     engine.submit(request("0"))
     gated.begun()
     for name in "12":
@@ -175,7 +175,7 @@ def test_who_waits_for_room_in_line_is_handed_back_too(engine: Engine, gated: Ga
         late.result(SOON)
 
 
-def test_who_was_put_aside_is_handed_back_with_its_state(gated: Gated) -> None:
+def test_a_preempted_request_is_handed_back_with_its_state(gated: Gated) -> None:
     with running(gated, slots=1) as engine:
         bulk = engine.submit(request("bulk", steps=5))
         gated.begun()
@@ -201,10 +201,10 @@ def test_what_can_not_finish_in_time_is_handed_back_after_its_next_step(
     gated.begun()
     while engine.progress()["short"].steps_done < 1:
         gated.next()
-    with engine._changed:  # their measured pace: a second a step, and as good as nothing
+    with engine._changed:  # their measured pace: a second per step, and almost nothing
         for request_id, pace in (("long", 1.0), ("short", 1e-6)):
             engine._renders[request_id].request.seconds_per_forward = pace
-            engine._renders[request_id].request.stepped = None  # and no more is measured
+            engine._renders[request_id].request.stepped = None  # no further steps are measured
     draining = drain_and_see(engine, monkeypatch)
     gated.next()
     snapshot = handed_back(long)
@@ -219,12 +219,12 @@ def test_what_can_not_finish_in_time_is_handed_back_after_its_next_step(
 def test_what_is_not_done_in_time_after_all_is_handed_back_with_its_state(
     engine: Engine, gated: Gated, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    until_handed_back = 0.5  # the rest of the drain is for storing the state
+    until_handed_back = 0.5  # the rest of the drain is reserved for storing the state
     monkeypatch.setattr("workers.engine.engine._HAND_BACK_SHARE", 1 - until_handed_back / LONG)
     future = engine.submit(request("a", steps=1000))
     gated.begun()
     gated.next()
-    engine._renders["a"].request.seconds_per_forward = 1e-6  # it was faster before
+    engine._renders["a"].request.seconds_per_forward = 1e-6  # earlier steps were faster
     began = time.monotonic()
     draining = drain_and_see(engine, monkeypatch)
     assert time.monotonic() - began >= until_handed_back
@@ -262,8 +262,8 @@ def test_one_is_handed_back_while_its_neighbours_go_on(engine: Engine, gated: Ga
     if begun:
         gated.next()
     assert engine.hand_back("leaves", "its batch is paused")
-    assert not leaves.done()  # the forward under way has rows of it
-    assert engine.cancel("leaves")  # too late: it leaves already
+    assert not leaves.done()  # the forward under way contains its rows
+    assert engine.cancel("leaves")  # too late: it is being handed back already
     gated.allow()
     snapshot = handed_back(leaves)
     assert snapshot is not None
@@ -272,7 +272,7 @@ def test_one_is_handed_back_while_its_neighbours_go_on(engine: Engine, gated: Ga
     assert not engine.hand_back("leaves", "it is gone")
 
 
-def test_who_is_denoised_is_not_handed_back_but_finished(engine: Engine, gated: Gated) -> None:
+def test_a_denoised_request_is_not_handed_back_but_finished(engine: Engine, gated: Gated) -> None:
     decoding, decoded = threading.Event(), threading.Event()
 
     def wait_for_it(_: object) -> None:

@@ -1,4 +1,4 @@
-"""Whatever goes wrong in the engine fails the request it concerns, says so, and hurts no neighbour."""
+"""An error in the engine fails the request concerned, with a message, and no other request."""
 
 import logging
 import weakref
@@ -28,7 +28,7 @@ def engine(gated: Gated) -> Iterator[Engine]:
 @pytest.mark.parametrize("verb", ["step", "decode", "denoise"])
 def test_a_failing_request_does_not_hurt_its_neighbours(engine: Engine, gated: Gated, verb: str) -> None:
     def oops(argument: Any) -> None:
-        # A decoder is handed latents and no ids: after its last step a null render's are its colour.
+        # A decoder receives latents without ids; after its last step, the latents of a null render are its colour.
         if verb != "decode" or any(torch.allclose(one, colour(9)) for one in argument):
             raise KeyError("oops")
 
@@ -54,7 +54,7 @@ def test_a_request_that_can_not_be_encoded_is_refused_where_it_was_handed_in(eng
     engine.submit(request("good")).result(SOON)
 
 
-def test_the_farms_own_errors_come_out_as_they_are(engine: Engine, gated: Gated) -> None:
+def test_errors_of_the_farm_are_raised_unchanged(engine: Engine, gated: Gated) -> None:
     error = BadRequest("no such sampler here")
     gated.faults["encode a"] = fail(error)
     with pytest.raises(BadRequest, match="no such sampler here") as caught:
@@ -63,7 +63,7 @@ def test_the_farms_own_errors_come_out_as_they_are(engine: Engine, gated: Gated)
     assert error.__cause__ is None
 
 
-# --- pictures that are none
+# --- invalid pictures
 
 
 def test_nan_in_the_latents_is_a_bad_image_that_names_its_step(engine: Engine, gated: Gated) -> None:
@@ -199,7 +199,7 @@ def test_an_error_keeps_no_tensor_alive(engine: Engine, gated: Gated) -> None:
 
 
 def break_loop(engine: Engine, monkeypatch: pytest.MonkeyPatch, times: int = 1) -> None:
-    """Let the choice of the next forward raise so many times."""
+    """Make the choice of the next forward raise that many times."""
     schedule, breaks = engine._schedule, iter(range(times))
 
     def raise_or_schedule() -> Any:
@@ -210,7 +210,7 @@ def break_loop(engine: Engine, monkeypatch: pytest.MonkeyPatch, times: int = 1) 
     monkeypatch.setattr(engine, "_schedule", raise_or_schedule)
 
 
-def test_a_broken_loop_fails_who_is_here_as_retryable_and_renders_the_next(
+def test_a_broken_loop_fails_its_requests_as_retryable_and_renders_the_next(
     engine: Engine, gated: Gated, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     futures = [engine.submit(request("a"))]

@@ -1,4 +1,4 @@
-"""Who shares a forward in the engine: shapes by turns, urgent requests, measured sizes, fixed bytes."""
+"""Which requests share a forward in the engine: shapes in turn, urgent requests, measured sizes, fixed bytes."""
 
 import threading
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ def test_shapes_take_turns(engine: Engine, gated: Gated) -> None:
     assert gated.forwards == [["first"], ["64"], ["128"], ["64"], ["128"]]
 
 
-def test_another_shape_at_the_head_of_the_line_holds_up_nobody(gated: Gated) -> None:
+def test_another_shape_at_the_head_of_the_line_blocks_no_request(gated: Gated) -> None:
     with running(gated, slots=2, line=4) as engine:
         futures = [engine.submit(request("a", steps=3))]
         gated.begun()
@@ -49,7 +49,7 @@ def test_a_stream_of_others_does_not_starve_another_shape(gated: Gated) -> None:
     assert gated.forwards.index(["wide"]) <= 20
 
 
-# --- urgent ones
+# --- urgent requests
 
 
 def test_an_urgent_request_is_in_the_next_forward_or_the_one_after(gated: Gated) -> None:
@@ -59,20 +59,20 @@ def test_an_urgent_request_is_in_the_next_forward_or_the_one_after(gated: Gated)
         futures["b"] = engine.submit(request("b", steps=4, seed=3))
         assert gated.next() == ["a", "b"]
         futures["c"] = engine.submit(request("c", steps=5, seed=4))
-        assert gated.next() == ["a", "b", "c"]  # the engine is full, and so is the line after one more
+        assert gated.next() == ["a", "b", "c"]  # all slots are taken, and one more request fills the line
         futures["d"] = engine.submit(request("d", steps=1, seed=5))
         futures["urgent"] = engine.submit(request("urgent", steps=2, priority=90, width=128, seed=6))
         gated.allow()
         for seed, name in enumerate(futures, start=2):
             assert futures[name].result(SOON).image.getpixel((0, 0)) == pixel(seed)
     assert ["urgent"] in gated.forwards[3:5]
-    assert sum("c" in ids for ids in gated.forwards) == 5  # it was put aside after one, and took only the other four
+    assert sum("c" in ids for ids in gated.forwards) == 5  # preempted after one forward, it resumed with the other four
 
 
 # --- measured sizes
 
 
-def test_somebody_of_another_shape_may_come_while_forwards_are_measured() -> None:
+def test_a_request_of_another_shape_may_arrive_while_forwards_are_measured() -> None:
     measuring, measured = threading.Event(), threading.Event()
 
     class Slow(ForwardSizes):
@@ -92,7 +92,7 @@ def test_somebody_of_another_shape_may_come_while_forwards_are_measured() -> Non
 
 @dataclass(frozen=True)
 class Recording(NullPipeline):
-    """A null pipeline that writes down its forwards, and may be told to look at more than a row."""
+    """A null pipeline that records its forwards; with `by_place`, outputs depend on the place of their row."""
 
     forwards: list[tuple[list[str], int | None]] = field(default_factory=list)
     by_place: bool = False
@@ -137,7 +137,7 @@ def test_a_request_larger_than_the_best_forward_has_one_of_its_own(gated: Gated)
 
 
 def rendered_together(pipeline: Recording, *requests: RenderRequest, **options: Any) -> list[list[str]]:
-    """Render all of these at a time; who shared the forwards after those that were measured."""
+    """Render the requests together; returns the ids in each forward, except those of forwards that were measured."""
     with running(pipeline, slots=8, line=8, **options) as engine:
         with engine._changed:  # the loop can't begin before all of them are in line
             futures = [engine.submit(one) for one in requests]
@@ -175,7 +175,7 @@ def test_a_deterministic_engine_takes_every_request_as_such() -> None:
 
 
 def test_a_fixed_forward_that_can_not_be_measured_is_one_requests_own(gated: Gated) -> None:
-    gated.most_rows = 4  # of the eight
+    gated.most_rows = 4  # of eight
     gated.allow()
     with running(gated) as engine:
         engine.submit(request("a", deterministic=True)).result(SOON)

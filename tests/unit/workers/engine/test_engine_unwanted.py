@@ -1,4 +1,4 @@
-"""Cancelled while it is decoded, or waits for that: a request ends when the device has stopped working for it."""
+"""A request cancelled during its decoding, or before it, ends when the device has stopped working for it."""
 
 import threading
 
@@ -10,7 +10,7 @@ from workers.engine.engine import Engine
 
 
 class Gate:
-    """A decoder that waits."""
+    """A decoder that waits for the test."""
 
     def __init__(self, gated: Gated) -> None:
         self.begun, self.go = threading.Event(), threading.Event()
@@ -28,7 +28,7 @@ def test_one_that_is_cancelled_while_it_is_decoded_ends_when_it_is_decoded(engin
     assert gate.begun.wait(SOON)
     assert engine.cancel("a")
     assert not future.done()
-    assert engine.cancel("a")  # as every beat does
+    assert engine.cancel("a")  # every heartbeat repeats the cancellation
     gate.go.set()
     with pytest.raises(RenderCancelled):
         future.result(SOON)
@@ -37,7 +37,7 @@ def test_one_that_is_cancelled_while_it_is_decoded_ends_when_it_is_decoded(engin
 
 def test_one_that_is_cancelled_before_it_is_decoded_never_is(engine: Engine, gated: Gated) -> None:
     gate = Gate(gated)
-    long = engine.submit(request("long", steps=5))  # so that the loop is not idle, and does not decode itself
+    long = engine.submit(request("long", steps=5))  # keeps the loop busy, so that it does not decode itself
     assert gated.begun() == ["long"]
     first, second = (engine.submit(request(name, steps=steps)) for name, steps in (("first", 1), ("second", 2)))
     assert set(gated.next()) == {"long", "first", "second"}

@@ -1,4 +1,4 @@
-"""How many rows a forward should have: measured on a pipeline whose forwards take scripted time."""
+"""The best number of rows in a forward, measured on a pipeline whose forwards take scripted time."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -27,7 +27,7 @@ class Clock:
 
 @dataclass(frozen=True)
 class Scripted(NullPipeline):
-    """A pipeline whose forwards take so many seconds by their rows, on a clock of its own."""
+    """A pipeline whose forwards take a scripted time that depends on their rows, on a clock of its own."""
 
     clock: Clock = field(default_factory=Clock)
     seconds: Callable[[int], float] = lambda rows: 1.0 * rows
@@ -60,7 +60,7 @@ def template() -> RenderRequest:
 
 
 def saturating(rows: int) -> float:
-    """Twice the rows cost next to nothing up to 8, and twice as much from there on."""
+    """Return the seconds of a forward: constant up to 8 rows, and proportional to the rows above."""
     return 0.01 * max(1.0, rows / 8)
 
 
@@ -99,7 +99,7 @@ def test_no_more_rows_are_tried_than_asked_for(clock: Clock, template: RenderReq
 def test_a_slow_model_is_measured_once_a_size_and_for_half_a_minute(clock: Clock, template: RenderRequest) -> None:
     pipeline = Scripted(clock=clock, seconds=lambda _: 2.0)
     ForwardSizes(slots=32).measure(pipeline, KEY, template)
-    assert pipeline.forwards == [1, 1, 2, 2]  # each 20 seconds, its warming up among them
+    assert pipeline.forwards == [1, 1, 2, 2]  # each size takes 20 seconds, including its warm-up
 
 
 def test_rows_that_do_not_fit_are_the_end_of_it(clock: Clock, template: RenderRequest) -> None:
@@ -136,7 +136,7 @@ def test_each_shape_is_measured_once(clock: Clock, template: RenderRequest) -> N
     assert len(pipeline.forwards) == 2 * once
 
 
-# --- kept on disk
+# --- stored on disk
 
 
 def test_what_was_measured_is_read_back_by_the_next_worker(
@@ -185,7 +185,7 @@ def test_a_folder_that_can_not_be_written_costs_nothing_else(
     assert "can't keep the measured forward sizes" in caplog.text
 
 
-# --- corrected
+# --- corrections
 
 
 def test_rows_that_did_not_fit_after_all_lower_the_best_here_and_on_disk(
@@ -215,7 +215,7 @@ def test_a_forward_that_took_no_time_divides_nothing() -> None:
     assert Curve({1: 0.0, 2: 0.0}).best == 1
 
 
-# --- filled up
+# --- filled forwards
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Who may go ahead of whom: priorities, full forwards, and urgent requests."""
+"""Which requests may go ahead of others: priorities, full forwards, and urgent requests."""
 
 import random
 from collections import Counter
@@ -14,7 +14,7 @@ OTHER = ForwardKey("sd15", (4, 8, 8), "float32")
 
 
 def scheduler(slots: int = 2, line: int = 4, most_rows: int = 2**31, **requests: ForwardKey) -> StepScheduler:
-    """A step scheduler with these requests in line."""
+    """Return a step scheduler with these requests in line."""
     made = StepScheduler(slots, line, most_rows=lambda _: most_rows)
     for request_id, key in requests.items():
         made.enqueue(request_id, key)
@@ -46,7 +46,7 @@ def test_priority_goes_before_what_could_join_a_forward() -> None:
 # --- going ahead
 
 
-def test_who_can_join_a_running_forward_goes_ahead_of_who_would_open_another() -> None:
+def test_a_request_that_can_join_a_running_forward_goes_ahead_of_one_that_opens_another() -> None:
     line = scheduler(slots=2, a=SMALL, b=LARGE, c=SMALL)
     assert line.admit() == ("a", "c")
     line.remove("a")
@@ -88,7 +88,7 @@ def test_a_request_larger_than_a_forward_runs_alone() -> None:
     assert line.admit() == ("b",)
 
 
-def test_whose_forward_is_full_holds_up_nobody_of_another_key() -> None:
+def test_a_request_whose_forward_is_full_does_not_block_another_key() -> None:
     line = scheduler(slots=3, most_rows=1, a=SMALL, b=SMALL, c=LARGE)
     assert line.admit() == ("a", "c")
     assert line.waiting == ("b",)
@@ -102,12 +102,12 @@ def test_small_requests_do_not_starve_a_larger_one_of_their_key() -> None:
     line.enqueue("guided", SMALL, rows=2)
     line.enqueue("e", SMALL)
     line.remove("a")
-    assert line.admit() == ()  # room for one row, which e must not take
+    assert line.admit() == ()  # one row is free, but e must not take it before guided
     line.remove("b")
     assert line.admit() == ("guided",)
 
 
-# --- urgent ones
+# --- urgent requests
 
 
 def test_an_urgent_request_takes_the_slot_of_the_lowest_priority_that_came_last() -> None:
@@ -121,7 +121,7 @@ def test_an_urgent_request_takes_the_slot_of_the_lowest_priority_that_came_last(
     assert line.running == ("a", "b", "urgent")
 
 
-def test_it_takes_from_its_own_key_before_another_of_the_same_priority() -> None:
+def test_an_urgent_request_preempts_its_own_key_before_another_of_the_same_priority() -> None:
     line = scheduler(slots=2, a=SMALL, b=SMALL)
     line.admit()
     line.remove("b")
@@ -132,7 +132,7 @@ def test_it_takes_from_its_own_key_before_another_of_the_same_priority() -> None
     assert line.waiting == ("a",)
 
 
-def test_it_does_not_wait_for_room_in_line_and_leaves_the_room_of_others() -> None:
+def test_an_urgent_request_neither_waits_for_room_in_line_nor_takes_it() -> None:
     line = scheduler(slots=1, line=1, a=SMALL)
     line.admit()
     line.enqueue("b", SMALL)
@@ -142,10 +142,10 @@ def test_it_does_not_wait_for_room_in_line_and_leaves_the_room_of_others() -> No
     assert line.waiting == ("a", "b")
     assert line.full
     line.remove("b")
-    assert not line.full  # a was put aside, and takes no room
+    assert not line.full  # a was preempted, and does not count
 
 
-def test_it_waits_only_for_others_as_urgent() -> None:
+def test_an_urgent_request_waits_only_for_other_urgent_ones() -> None:
     line = scheduler(slots=1)
     line.enqueue("first", SMALL, priority=95)
     line.admit()
@@ -166,7 +166,7 @@ def test_room_for_its_rows_is_made_in_its_own_key(rows: int) -> None:
     assert line.waiting == tuple("abcd"[max(0, 4 - rows) :])
 
 
-def test_who_was_put_aside_goes_on_before_others_of_its_priority() -> None:
+def test_a_preempted_request_resumes_before_others_of_its_priority() -> None:
     line = scheduler(slots=2, line=9, a=SMALL, b=LARGE)
     line.admit()
     for name in "cd":
@@ -176,7 +176,7 @@ def test_who_was_put_aside_goes_on_before_others_of_its_priority() -> None:
     assert line.admit() == ("u1", "u2")
     assert line.waiting == ("b", "a", "c", "d")
     line.remove("u1")
-    assert line.admit() == ("b",)  # which opens a key, and yet nobody goes ahead of it
+    assert line.admit() == ("b",)  # b opens a key, yet no other request goes ahead of it
     line.remove("u2")
     assert line.admit() == ("a",)
 
@@ -207,11 +207,11 @@ def test_a_stream_of_urgent_requests_leaves_every_other_turn_to_the_rest() -> No
     assert [name for name in turns if name in "ab"] == ["a", "b", "a", "b"]
 
 
-# --- whatever comes
+# --- random sequences
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_whatever_comes_nobody_waits_for_ever_and_no_bound_is_broken(seed: int) -> None:
+def test_no_request_starves_and_no_bound_is_exceeded_in_random_sequences(seed: int) -> None:
     chance = random.Random(seed)
     keys = [SMALL, LARGE, OTHER][: chance.randint(1, 3)]
     most = {key: chance.choice([1, 2, 4, 8]) for key in keys}

@@ -12,7 +12,7 @@ OTHER = ForwardKey("sd15", (4, 8, 8), "float32")
 
 
 def scheduler(slots: int = 2, line: int = 4, **requests: ForwardKey) -> StepScheduler:
-    """A step scheduler with these requests in line."""
+    """Return a step scheduler with these requests in line."""
     made = StepScheduler(slots, line)
     for request_id, key in requests.items():
         made.enqueue(request_id, key)
@@ -26,7 +26,7 @@ def test_slots_go_to_the_head_of_the_line() -> None:
     assert line.waiting == ("c",)
 
 
-def test_nobody_is_admitted_while_the_slots_are_taken() -> None:
+def test_no_request_is_admitted_while_all_slots_are_taken() -> None:
     line = scheduler(slots=1, a=SMALL, b=SMALL)
     line.admit()
     assert line.admit() == ()
@@ -63,7 +63,7 @@ def test_keys_take_turns_however_many_requests_each_has() -> None:
 
 
 def test_no_key_waits_for_more_than_one_forward_of_each_other() -> None:
-    # A stream of small requests never lets up; each takes two forwards.
+    # Small requests arrive all the time; each takes two forwards.
     line = scheduler(slots=3, line=100, a=SMALL, big=LARGE, other=OTHER)
     served: list[str] = []
     forwards: dict[str, int] = {}

@@ -35,7 +35,7 @@ def open_checkpoint(source: str) -> Checkpoint:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder with everything a Stable Diffusion checkpoint is made of, and nothing in the weights."""
+    """A folder with every part of a Stable Diffusion checkpoint, and empty weights."""
     index: dict[str, object] = {"_class_name": "StableDiffusionPipeline", "safety_checker": [None, None]}
     for part in known()["StableDiffusionPipeline"].parts:
         library = "transformers" if part in ("text_encoder", "tokenizer") else "diffusers"

@@ -1,4 +1,4 @@
-"""Models of a hub that is away, refuses, or breaks off: a hub of our own, asked over real connections."""
+"""Models of a hub that is down, refuses requests, or breaks connections: a local hub over real connections."""
 
 import threading
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from workers.models.checkpoints import open_checkpoint
 
 
 class Hub(ThreadingHTTPServer):
-    """Answers everything with one status, or breaks off."""
+    """A hub that answers every request with one status, or closes the connection."""
 
     status: int | None = 200
     daemon_threads = True
@@ -37,7 +37,7 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def handle(self) -> None:
-        with suppress(OSError, ValueError):  # it was broken off
+        with suppress(OSError, ValueError):  # the connection was broken
             super().handle()
 
 
@@ -62,7 +62,7 @@ def test_a_hub_that_is_away_for_a_while_makes_no_wrong_model(hub: Hub, status: i
     assert raised.value.retryable
 
 
-def test_a_hub_that_nobody_reaches_makes_no_wrong_model(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub_makes_a_model_unavailable_not_invalid(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:1")
     with pytest.raises(ModelUnavailable):
         open_checkpoint("org/name", {})

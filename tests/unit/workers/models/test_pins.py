@@ -18,11 +18,11 @@ from workers.render.device import choose_device, choose_dtype
 T = TypeVar("T")
 
 SECONDS = 20
-"""More than any step here takes."""
+"""A timeout longer than any step of these tests takes."""
 
 
 class Watched(threading.Condition):
-    """Tells when a thread waits: the lock is only free again once it does."""
+    """Signals when a thread waits; the lock is free again only once it does."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Watched(threading.Condition):
 
 
 class WatchedLine(dict[str, object]):
-    """Tells when a thread gets in line, or joins one that waits for the same model."""
+    """Signals when a thread gets in line, or joins a thread that waits for the same model."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class WatchedLine(dict[str, object]):
 
 
 class Shelf:
-    """Models of given bytes, and what happened when they were loaded."""
+    """Models of given sizes, and a record of their loads."""
 
     def __init__(self, **nbytes: int) -> None:
         self.nbytes = nbytes
@@ -73,27 +73,27 @@ class Shelf:
 
 
 def until_it_waits(pins: Pins) -> None:
-    """Return when one more thread waits for its turn or for room."""
+    """Return once one more thread waits for its turn or for memory."""
     assert isinstance(pins._changed, Watched)
     assert pins._changed.waiting.acquire(timeout=SECONDS)
 
 
 def until_in_line(pins: Pins, threads: int) -> None:
-    """Return when that many more threads want a model that is not held, or is to leave."""
+    """Return once that many more threads want a model that is not loaded, or is chosen for eviction."""
     assert isinstance(pins._line, WatchedLine)
     for _ in range(threads):
         assert pins._line.joined.acquire(timeout=SECONDS)
 
 
 def touch(pins: Pins, *names: str) -> None:
-    """Use these models and leave them."""
+    """Use each of these models, and release it."""
     for name in names:
         with pins.using(name):
             pass
 
 
 def raising(*errors: Exception | None) -> Callable[[], None]:
-    """Raise these errors, one a call, and nothing for None."""
+    """Return a function that raises one of these errors at each call, and nothing for None."""
     calls = iter(errors)
 
     def call() -> None:
@@ -104,7 +104,7 @@ def raising(*errors: Exception | None) -> Callable[[], None]:
 
 
 def start(call: Callable[..., T], *args: object) -> Future[T]:
-    """Call it in a thread that holds up nobody, should it never end."""
+    """Run a call in a daemon thread, which does not block the tests if it never ends."""
 
     def run() -> None:
         try:
@@ -191,7 +191,7 @@ def test_pipelines_that_are_loaded_already_can_be_pinned() -> None:
     assert pins.use("a") is pipeline
 
 
-# --- what is refused
+# --- refused models
 
 
 def test_a_model_not_served_here_is_named_with_those_that_are() -> None:
@@ -232,7 +232,7 @@ def test_a_model_that_can_not_be_had_just_now_is_told_from_one_that_is_wrong(err
     shelf = Shelf(a=1)
     shelf.on_load["a"] = raising(error)
     pins = shelf.pins()
-    for _ in range(2):  # when it is loaded, and while it is refused
+    for _ in range(2):  # once while it is loaded, once while it is refused
         with pytest.raises(ModelError) as caught:
             pins.use("a")
         assert isinstance(caught.value, ModelUnavailable) == caught.value.retryable == passes
@@ -259,7 +259,7 @@ def test_a_guess_too_large_for_the_budget_refuses_no_model() -> None:
     assert pins.held == ("a",)
 
 
-def test_nobody_can_release_what_nobody_uses() -> None:
+def test_a_model_without_users_can_not_be_released() -> None:
     pins = Shelf(a=1).pins()
     touch(pins, "a")
     with pytest.raises(ValueError, match="nobody uses model 'a'"):
@@ -297,7 +297,7 @@ def test_room_is_made_before_the_load_if_the_size_is_known(guessed: bool) -> Non
 
 def test_an_evicted_model_is_out_of_memory_before_the_next_is_loaded() -> None:
     class Circular(NullPipeline):
-        """Refers to itself, as modules and their hooks do."""
+        """A pipeline that refers to itself, as modules and their hooks do."""
 
     def load(name: str, _: str) -> NullPipeline:
         pipeline = Circular(nbytes=600)
@@ -319,7 +319,7 @@ def test_an_evicted_model_is_out_of_memory_before_the_next_is_loaded() -> None:
 
 def test_a_device_out_of_memory_loses_its_least_recently_used_model_and_loads_once_more() -> None:
     class Tensor:
-        """What was loaded before the memory ran out."""
+        """An object loaded before the memory ran out."""
 
     def half_loaded() -> None:
         tensor = Tensor()
@@ -439,7 +439,7 @@ def test_all_who_wait_for_a_model_hear_that_it_failed_and_the_next_in_line_is_lo
     assert shelf.loading == ["a", "b"]
 
 
-def test_who_waits_for_room_is_not_starved_by_new_users_of_what_must_leave() -> None:
+def test_a_load_that_waits_for_memory_is_not_starved_by_new_users_of_the_model_to_evict() -> None:
     shelf = Shelf(a=600, b=600)
     pins = shelf.pins(1000, guessed=True)
     pins.use("a")
@@ -457,7 +457,7 @@ def test_who_waits_for_room_is_not_starved_by_new_users_of_what_must_leave() -> 
     assert shelf.loading == ["a", "b", "a"]
 
 
-def test_a_model_that_need_not_leave_takes_new_users_while_somebody_waits() -> None:
+def test_a_model_that_is_not_to_be_evicted_takes_new_users_during_a_wait() -> None:
     shelf = Shelf(a=400, b=400, c=400)
     pins = shelf.pins(1000, guessed=True)
     pins.use("a")
@@ -471,7 +471,7 @@ def test_a_model_that_need_not_leave_takes_new_users_while_somebody_waits() -> N
     assert pins.held == ("c", "b")
 
 
-def test_who_waited_behind_a_model_that_got_its_room_elsewhere_finds_his_still_loaded() -> None:
+def test_a_model_whose_eviction_became_unnecessary_serves_its_waiting_users() -> None:
     shelf = Shelf(a=400, b=400, c=400)
     pins = shelf.pins(1000, guessed=True)
     pins.use("a")
@@ -481,7 +481,7 @@ def test_who_waited_behind_a_model_that_got_its_room_elsewhere_finds_his_still_l
     until_in_line(pins, 1)
     late = start(pins.use, "a")
     until_in_line(pins, 1)
-    pins.release("b")  # and not a, the one chosen
+    pins.release("b")  # and not a, the model chosen for eviction
     waiting.result(SECONDS)
     late.result(SECONDS)
     assert shelf.loading == ["a", "b", "c"]
@@ -507,7 +507,7 @@ def test_models_that_can_not_be_held_together_take_turns_until_all_are_served() 
     assert sum(pins._users.values()) == 0
 
 
-# --- the device they are on
+# --- the device of the models
 
 
 def test_the_cpu_renders_in_float32() -> None:

@@ -1,4 +1,4 @@
-"""What a worker says about its models and its device's memory."""
+"""What a worker reports about its models and the memory of its device."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -22,7 +22,7 @@ GUIDED = Guidance("guidance_scale")
 
 @pytest.fixture
 def used(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The bytes used of a device with 80 GiB; change them at will."""
+    """The used bytes of a device with 80 GiB, which tests may change."""
     now = [20 * GIB]
     monkeypatch.setattr(served, "memory", lambda _: (now[0], 80 * GIB))
     return now
@@ -35,7 +35,7 @@ def outlined(name: str) -> NullPipeline:
 def worker(
     pipeline: NullPipeline | None = None, outline: Callable[[str], NullPipeline] = outlined
 ) -> tuple[Served, Any]:
-    """A worker with one loaded model, `tiny`, and one that it has never loaded, `other`."""
+    """Return a worker with one loaded model, `tiny`, and one that it has never loaded, `other`."""
     pipelines = {"tiny": pipeline or NullPipeline()}
     pins = Pins.of(pipelines)
     pins.names = ("tiny", "other")
@@ -99,7 +99,7 @@ def test_a_model_that_can_not_be_traced_has_no_limit_and_no_guidance() -> None:
     [
         ([spec(128)], GUIDED, (2 * 128**2 - 1, 7)),
         ([spec(128)], UNGUIDED, (128**2 - 1, 3)),
-        ([spec(None)], GUIDED, (2 * 64**2 - 1, 1)),  # the model's own size: without guidance it fits
+        ([spec(None)], GUIDED, (2 * 64**2 - 1, 1)),  # the model's native size: without guidance it fits
         ([spec(None, 1.0)], GUIDED, (64**2 - 1, 0)),
         ([spec(None), spec(128)], GUIDED, (2 * 64**2 - 1, 1)),
         ([spec(128), spec(None)], GUIDED, (2 * 64**2 - 1, 1)),

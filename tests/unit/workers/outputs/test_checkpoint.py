@@ -1,4 +1,4 @@
-"""A running request's state, as bytes and back."""
+"""The state of a running request, packed into bytes and unpacked."""
 
 import json
 from dataclasses import replace
@@ -30,7 +30,7 @@ def snapshot(**changes: Any) -> Snapshot:
 
 
 def rewritten(data: bytes, **header: Any) -> bytes:
-    """The same file with other entries in its header."""
+    """Return the same file with changed entries in its header."""
     length = int.from_bytes(data[:8], "little")
     was = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["state"])
     return save(load(data), {"state": json.dumps({**was, **header})})

@@ -1,4 +1,4 @@
-"""How a picture came into being: the frames that are kept, and the files they become."""
+"""The trajectory of a picture: the frames that are stored, and the files made of them."""
 
 import io
 from dataclasses import dataclass, replace
@@ -40,7 +40,7 @@ def test_who_did_not_ask_for_one_gets_none() -> None:
 
 @dataclass(frozen=True)
 class SecondOrder(NullPipeline):
-    """A null pipeline that takes two forwards a step, but for the last: like Heun's method."""
+    """A null pipeline that takes two forwards for each step but the last, as Heun's method does."""
 
     def plan(self, request: RenderRequest) -> tuple[int, ...]:
         shape = super().plan(request)

@@ -1,4 +1,4 @@
-"""What a PNG carries beside its picture."""
+"""The metadata of a PNG."""
 
 import io
 import json

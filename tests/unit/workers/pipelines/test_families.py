@@ -1,4 +1,4 @@
-"""What the families do beyond drawing diffusers' pictures, for which see `tests/contract/test_parity.py`."""
+"""The families' features beyond parity with diffusers, which `tests/contract/test_parity.py` checks."""
 
 import shutil
 import sys
@@ -35,7 +35,7 @@ BUILDERS: dict[str, Callable[[Path], Path]] = {
 TRACED = [
     name if name == "StableDiffusionPipeline" else pytest.param(name, marks=pytest.mark.long) for name in BUILDERS
 ]
-"""Tracing the memory of a forward takes seconds, so `make test` does it with a single family."""
+"""Tracing the memory of a forward takes seconds, so `make test` does it for a single family."""
 
 
 @pytest.fixture(scope="module")
@@ -309,7 +309,7 @@ def test_what_a_forward_takes_is_known_before_it_takes_it(loaded: dict[str, Any]
         if event.name() == "[memory]":
             now += event.nbytes()
             peak = max(peak, now)
-    # What operators use within themselves, such as a convolution in another layout, is not counted.
+    # Memory that operators use internally, such as for a convolution in another layout, is not counted.
     assert 0.75 * peak <= pipeline.forward_bytes(request.spec) <= peak
 
 
@@ -387,7 +387,7 @@ def test_a_family_can_take_more_rows_and_combine_them_in_its_own_way(folders: di
 
 
 def average_of_two_texts(pipeline: Any, latents: torch.Tensor) -> np.ndarray:
-    """The mean of the outputs for no text and for `a`, each of a forward of its own, from the same noise."""
+    """Return the mean of the outputs for no text and for `a`, from separate forwards with the same noise."""
     texts = [encoded(pipeline, prompt=prompt, guidance_scale=1) for prompt in ("", "a")]
     assert all(torch.equal(text.latents, latents) for text in texts)
     return np.mean([np.asarray(pipeline.denoise([text])) for text in texts], axis=0)

@@ -1,4 +1,4 @@
-"""What `DiffusersPipeline` does beyond drawing diffusers' picture, for which see `tests/contract/test_parity.py`."""
+"""`DiffusersPipeline`'s features beyond parity with diffusers, which `tests/contract/test_parity.py` checks."""
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -109,7 +109,7 @@ def test_a_text_is_embedded_once_while_it_is_remembered(folder: Path) -> None:
     pipeline: Any = load(str(folder), CPU, torch.float32, embeddings=2)
     for prompt in ("", "a", "b", "b", "", "a"):
         encoded(pipeline, prompt=prompt, guidance_scale=1)
-    # Of the two, one is the empty prompt, which never leaves.
+    # One of the two embeddings is that of the empty prompt, which is never evicted.
     assert (pipeline.embeddings.hits, pipeline.embeddings.misses) == (2, 4)
 
 
@@ -133,7 +133,7 @@ def test_embeddings_serve_many_threads_and_nobody_writes_to_them(pipeline: Any) 
 
 
 def test_a_request_never_gets_the_conditioning_of_one_that_is_gone(pipeline: Any) -> None:
-    # A later request may lie where an earlier one lay: its address says nothing.
+    # A later request may reuse the address of an earlier one, so an address identifies no request.
     pictures = {prompt: denoised(pipeline, prompt=prompt, num_inference_steps=1).latents for prompt in "abcdefgh"}
     assert len({latents.numpy().tobytes() for latents in pictures.values()}) == len(pictures)
 
@@ -159,7 +159,7 @@ def test_a_compiled_denoiser_draws_the_same_in_forwards_of_any_size(
     compiled: Any = load(str(folder), CPU, torch.float32, compile=True)
     assert (compiled.compiled, pipeline.compiled) == (True, False)
     requests = [encoded(pipeline, prompt=prompt, guidance_scale=1) for prompt in "abcdefghijkl"]
-    for count in range(1, len(requests) + 1):  # more sizes than dynamo keeps graphs of by itself
+    for count in range(1, len(requests) + 1):  # more sizes than dynamo keeps graphs for by default
         with torch.inference_mode():
             # The eager backend runs the same kernels.
             assert torch.equal(compiled.denoise(requests[:count]), pipeline.denoise(requests[:count]))

@@ -1,4 +1,4 @@
-"""What is made of texts is kept within bounds, and made anew only for other texts."""
+"""Text embeddings are kept in a bounded cache, and computed only for new texts."""
 
 import threading
 import time
@@ -12,7 +12,7 @@ from workers.pipelines.texts import Embeddings, Text, remember_texts
 
 
 def asked(kept: Embeddings, text: str, size: int = 1, **spec: object) -> bool:
-    """Ask for a text's embedding; whether it had to be made."""
+    """Ask for a text's embedding; returns whether it had to be computed."""
     made = []
 
     def make(text: Text) -> tuple[dict[str, torch.Tensor], list[str]]:
@@ -56,7 +56,7 @@ def test_one_text_is_made_at_a_time_and_for_all_who_wait_for_it() -> None:
 
     def make(text: Text) -> tuple[dict[str, torch.Tensor], list[str]]:
         alone.append(making.acquire(blocking=False))
-        time.sleep(0.05)  # whoever else makes one does so now
+        time.sleep(0.05)  # time for a concurrent call to begin
         making.release()
         return {"encoder_hidden_states": torch.zeros(1)}, []
 

@@ -1,4 +1,4 @@
-"""With which error a request ends, and what that error keeps alive."""
+"""The error with which a request ends, and the objects that the error keeps alive."""
 
 import gc
 import weakref

@@ -1,4 +1,4 @@
-"""A render request: the steps it has done, its pace, and what its snapshot keeps."""
+"""A render request: its finished steps, its pace, and its snapshot."""
 
 from types import SimpleNamespace
 
@@ -10,7 +10,7 @@ from workers.render.request import Progress, RenderRequest, Sampling
 
 
 def request(steps: int = 4, forwards: int | None = None, **options: object) -> RenderRequest:
-    """A request that has been planned and encoded; a second-order sampler has more forwards than steps."""
+    """Return a planned and encoded request; a second-order sampler has more forwards than steps."""
     made = RenderRequest("a", RenderSpec(prompt="x", seed=1, num_inference_steps=steps), **options)
     count = steps if forwards is None else forwards
     timesteps = tuple(float(n) for n in range(count, 0, -1))
@@ -84,7 +84,7 @@ def test_a_snapshot_keeps_its_state_while_the_request_goes_on() -> None:
     expected = torch.rand(3, generator=torch.Generator("cpu").manual_seed(1))
     kept = made.snapshot("e" * 64)
 
-    made.latents, made.history = made.latents + 1, ()  # as a step replaces them
+    made.latents, made.history = made.latents + 1, ()  # a step replaces them in the same way
     torch.rand(3, generator=made.generator)
     made.step_index += 1
     assert (kept.spec, kept.model_sha256, kept.step_index, kept.steps_done) == (made.spec, "e" * 64, 4, 2)

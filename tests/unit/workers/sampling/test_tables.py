@@ -1,4 +1,4 @@
-"""Samplers as tables, held against diffusers' noise schedulers they were made from."""
+"""Samplers as tables, compared with diffusers' noise schedulers from which they are made."""
 
 from collections.abc import Callable
 from functools import cache
@@ -26,14 +26,14 @@ RECIPES = [
 
 @cache
 def own_config(kind: str) -> Any:
-    """The noise scheduler's config of a checkpoint whose model predicts that."""
+    """Return the noise scheduler's config of a checkpoint whose model predicts `kind`."""
     if kind == "flow":
         return diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0).config
     return diffusers.EulerDiscreteScheduler(**DIFFUSION, prediction_type=kind).config
 
 
 def maker(recipe: Recipe, kind: str, steps: int, **config: Any) -> Callable[[], Any]:
-    """A recipe's scheduler for a model of that kind, its timesteps set."""
+    """Return a function that makes a recipe's scheduler for a model of that kind, with its timesteps set."""
     own = {**own_config(kind), "clip_sample": False, "skip_prk_steps": True}
 
     def make() -> Any:
@@ -53,7 +53,7 @@ def started(table: Sampling, seed: int = 0) -> RenderRequest:
 
 
 def walk(request: RenderRequest) -> list[torch.Tensor]:
-    """Its latents after each step, its denoiser's outputs being random."""
+    """Return the latents after each step, with random outputs in place of a denoiser's."""
     outputs, seen = torch.Generator().manual_seed(7), []
     while not request.denoised:
         tables.inputs([request])
@@ -68,7 +68,7 @@ def walk(request: RenderRequest) -> list[torch.Tensor]:
 
 
 def as_object(table: Sampling) -> Sampling:
-    """The same sampler, stepped as diffusers' pipelines do."""
+    """Return the same sampler without its table, stepped as in diffusers' pipelines."""
     return Sampling(table.name, table.timesteps, table.init_noise_sigma, table.make, table.step_kwargs)
 
 
@@ -80,7 +80,7 @@ def test_a_table_steps_as_its_scheduler_and_draws_the_same_noise(recipe: Recipe,
         ours, theirs = started(table), started(as_object(table))
         assert theirs.scheduler is not None
         for mine, own in zip(walk(ours), walk(theirs), strict=True):
-            # Single operations in float32 round alike on every CPU: this is 7 times what the tables are off.
+            # Single operations in float32 round alike on every CPU; the limit is 7 times the tables' error.
             assert (mine - own).abs().max() <= 1e-5 * own.abs().max().clamp_min(1.0), steps
         assert torch.equal(ours.generator.get_state(), theirs.generator.get_state())
 

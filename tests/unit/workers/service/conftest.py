@@ -1,4 +1,4 @@
-"""A worker with real SQL and a gated engine, whose clock, database and object store a test controls."""
+"""A worker with real SQL and a gated engine; tests control its clock, database and object store."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -33,7 +33,7 @@ HERE, ELSEWHERE = "w1@host", "w2@host"
 
 @dataclass
 class Clock:
-    """A monotonic clock that a test moves."""
+    """A monotonic clock that tests set."""
 
     now: float = 1000.0
 
@@ -73,7 +73,7 @@ class MemoryStorage(Storage):
 
 
 class UnsteadyDatabase(Database):
-    """A database that a test makes unreachable, or slow."""
+    """A database that tests make unreachable or slow."""
 
     def __init__(self, url: str) -> None:
         super().__init__(url)
@@ -100,14 +100,14 @@ class UnsteadyDatabase(Database):
 
 @dataclass
 class Jobs:
-    """The farm's side of the database."""
+    """Changes of jobs by the dispatcher and by another worker."""
 
     store: JobStore
     database: Database
     batches: int = field(default=0)
 
     def queued(self, **spec: object) -> str:
-        """Submit one job, and queue it; its id."""
+        """Submit one job and queue it; returns its id."""
         self.batches += 1
         given = {"prompt": "x", "seed": 1, "num_inference_steps": 4, "model": "tiny", **spec}
         batch_id = self.store.submissions.submit(f"b{self.batches}", "me", 50, [RenderSpec(**given)])  # type: ignore[arg-type]
@@ -115,7 +115,7 @@ class Jobs:
         return f"{batch_id}-1"
 
     def age_lease(self, job_id: str, seconds: float) -> None:
-        """Bring the end of a job's lease nearer."""
+        """Shorten the rest of a job's lease."""
         with self.database.write() as session:
             left = sa.func.julianday(JobRow.lease_until) - sa.func.julianday("now")
             session.execute(
@@ -125,12 +125,12 @@ class Jobs:
             )
 
     def lease_runs_out(self, job_id: str) -> None:
-        """Let a job's lease expire, as the dispatcher does."""
+        """Expire a job's lease, as the dispatcher does."""
         self.age_lease(job_id, 3600)
         assert self.store.leases.expire() == 1
 
     def taken_by_another_worker(self, job_id: str) -> None:
-        """Let a job's lease expire, and another worker claim the job."""
+        """Expire a job's lease, and have another worker claim the job."""
         self.lease_runs_out(job_id)
         assert [bell.job_id for bell in self.store.backlog.enqueue(10).queued] == [job_id]
         assert self.store.leases.claim(job_id, ELSEWHERE) is not None
@@ -178,7 +178,7 @@ def gated() -> Gated:
 
 @pytest.fixture
 def worker(settings: Settings, database: UnsteadyDatabase, gated: Gated) -> Iterator[Worker]:
-    """A worker whose threads do not run: a test calls `leases.renew` itself."""
+    """A worker whose threads do not run: tests call `leases.renew` themselves."""
     with running(gated) as engine:
         pins, device, draining = engine._pins, torch.device("cpu"), threading.Event()
         storage, store = MemoryStorage(settings), JobStore.over(database, settings)

@@ -1,4 +1,4 @@
-"""Each worker gets the GPU that was meant, under a name that stays."""
+"""Each worker gets its assigned GPU, under a stable name."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ WHOLE = Gpu("gpu1", "GPU-6c2f3b2a-0000-1111-2222-333344445555")
 
 @pytest.fixture
 def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An `nvidia-smi` that says what is in a file."""
+    """An `nvidia-smi` that prints the content of a file."""
     says = tmp_path / "says"
     says.write_text(A100)
     program = tmp_path / "nvidia-smi"
@@ -51,14 +51,14 @@ def test_the_driver_is_asked_where_nothing_is_said(driver: Path) -> None:
     ("visible", "names"),
     [
         ("0,1", ["gpu0", "gpu1"]),
-        ("3", ["gpu3"]),  # a batch system's: another job may have the others
-        ("2,-1,0", ["gpu2"]),  # CUDA stops there
+        ("3", ["gpu3"]),  # set by a batch system: other jobs may have the other GPUs
+        ("2,-1,0", ["gpu2"]),  # CUDA stops at the invalid index
         ("MIG-aaaaaaaa-1111-5222-8333-444455556666", ["gpu0-mig0"]),
         ("GPU-6c2f3b2a", ["gpu1"]),
         ("GPU-unknown", ["gpu-unknown"]),
     ],
 )
-def test_what_is_visible_is_what_is_there(driver: Path, visible: str, names: list[str]) -> None:
+def test_only_visible_gpus_are_used(driver: Path, visible: str, names: list[str]) -> None:
     found = here({"CUDA_VISIBLE_DEVICES": visible})
     assert [gpu.name for gpu in found] == names
     assert ",".join(gpu.id for gpu in found) == visible.partition(",-1")[0]
@@ -77,7 +77,7 @@ def test_some_of_them_may_be_meant(wanted: str, names: list[str]) -> None:
     [("4", "there are 3 here: a, b, c"), ("0", "at least one"), ("-1", "at least one"), ("0,0", "listed twice")]
     + [(wrong, "all, a number of them, or a list") for wrong in ("every", "1-2", "")],
 )
-def test_what_is_not_there_can_not_be_meant(wanted: str, why: str) -> None:
+def test_a_missing_gpu_can_not_be_chosen(wanted: str, why: str) -> None:
     with pytest.raises(NotConfigured, match=why):
         chosen(wanted, [Gpu(name, name) for name in "abc"])
 

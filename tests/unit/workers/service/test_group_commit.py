@@ -1,4 +1,4 @@
-"""What many threads ask at the same time is asked once, and each gets its own answer."""
+"""Concurrent calls of many threads are made as one call, and each thread gets its own answer."""
 
 import threading
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from workers.service.group_commit import GroupCommit
 
 
 class Doubling:
-    """Doubles numbers, and holds up its first call until `go` is set."""
+    """Doubles numbers, and blocks until `go` is set."""
 
     def __init__(self) -> None:
         self.calls: list[list[int]] = []
@@ -39,7 +39,7 @@ def gathered(doubling: Doubling) -> GroupCommit[int, int]:
 
 
 def ask(gathered: GroupCommit[int, int], doubling: Doubling, *numbers: int) -> list[Future[int]]:
-    """Ask for 1, and for these while that is under way; all of them have ended when it returns."""
+    """Ask for 1, and for the other numbers during that call; returns after all calls have ended."""
     with ThreadPoolExecutor(1 + len(numbers)) as threads:
         first = threads.submit(gathered, 1)
         assert doubling.begun.wait(10)
@@ -58,14 +58,14 @@ def test_what_is_asked_while_a_call_is_under_way_goes_into_one_call(
     assert doubling.calls == [[1], [2, 3, 4]]
 
 
-def test_what_breaks_breaks_alone(gathered: GroupCommit[int, int], doubling: Doubling) -> None:
+def test_an_error_concerns_only_the_call_that_caused_it(gathered: GroupCommit[int, int], doubling: Doubling) -> None:
     _, two, thirteen, four = ask(gathered, doubling, 2, 13, 4)
     assert (two.result(), four.result()) == (4, 8)
     with pytest.raises(ValueError, match="13"):
         thirteen.result()
 
 
-def test_an_outage_is_told_to_all_and_not_tried_for_each(gathered: GroupCommit[int, int], doubling: Doubling) -> None:
+def test_an_outage_fails_all_calls_without_single_retries(gathered: GroupCommit[int, int], doubling: Doubling) -> None:
     for answer in ask(gathered, doubling, 2, 99, 4)[1:]:
         with pytest.raises(DatabaseUnavailable):
             answer.result()

@@ -1,4 +1,4 @@
-"""A worker's leases, with a real database and a clock that the test moves: 10 s each, renewed every 2 s."""
+"""A worker's leases, with a real database and a clock that tests set: 10 s each, renewed every 2 s."""
 
 import threading
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from workers.service.leases import HeldLeases
 
 
 class Engine:
-    """Records what the leases ask of the engine and the observer."""
+    """Records the calls of the leases to the engine and the observer."""
 
     def __init__(self) -> None:
         self.under_way: dict[str, Progress] = {}
@@ -64,7 +64,7 @@ def test_a_heartbeat_writes_the_progress_and_keeps_the_last_one_of_a_render_that
     leases.claim(job_id)
     engine.under_way[job_id] = Progress(3, 4, 1.0, 0.25)
     leases.renew()
-    engine.under_way.clear()  # its picture is uploaded
+    engine.under_way.clear()  # its picture is being uploaded
     leases.renew()
     info = jobs.store.queries.job(job_id)
     assert (info.steps_done, info.seconds_per_step) == (3, 0.25)
@@ -84,9 +84,9 @@ def test_a_render_whose_lease_was_not_renewed_is_stopped_before_it_runs_out(
     clock.now += 8
     leases.stop_expiring()
     assert (engine.cancelled, lease.lost) == ([], False)
-    clock.now += 0.1  # one heartbeat before its end
+    clock.now += 0.1  # one heartbeat interval before its end
     leases.stop_expiring()
-    leases.stop_expiring()  # again, since it may only now have entered the engine
+    leases.stop_expiring()  # repeated, since the render may have entered the engine only now
     assert (engine.cancelled, lease.lost, lease.cancelled) == ([job_id, job_id], True, False)
     assert [text for text in caplog.messages if "lease not renewed" in text] == [
         f"lease not renewed, stopping job_id={job_id}"
@@ -98,7 +98,7 @@ def test_a_renewed_lease_is_as_old_as_the_request_for_its_renewal(
 ) -> None:
     leases.claim(jobs.queued())
     clock.now += 2
-    database.before_write = lambda: setattr(clock, "now", clock.now + 5)  # the statement takes that long
+    database.before_write = lambda: setattr(clock, "now", clock.now + 5)  # the statement takes 5 s
     leases.renew()
     clock.now += 3
     leases.stop_expiring()

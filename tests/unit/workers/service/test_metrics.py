@@ -1,4 +1,4 @@
-"""What a worker counts, with the engine as it is and nobody who listens."""
+"""The metrics of a worker, with its real engine and without a metrics server."""
 
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -65,7 +65,7 @@ def test_a_workers_metrics_have_the_names_and_labels_of_the_previous_release(met
     assert list(interfaces.changes(interfaces.RECORDED["metrics"]["worker"], found, "metrics")) == []
 
 
-def test_without_a_port_nobody_is_told(metrics: WorkerMetrics) -> None:
+def test_without_a_port_no_url_is_published(metrics: WorkerMetrics) -> None:
     assert metrics.url is None
 
 
@@ -87,7 +87,7 @@ def test_a_name_that_somebody_made_up_makes_no_series_of_its_own(metrics: Worker
     assert len([name for name in scraped(metrics) if "made-up" in name]) == 0
 
 
-def test_a_wait_is_told_once_a_job(metrics: WorkerMetrics) -> None:
+def test_the_wait_of_a_job_is_counted_once(metrics: WorkerMetrics) -> None:
     metrics.claimed(claim())
     metrics.claimed(claim(attempt=2))
     assert value(metrics, "worker_wait_seconds_count", model="tiny") == 1
@@ -127,4 +127,4 @@ def test_services_memory_and_models_are_read_when_asked(metrics: WorkerMetrics) 
     assert found["farm_worker_info['1', 'cpu', 'float32']"] == 1
     used, total = found["farm_worker_device_memory_used_bytes[]"], found["farm_worker_device_memory_total_bytes[]"]
     assert 10_000_000 < used < total
-    assert memory(torch.device("meta")) is not None  # what is no GPU is the process'
+    assert memory(torch.device("meta")) is not None  # without a GPU, the memory of the process

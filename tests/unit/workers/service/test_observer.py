@@ -1,4 +1,4 @@
-"""Checkpoints and previews of a running render, while the object store hangs or the model is still loaded."""
+"""Checkpoints and previews of a running render, while the object store hangs or the model is being loaded."""
 
 import threading
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ SETTINGS = Settings.load(
 
 
 class Hung(Storage):
-    """An object store that takes what it is given when it is told to."""
+    """An object store whose writes wait for the test."""
 
     def __init__(self) -> None:
         super().__init__(SETTINGS)
@@ -56,7 +56,7 @@ def test_what_was_asked_for_while_its_model_was_loaded_is_written_all_the_same(s
         observer, claim = Observer(engine, storage, store.attempts, SETTINGS), claimed(store, 100)
         observer.open(claim)
         job_id = claim.job_id
-        observer.observe({job_id: False})  # it is not in the engine yet
+        observer.observe({job_id: False})  # the render is not in the engine yet
         future = engine.submit(request(job_id, steps=100))
         gated.begun()
         observer.observe({job_id: False})

@@ -1,4 +1,4 @@
-"""What a worker publishes of its models."""
+"""The facts about its models that a worker publishes."""
 
 from types import SimpleNamespace
 from typing import Any

@@ -1,4 +1,4 @@
-"""Each way in which a job ends on a worker: real SQL, the gated engine, an object store in memory."""
+"""Every outcome of a job on a worker: real SQL, the gated engine, an object store in memory."""
 
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -28,13 +28,13 @@ from workers.service.worker import Worker
 
 @pytest.fixture(autouse=True)
 def _no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A service that is away stays away."""
+    """Do not wait for the end of an outage."""
     monkeypatch.setattr(module, "OUTAGE_SECONDS", -1)
     monkeypatch.setattr(module, "CLAIM_SECONDS", -1)
 
 
 def begun(worker: Worker, gated: Gated, job_id: str) -> Future[RenderOutcome]:
-    """Render a job in a thread; its first forward has begun."""
+    """Render a job in a thread; returns once its first forward has begun."""
     outcome = in_thread(lambda: render_job(worker, job_id))
     assert gated.begun() == [job_id]
     return outcome
@@ -309,7 +309,7 @@ def test_what_sql_can_not_record_is_an_error_of_the_task_and_the_lease_is_releas
     assert isinstance(ended.error, DatabaseUnavailable)
     assert (ended.recorded, ended.error_class) == (Outcome.LOST, None)
     assert worker.leases._leases == {}
-    assert jobs.state(job_id) is JobState.RUNNING  # until its lease runs out
+    assert jobs.state(job_id) is JobState.RUNNING  # until its lease expires
 
 
 def test_a_checkpoint_that_can_not_be_read_starts_the_render_from_its_first_step(
@@ -352,7 +352,7 @@ def test_leftovers_that_can_not_be_deleted_are_left_to_the_sweep(
 def test_nothing_more_is_written_once_the_picture_is_recorded(
     worker: Worker, gated: Gated, jobs: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Or else it comes after the dispatcher has looked for leftovers, and a worker that dies then leaves it."""
+    """A write after the dispatcher's sweep would leave the object behind if the worker died then."""
     done: list[str] = []
 
     def noted(name: str, call: Callable[..., Any]) -> Callable[..., Any]:

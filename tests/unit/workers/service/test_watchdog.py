@@ -1,4 +1,4 @@
-"""When a worker ends itself."""
+"""The conditions under which a worker ends itself."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ from workers.service.watchdog import Watchdog
 
 @pytest.fixture
 def ended(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The signals and exit statuses with which the process would have ended."""
+    """The signals and exit statuses that would have ended the process."""
     ended: list[int] = []
     monkeypatch.setattr(os, "kill", lambda _pid, number: ended.append(number))
     monkeypatch.setattr(os, "_exit", ended.append)

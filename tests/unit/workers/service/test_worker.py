@@ -1,4 +1,4 @@
-"""A worker built from its settings, from its start to its end."""
+"""A worker built from its settings, from start to end."""
 
 from collections.abc import Iterator
 
@@ -16,7 +16,7 @@ from workers.service.worker import build_worker
 
 @pytest.fixture(autouse=True)
 def _threads() -> Iterator[None]:
-    """A worker leaves all threads of OpenMP to its engine."""
+    """Restore the number of threads: a worker leaves all OpenMP threads to its engine."""
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -54,4 +54,4 @@ def test_a_worker_takes_back_the_jobs_that_its_predecessor_of_the_same_name_left
 def test_a_worker_without_any_model_closes_what_it_opened(settings: Settings) -> None:
     settings = settings.model_copy(update={"models": "null:?no_such_number=1"})
     with pytest.raises(ModelError, match="null:"):
-        build_worker(settings, HERE)  # an open database would be a ResourceWarning, which fails the test
+        build_worker(settings, HERE)  # an open database would raise a ResourceWarning, which fails the test

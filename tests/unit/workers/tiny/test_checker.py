@@ -1,4 +1,4 @@
-"""That the checker can be believed: it says yes to true pictures, and no to all others."""
+"""The checker accepts true pictures and rejects all others."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""That scenes are drawn and told alike every time, and that what is held out stays out."""
+"""Scenes are drawn and described reproducibly, and held-out figures are never trained on."""
 
 import random
 import subprocess

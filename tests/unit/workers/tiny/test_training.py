@@ -1,4 +1,4 @@
-"""That training adds the noise it says, forgets nothing, and goes on after a stop as if there had been none."""
+"""Training adds the noise that diffusers adds, and a run that was stopped and resumed ends with the same weights."""
 
 import numpy as np
 import pytest
@@ -46,7 +46,7 @@ def test_noise_is_added_as_diffusers_adds_it():
 
 
 def test_normalising_the_latents_changes_no_picture(monkeypatch):
-    # In float64, where a CPU's rounding hides nothing.
+    # In float64, where a CPU's rounding hides no error.
     torch.manual_seed(0)
     vae = build.build_vae(SMALL).double()
     to_tensor = autoencoder.to_tensor

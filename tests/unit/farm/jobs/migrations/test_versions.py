@@ -1,4 +1,4 @@
-"""The migrations are one line, in the order of their files' names."""
+"""The migrations form a single line, in the order of their file names."""
 
 from pathlib import Path
 

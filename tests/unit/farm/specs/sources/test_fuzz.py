@@ -1,4 +1,4 @@
-"""Whatever is handed in, from whatever file: specs of all of it or a clear error, never a traceback, never half."""
+"""Fuzzed input of every source gives specs of all rows or a clear error, never a traceback or part of the rows."""
 
 import csv
 import io
@@ -20,7 +20,7 @@ from farm.specs.sources.texts import BadText, parse
 from farm.specs.sources.wildcards import Draws, Wildcards
 from farm.specs.spec import MAX_PROMPT_CHARS, RenderSpec
 
-# What has a meaning somewhere in a source comes up far more often than by chance.
+# Strings with a meaning in some source appear far more often than by chance.
 MARKS = [
     *"{}|\\_\"',#\n\r\t ;=[]:",
     *("__a__", "__b__", "__loop__", "\r\n", "\ufeff", "\x00", "\u2028", "é", "\ud800", "{x}", "{a|b}", "..", "true"),
@@ -65,7 +65,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def outcome(
     folder: Path, found: Any, asked: dict[str, Any]
 ) -> tuple[Expansion, list[RenderSpec] | InvalidInput] | None:
-    """The specs, or the error that says why there are none; None if what was asked of all is wrong already."""
+    """Return the specs or the error that explains why there are none; None if the options are invalid already."""
     problems = Problems()
     if asked.get("wildcards"):
         asked = {**asked, "wildcards": folder}

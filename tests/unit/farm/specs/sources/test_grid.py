@@ -1,4 +1,4 @@
-"""Grids and seeds: which specs they make of a row, in which order, and what is wrong with them."""
+"""Grids and seeds: the specs they make of a row, their order, and the errors."""
 
 import itertools
 from collections.abc import Iterator
@@ -58,7 +58,7 @@ def test_rows_are_outermost_then_the_axes_in_their_order_then_the_seeds() -> Non
     ],
 )
 def test_an_axis_is_written_as_people_write_it(grid: Any, field: str, values: list[Any]) -> None:
-    # Each value comes again for the second row: nothing is used up.
+    # Each value is used again for the second row: an iterator is not exhausted by the first.
     assert [getattr(spec, field) for spec in stream("a", "b", grid=grid)] == values * 2
 
 
@@ -155,7 +155,7 @@ def test_a_bad_row_is_told_once_however_large_the_grid() -> None:
     ]
 
 
-def test_values_that_do_not_go_together_are_found_where_they_meet() -> None:
+def test_grid_values_that_are_invalid_together_are_refused() -> None:
     with pytest.raises(InvalidInput, match=r"trajectory: keeps a picture a step, 200 at most; .* is 300"):
         list(stream("a", grid="trajectory=false,true steps=100,300"))
 

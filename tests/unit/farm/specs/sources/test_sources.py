@@ -53,7 +53,7 @@ def test_csv_says_true_and_false_in_words_and_numbers(file) -> None:
     path = file("p.csv", table)
     made = [(spec.trajectory, spec.deterministic, spec.clip_skip, spec.eta) for spec in read(path)]
     assert made == [(True, True, 2, 0.5), (False, False, None, 0.0), (False, False, None, 0.0)]
-    # A cell outweighs what the command line says for all.
+    # A cell takes precedence over the command line's value for all rows.
     assert [spec.trajectory for spec in read(path, trajectory=True)] == [True, False, True]
 
 

@@ -1,4 +1,4 @@
-"""Templates: prompts made of a row's columns, which are data and nothing more."""
+"""Templates: prompts made from a row's columns, whose text is never interpreted as syntax."""
 
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,7 @@ def test_choices_stay_unless_they_are_asked_for() -> None:
 def test_with_wildcards_templates_and_columns_draw_each_by_itself() -> None:
     rows = [{"x": "{p|q}", "y": "s|t"}] * 200
     assert set(prompts(*rows, template="{{x}|{y}}", wildcards=True)) == {"p", "q", "s|t"}
-    # A column's braces can't close the template's.
+    # A column's brace can't close a brace of the template.
     assert "nothing opens" in complaints({"x": "}"}, template="{a|{x}}", wildcards=True)[0]
     assert prompts({"x": "{y}", "y": "no"}, template="{x}", wildcards=True) == ["{y}"]
 

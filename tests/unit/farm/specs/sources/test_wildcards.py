@@ -1,4 +1,4 @@
-"""Wildcards: choices in prompts, drawn so that the same submission draws the same."""
+"""Wildcards: choices in prompts; equal submissions draw equal choices."""
 
 from collections import Counter
 from pathlib import Path
@@ -121,7 +121,7 @@ def test_without_asking_nothing_is_drawn() -> None:
 def test_an_unknown_name_says_what_is_there(folder: Path) -> None:
     said = "there is no wildcards/animals.txt for __animals__; the folder has animal, places/far_away, style"
     assert complaint("__animals__") == f"spec 1: prompt: {said}"
-    # However the draws fall, and in negative prompts and files as well.
+    # The error does not depend on the draw, and covers negative prompts and files as well.
     assert complaint("{a|{b|c|d|e|f|g|__animals__}}") == f"spec 1: prompt: {said}"
     (folder / "bad.txt").write_text("fine\nnot __animals__\n")
     assert complaint("__bad__").startswith("spec 1: prompt: wildcards/bad.txt:2: there is no wildcards/animals.txt")
