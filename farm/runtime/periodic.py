@@ -14,10 +14,19 @@ class Periodic:
     A call that takes longer delays the next call, which starts a quarter of `seconds` after it. An exception is logged.
     """
 
-    def __init__(self, name: str, seconds: float, call: Callable[[], object]) -> None:
+    def __init__(
+        self,
+        name: str,
+        seconds: float,
+        call: Callable[[], object],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        stopped: threading.Event | None = None,
+    ) -> None:
         self._seconds = seconds
         self._call = call
-        self._stopped = threading.Event()
+        self._clock = clock
+        self._stopped = stopped or threading.Event()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
@@ -31,9 +40,9 @@ class Periodic:
             self._thread.join(timeout)
 
     def _run(self) -> None:
-        began = time.monotonic()
-        while not self._stopped.wait(max(began + self._seconds - time.monotonic(), self._seconds / 4)):
-            began = time.monotonic()
+        began = self._clock()
+        while not self._stopped.wait(max(began + self._seconds - self._clock(), self._seconds / 4)):
+            began = self._clock()
             try:
                 self._call()
             except Exception:

@@ -1,8 +1,6 @@
 """When a periodic call is made."""
 
 import threading
-import time
-from itertools import pairwise
 
 import pytest
 
@@ -11,21 +9,31 @@ from farm.runtime.periodic import Periodic
 SOON = 30.0
 
 
-def test_a_call_begins_on_time_though_each_takes_long() -> None:
-    began: list[float] = []
-    enough = threading.Event()
+class Stopped(threading.Event):
+    """An event that is set after some waits; each wait moves a clock."""
+
+    def __init__(self, waits: int) -> None:
+        super().__init__()
+        self.now, self.pauses, self._waits = 1000.0, list[float](), waits
+
+    def wait(self, timeout: float | None = None) -> bool:
+        assert timeout is not None
+        self.pauses.append(timeout)
+        self.now += timeout
+        return len(self.pauses) == self._waits
+
+
+@pytest.mark.parametrize(("took", "pause"), [(0.0, 8.0), (6.0, 2.0), (7.0, 2.0), (100.0, 2.0)])
+def test_calls_are_timed_from_start_to_start_with_a_pause_of_a_quarter_at_least(took: float, pause: float) -> None:
+    stopped = Stopped(waits=4)
 
     def call() -> None:
-        began.append(time.monotonic())
-        if len(began) == 4:
-            enough.set()
-        time.sleep(0.3)
+        stopped.now += took
 
-    periodic = Periodic("test", 0.4, call)
+    periodic = Periodic("test", 8.0, call, clock=lambda: stopped.now, stopped=stopped)
     periodic.start()
-    assert enough.wait(SOON)
-    periodic.stop()
-    assert 0.3 < min(later - earlier for earlier, later in pairwise(began)) < 0.6
+    periodic._thread.join(SOON)
+    assert stopped.pauses == [8.0, pause, pause, pause]
 
 
 def test_a_call_that_raises_is_logged_and_made_again(caplog: pytest.LogCaptureFixture) -> None:
