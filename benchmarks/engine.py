@@ -103,15 +103,38 @@ class _Builder:
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.engine", description=__doc__)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="float32 on a CPU, else bfloat16")
-    parser.add_argument("--model", default="tiny", help="tiny, sd15-random, sdxl-random (:10 for a tenth), or a folder")
-    parser.add_argument("--size", type=int, help="width and height in pixels; the model's own if left out")
-    parser.add_argument("--slots", type=int, default=16)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of each side; all cores")
-    parser.add_argument("--quick", action="store_true", help="less of everything: plausible, not exact")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
-    parser.add_argument("--only", type=_numbers, default=list(NUMBERS), metavar="1,3")
+    parser.add_argument(
+        "--device", default="cpu", help="Device to compute on: cpu, cuda or cuda:1 (default: %(default)s)."
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        help="Data type to compute in (default: float32 on a CPU, else bfloat16).",
+    )
+    parser.add_argument(
+        "--model",
+        default="tiny",
+        help="Model: tiny (the default), sd15-random, sdxl-random (:10 for a tenth of the widths), or a folder.",
+    )
+    parser.add_argument("--size", type=int, help="Width and height in pixels (default: the model's own).")
+    parser.add_argument(
+        "--slots", type=int, default=16, help="Number of requests to render at once (default: %(default)s)."
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        help="Number of threads of each side (default: one for each core).",
+    )
+    parser.add_argument("--quick", action="store_true", help="Measure less of everything: plausible, not exact.")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="File to write the rows to as JSON.")
+    parser.add_argument(
+        "--only",
+        type=_numbers,
+        default=list(NUMBERS),
+        metavar="1,3",
+        help=f"Cases to measure, from {NUMBERS.start} to {NUMBERS.stop - 1}; all if omitted.",
+    )
     options = parser.parse_args(arguments)
     options.dtype = options.dtype or ("float32" if options.device == "cpu" else "bfloat16")
     return options

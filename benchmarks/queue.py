@@ -47,9 +47,17 @@ THREADS = SLOTS + max(2, SLOTS // 2)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print the table; 1 if a goal was missed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.queue", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--quick", action="store_true", help="a tenth of the jobs")
-    parser.add_argument("--only", type=int, nargs="+", choices=range(1, 6), default=list(range(1, 6)), metavar="CASE")
-    parser.add_argument("--json", type=Path, help="where to write the rows as JSON")
+    parser.add_argument("--quick", action="store_true", help="Submit a tenth of the jobs.")
+    parser.add_argument(
+        "--only",
+        type=int,
+        nargs="+",
+        choices=range(1, 6),
+        default=list(range(1, 6)),
+        metavar="CASE",
+        help="Cases to measure, from 1 to 5; all if omitted.",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="File to write the rows to as JSON.")
     options = parser.parse_args(arguments)
     logging.basicConfig(format="%(relativeCreated)7d ms  %(message)s", stream=sys.stderr)
     log.setLevel(logging.INFO)

@@ -84,10 +84,18 @@ class Turn:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print the table; 1 if the goal was missed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.watching", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--quick", action="store_true", help="two pairs of short turns")
-    parser.add_argument("--pairs", type=int, default=80, help="pairs of turns (80)")
-    parser.add_argument("--only", type=int, nargs="+", choices=(1, 2), default=[1, 2], metavar="CASE")
-    parser.add_argument("--json", type=Path, help="where to write the rows as JSON")
+    parser.add_argument("--quick", action="store_true", help="Measure two pairs of short turns.")
+    parser.add_argument("--pairs", type=int, default=80, help="Number of pairs of turns (default: %(default)s).")
+    parser.add_argument(
+        "--only",
+        type=int,
+        nargs="+",
+        choices=(1, 2),
+        default=[1, 2],
+        metavar="CASE",
+        help="Cases to measure: 1, 2 or both; both if omitted.",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="File to write the rows to as JSON.")
     options = parser.parse_args(arguments)
     logging.basicConfig(format="%(relativeCreated)7d ms  %(message)s", stream=sys.stderr)
     log.setLevel(logging.INFO)

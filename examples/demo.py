@@ -18,9 +18,19 @@ HERE = Path(__file__).parent
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("prompts", nargs="?", type=Path, default=HERE / "prompts.txt")
-    parser.add_argument("--home", type=Path, default=Path(".farm"), help="the embedded farm's folder")
-    parser.add_argument("--out", type=Path, default=Path("out/demo"), help="where to put the pictures")
+    parser.add_argument(
+        "prompts",
+        nargs="?",
+        type=Path,
+        default=HERE / "prompts.txt",
+        help="File of prompts: .txt, .csv or .jsonl (default: prompts.txt beside this program).",
+    )
+    parser.add_argument(
+        "--home", type=Path, default=Path(".farm"), help="Folder of the embedded farm (default: %(default)s)."
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("out/demo"), help="Folder for the pictures (default: %(default)s)."
+    )
     args = parser.parse_args()
     console = Console(highlight=False)
 

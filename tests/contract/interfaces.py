@@ -2,30 +2,37 @@
 
 `interfaces.json` holds these of the previous release. This file finds them through public names alone, so that it runs
 on any release: `FARM_DATABASE_URL=sqlite:///farm.db … python tests/contract/interfaces.py` prints them. It writes into
-that database and that Redis, which should be empty.
+that database, that Redis and that bucket, which should be empty.
 """
 
+import argparse
 import base64
 import contextlib
 import dataclasses
 import enum
+import hashlib
 import inspect
 import io
 import json
 import sqlite3
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import boto3
 import redis
 import typer
+from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 from typer.core import TyperGroup
 
 import farm
 from farm import Farm, RenderSpec, Settings
 from farm.cli import main as command_line
+from workers import __main__ as worker
 
 RECORDED: dict[str, Any] = json.loads(Path(__file__).with_name("interfaces.json").read_text())
 """The interfaces of the previous release."""
@@ -36,11 +43,12 @@ _WORKER = """
             '[{"name": "tiny", "sha256": "ee", "bytes": 1, "family": "F", "samplers": "", "held": true,
                "memory": [1, 2]}]', NULL)
 """
-_SUCCEEDED = """
+_IMAGE_KEY = "b/00001-x.a1.png"
+_SUCCEEDED = f"""
     UPDATE jobs
-    SET state = 'succeeded', attempt = 1, worker = 'w1@host', steps_done = 2, image_key = 'b/00001-x.a1.png',
-        started_at = '2026-01-01 00:00:01.000000', finished_at = '2026-01-01 00:00:02.000000', image_sha256 = 'aa',
-        image_bytes = 9, width = 64, height = 64, model_sha256 = 'ee', render_seconds = 1.0, device_seconds = 0.5,
+    SET state = 'succeeded', attempt = 1, worker = 'w1@host', steps_done = 2, image_key = '{_IMAGE_KEY}',
+        started_at = '2026-01-01 00:00:01.000000', finished_at = '2026-01-01 00:00:02.000000', image_sha256 = ?,
+        image_bytes = ?, width = 64, height = 64, model_sha256 = 'ee', render_seconds = 1.0, device_seconds = 0.5,
         warnings = '["w"]'
     WHERE id = ?
 """
@@ -63,8 +71,9 @@ _INTERNAL = {"model_config", "settings_customise_sources", "row_pixels"}
 
 
 def found(settings: Settings) -> dict[str, Any]:
-    """Everything this file finds out about the release that it runs on, of a farm with an empty SQLite and Redis."""
-    with Farm(settings) as client:
+    """Everything this file finds out about the release that it runs on, of an empty farm with an SQLite file."""
+    image = _image(settings)
+    with Farm(settings) as client, tempfile.TemporaryDirectory() as folder:
         batch = client.submit(
             [RenderSpec(prompt=prompt, seed=1, num_inference_steps=2) for prompt in ("one", "two", "three")],
             name="snapshot",
@@ -72,29 +81,54 @@ def found(settings: Settings) -> dict[str, Any]:
         )
         first, second, _ = [job.id for job in batch]
         message = _message(settings)
-        with contextlib.closing(sqlite3.connect(settings.database_url.removeprefix("sqlite:///"))) as sql, sql:
+        with _sql(settings) as sql:
             sql.execute(_WORKER)
-            sql.execute(_SUCCEEDED, (first,))
+            sql.execute(_SUCCEEDED, (*image, first))
             sql.execute(_ATTEMPT, (first,))
             sql.execute(_RUNNING, (second,))
-        records = {type(record).__name__: _class(type(record)) for record in _records(client, first)}
-    return {
-        "python": {name: _class(getattr(farm, name)) for name in farm.__all__},
-        "records": records,
-        "settings": {name: repr(field.default) for name, field in Settings.model_fields.items()},
-        "command line": dict(_commands(typer.main.get_command(command_line.__globals__["app"]))),
-        "json": {
-            "farm status": _form(_said("status")),
-            "farm status BATCH": _form(_said("status", batch.id)),
-            "farm status JOB": _form(_said("status", first)),
-            "farm jobs": _form(_said("jobs", batch.id)),
-            "farm show": _form(_said("show", first)),
-            "farm models": _form(_said("models")),
-            "farm submit --dry-run": _form(_said("submit", "--dry-run", "a prompt")),
-            "farm doctor": _form(_said("doctor")),
-        },
-        "message": message,
-    }
+        return {
+            "python": {name: _class(getattr(farm, name)) for name in farm.__all__},
+            "records": {type(record).__name__: _class(type(record)) for record in _records(client, first)},
+            "settings": {name: repr(field.default) for name, field in Settings.model_fields.items()},
+            "command line": {
+                **dict(_commands(typer.main.get_command(command_line.__globals__["app"]))),
+                "farm worker": _worker_options(),
+            },
+            "json": {
+                "farm status": _form(_said("status")),
+                "farm status BATCH": _form(_said("status", batch.id)),
+                "farm status JOB": _form(_said("status", first)),
+                "farm jobs": _form(_said("jobs", batch.id)),
+                "farm show": _form(_said("show", first)),
+                "farm models": _form(_said("models")),
+                "farm doctor": _form(_said("doctor")),
+                **dict(_forms_with_files(settings, image, batch.id, first, Path(folder))),
+            },
+            "message": message,
+        }
+
+
+@contextlib.contextmanager
+def _sql(settings: Settings) -> Iterator[sqlite3.Connection]:
+    with contextlib.closing(sqlite3.connect(settings.database_url.removeprefix("sqlite:///"))) as sql, sql:
+        yield sql
+
+
+def _image(settings: Settings) -> tuple[str, int]:
+    """Put the picture of the jobs that succeed into the bucket; its SHA-256 and its size."""
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64), "red").save(file, "PNG")
+    secret = settings.s3_secret_access_key
+    s3 = boto3.client(
+        "s3",
+        endpoint_url=settings.s3_endpoint_url,
+        region_name=settings.s3_region,
+        aws_access_key_id=settings.s3_access_key_id,
+        aws_secret_access_key=secret.get_secret_value() if secret else None,
+    )
+    with contextlib.closing(s3):
+        s3.put_object(Bucket=settings.s3_bucket, Key=_IMAGE_KEY, Body=file.getvalue())
+    return hashlib.sha256(file.getvalue()).hexdigest(), len(file.getvalue())
 
 
 # --- Python --------------------------------------------------------------------------------------------------
@@ -142,16 +176,64 @@ def _parameters(function: Any) -> list[list[str]]:
 # --- the command line ----------------------------------------------------------------------------------------
 
 
-def _commands(group: Any, *path: str) -> Iterator[tuple[str, list[str]]]:
-    """Each command with its arguments and options."""
-    yield " ".join(["farm", *path]), sorted(name for one in group.params for name in _names(one))
+def _commands(group: Any, *path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each command with its arguments, as the parameters of a function, and its options by their names."""
+    yield (
+        " ".join(["farm", *path]),
+        {
+            "arguments": [
+                [one.name, "positional or keyword" if one.nargs == 1 else "variadic positional", _default(one)]
+                for one in group.params
+                if one.param_type_name == "argument"
+            ],
+            "options": {
+                name: {"takes": _takes(flag=one.is_flag, several=one.multiple), "default": _default(one)}
+                for one in group.params
+                if one.param_type_name == "option"
+                for name in (*one.opts, *one.secondary_opts)
+            },
+        },
+    )
     if isinstance(group, TyperGroup):
         for name, command in sorted(group.commands.items()):
             yield from _commands(command, *path, name)
 
 
-def _names(parameter: Any) -> list[str]:
-    return [parameter.name] if parameter.param_type_name == "argument" else [*parameter.opts, *parameter.secondary_opts]
+def _worker_options() -> dict[str, Any]:
+    """The options of `farm worker`, whose parser is argparse's."""
+    parsers: list[argparse.ArgumentParser] = []
+
+    def parse_args(parser: argparse.ArgumentParser) -> None:
+        parsers.append(parser)
+        raise SystemExit
+
+    # Releases before `workers.__main__.parser` make it where they parse.
+    with mock.patch.object(argparse.ArgumentParser, "parse_args", parse_args), contextlib.suppress(SystemExit):
+        worker.main()
+    actions = [action for action in parsers[0]._actions if action.default != argparse.SUPPRESS]  # but --help
+    return {
+        "arguments": [],
+        "options": {
+            name: {
+                "takes": _takes(flag=one.nargs == 0, several=one.nargs in ("*", "+")),
+                "default": _default(one),
+                "type": getattr(one.type, "__name__", "str"),
+                "choices": list(one.choices) if one.choices else None,
+            }
+            for one in actions
+            for name in one.option_strings
+        },
+    }
+
+
+def _takes(*, flag: bool, several: bool) -> list[str]:
+    return ["nothing"] if flag else ["a value", *(["several"] if several else [])]
+
+
+def _default(parameter: Any) -> str:
+    if getattr(parameter, "is_flag", False):
+        return repr(bool(parameter.default))  # None, too, is a flag that was not given
+    return "required" if parameter.required else repr(parameter.default)
 
 
 def _said(*arguments: str) -> Any:
@@ -167,6 +249,30 @@ def _said(*arguments: str) -> Any:
     finally:
         sys.argv = argv
     return json.loads(printed.getvalue())
+
+
+def _forms_with_files(
+    settings: Settings, image: tuple[str, int], batch: str, job: str, folder: Path
+) -> Iterator[tuple[str, Any]]:
+    """The forms of the commands that read and write files or submit a batch."""
+    yield "farm get BATCH", _form(_said("get", batch, "--out", str(folder)))
+    yield "farm get BATCH --zip", _form(_said("get", batch, "--zip", str(folder / "batch.zip")))
+    yield "farm get JOB", _form(_said("get", job, "--out", str(folder)))
+    yield "farm report", _form(_said("report", batch, "--out", str(folder / "batch.html")))
+    checkpoint = folder / "checkpoint"
+    (checkpoint / "scheduler").mkdir(parents=True)
+    (checkpoint / "scheduler" / "scheduler_config.json").write_text("{}")
+    index = {"_class_name": "Pipeline", "scheduler": ["diffusers", "DDIMScheduler"]}
+    (checkpoint / "model_index.json").write_text(json.dumps(index))
+    yield "farm models push", _form(_said("models", "push", str(checkpoint), "mine"))
+    yield "farm models list", _form(_said("models", "list"))
+    yield "farm submit --dry-run", _form(_said("submit", "--dry-run", "a prompt"))
+    submission = ("submit", "--key", "once", "--seed", "1", "a prompt")
+    submitted = _said(*submission)
+    yield "farm submit", _form(submitted)
+    with _sql(settings) as sql:
+        sql.execute(_SUCCEEDED, (*image, f"{submitted['batch']}-1"))
+    yield "farm submit --out", _form(_said(*submission, "--out", str(folder)))  # the same batch again, which has ended
 
 
 def _form(value: Any) -> Any:

@@ -8,13 +8,16 @@ import importlib.metadata
 import importlib.util
 import logging
 import re
+import threading
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import redis
+from celery.apps.worker import Worker
 from prometheus_client import CollectorRegistry, generate_latest
 
 from farm.dispatch.dispatcher import Dispatcher
@@ -30,24 +33,25 @@ from farm.specs import object_keys
 from farm.specs.spec import RenderSpec
 from tests.contract import interfaces
 from tests.contract.interfaces import RECORDED, changes
+from tests.servers import fresh_bucket
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def current(
-    sqlite_template: Path, embedded: Settings, tmp_path_factory: pytest.TempPathFactory
+    sqlite_template: Path, embedded: Settings, bucket_maker: Storage, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, Any]]:
     """The interfaces of this tree."""
     path = tmp_path_factory.mktemp("interfaces") / "farm.db"
     path.write_bytes(sqlite_template.read_bytes())
     with redis.Redis.from_url(embedded.broker_url) as client:
         client.flushall()
-    with pytest.MonkeyPatch.context() as environment:
+    with pytest.MonkeyPatch.context() as environment, fresh_bucket(embedded, bucket_maker) as s3:
         environment.setenv("FARM_DATABASE_URL", f"sqlite:///{path}")
         environment.setenv("FARM_BROKER_URL", embedded.broker_url)
-        environment.setenv("FARM_S3_BUCKET", "nowhere")
-        environment.setenv("FARM_S3_ENDPOINT_URL", "http://127.0.0.1:1")
+        for name, value in s3.items():
+            environment.setenv(f"FARM_{name.upper()}", value or "none")
         yield interfaces.found(Settings.load())
 
 
@@ -67,6 +71,7 @@ def test_a_message_in_redis_is_what_programs_of_the_previous_release_send_and_un
     [
         ({"a": 1, "b": 2}, {"a": 1}, "it.b is gone"),
         ({"a": {"b": "int"}}, {"a": {"b": "str", "c": "int"}}, "it.a.b was 'int' and is 'str'"),
+        ({"--n": {"default": "1"}}, {"--n": {"default": "2"}, "--m": {}}, "it.--n.default was '1' and is '2'"),
         (["--one", "--two"], ["--two", "--three"], "it lacks ['--one']"),
         ([{"a": 1}], [{}], "it[].a is gone"),
         ([{"a": 1}], [], "it is empty"),
@@ -146,6 +151,27 @@ def test_a_jobs_end_is_logged_in_the_words_that_programs_parse(
     ended = re.findall(r"^ended job_id=(\S+) attempt=(\d+) now=(\w+)", "\n".join(caplog.messages), re.MULTILINE)
     states = ["succeeded", "failed", "pending", "cancelled"]
     assert ended == [(f"{batch_id}-{n}", "1", state) for n, state in enumerate(states, 1)]
+
+
+def test_a_dispatcher_that_has_started_logs_what_programs_wait_for(
+    sqlite_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = Settings(database_url=sqlite_url, broker_url="redis://127.0.0.1:1/0", s3_bucket="x")
+    caplog.set_level(logging.INFO)
+    stop = threading.Event()
+    stop.set()
+    with closing(Database(sqlite_url)) as db, closing(Broker(settings)) as broker, closing(Storage(settings)) as s3:
+        Dispatcher(JobStore.over(db, settings), broker, s3, settings).run(stop, Leadership(db, "dispatcher"))
+    assert any(message.startswith("dispatching") for message in caplog.messages)
+
+
+def test_a_worker_that_has_started_logs_what_programs_wait_for(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr("celery.signals.worker_ready.receivers", [])
+    Worker.on_consumer_ready(SimpleNamespace(hostname="w1@host"), None)  # Celery logs it, not the farm
+    assert "w1@host ready." in caplog.messages
 
 
 def test_the_autoscalers_question_is_the_one_that_farms_have_in_use() -> None:

@@ -63,12 +63,16 @@ def render_all(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Render, judge, and print the share of captions right on each attribute."""
     parser = argparse.ArgumentParser(prog="python -m workers.tiny.evaluate", description=__doc__.split("\n")[0])
-    parser.add_argument("--n", type=int, default=300, help="how many held-out captions")
-    parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--guidance", type=float, default=5.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--weights", type=Path, default=WEIGHTS)
-    parser.add_argument("--wrong", type=Path, help="a folder for the pictures that are not right")
+    parser.add_argument("--n", type=int, default=300, help="Number of held-out captions (default: %(default)s).")
+    parser.add_argument("--steps", type=int, default=25, help="Number of denoising steps (default: %(default)s).")
+    parser.add_argument("--guidance", type=float, default=5.0, help="Guidance scale (default: %(default)s).")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="Seed of the captions and of the noise (default: %(default)s)."
+    )
+    parser.add_argument(
+        "--weights", type=Path, default=WEIGHTS, help="Folder of the checkpoint (default: the one that ships)."
+    )
+    parser.add_argument("--wrong", type=Path, help="Folder to save the pictures in that are not right.")
     options = parser.parse_args(arguments)
 
     console = Console()

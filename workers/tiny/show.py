@@ -90,13 +90,24 @@ def side_by_side(images: Sequence[Image.Image], scale: int = 2) -> Image.Image:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write `noising.png` and `denoising.png`."""
     parser = argparse.ArgumentParser(prog="python -m workers.tiny.show", description=__doc__.split("\n")[0])
-    parser.add_argument("caption", nargs="?", default="a red heart left of a yellow star on a blue background")
-    parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--frames", type=int, help="show only so many of the steps")
-    parser.add_argument("--guidance", type=float, default=5.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--weights", type=Path, default=WEIGHTS)
-    parser.add_argument("--out", type=Path, default=Path())
+    parser.add_argument(
+        "caption",
+        nargs="?",
+        default="a red heart left of a yellow star on a blue background",
+        help="Caption of the picture, in the words that the model knows (default: %(default)s).",
+    )
+    parser.add_argument("--steps", type=int, default=25, help="Number of denoising steps (default: %(default)s).")
+    parser.add_argument("--frames", type=int, help="Number of steps to show; all if omitted.")
+    parser.add_argument("--guidance", type=float, default=5.0, help="Guidance scale (default: %(default)s).")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="Seed of the scene and of the noise (default: %(default)s)."
+    )
+    parser.add_argument(
+        "--weights", type=Path, default=WEIGHTS, help="Folder of the checkpoint (default: the one that ships)."
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path(), help="Folder for the two pictures (default: the current one)."
+    )
     options = parser.parse_args(arguments)
 
     pipeline = load(options.weights)

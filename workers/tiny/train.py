@@ -101,15 +101,40 @@ def train(
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m workers.tiny.train", description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("build/tiny"), help="where state and weights go")
-    parser.add_argument("--vae-steps", type=int, default=5500)
-    parser.add_argument("--steps", type=int, default=7000, help="steps of the UNet and the text encoder")
     parser.add_argument(
-        "--refine-steps", type=int, nargs="*", default=[1000, 4000], help="steps of each round from their average on"
+        "--out",
+        type=Path,
+        default=Path("build/tiny"),
+        help="Folder for the training state and the weights (default: %(default)s).",
     )
-    parser.add_argument("--decoder-steps", type=int, default=2000, help="steps of the decoder alone, at the end")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, help="threads of torch; another number may give another result")
+    parser.add_argument(
+        "--vae-steps", type=int, default=5500, help="Training steps of the autoencoder (default: %(default)s)."
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=7000,
+        help="Training steps of the UNet and the text encoder (default: %(default)s).",
+    )
+    parser.add_argument(
+        "--refine-steps",
+        type=int,
+        nargs="*",
+        default=[1000, 4000],
+        help="Training steps of each round that starts from the average of their weights (default: 1000 4000).",
+    )
+    parser.add_argument(
+        "--decoder-steps",
+        type=int,
+        default=2000,
+        help="Training steps of the decoder alone, last (default: %(default)s).",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="Seed of the scenes and of the weights (default: %(default)s)."
+    )
+    parser.add_argument(
+        "--threads", type=int, help="Number of threads of torch; another number may give another result."
+    )
     return parser
 
 
