@@ -39,6 +39,7 @@ class ForkedProcess:
         data_kib: int | None = None,
     ) -> None:
         """Writes its output to files; without `stderr` both go to the first. It may take `data_kib` of memory."""
+        stdout.touch()  # a process that is killed at once has not opened it
         self._process = _context().Process(
             target=_run, args=(module, list(arguments), dict(env), stdout, stderr, cwd or Path.cwd(), data_kib)
         )
