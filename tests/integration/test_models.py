@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,6 +15,7 @@ from farm.errors import ModelError
 from farm.jobs.states import JobState
 from farm.settings import Settings
 from tests.checkpoints import build_checkpoint
+from tests.forked import run_forked
 from tests.integration.conftest import Crew, environment
 from workers.models.opener import model_sources
 
@@ -77,21 +76,25 @@ def test_a_model_that_was_pushed_is_pinned_fetched_and_rendered_without_any_hub(
     farm: Farm, crew: Crew, settings: Settings, tmp_path: Path, hub: Hub
 ) -> None:
     checkpoint = build_checkpoint(tmp_path / "checkpoint")
-    command = [sys.executable, "-m", "farm", "models"]
-    env = environment(crew.settings)
-    pushed = subprocess.run([*command, "push", str(checkpoint), "small"], env=env, capture_output=True, text=True)
-    assert pushed.returncode == 0, pushed.stderr
-    assert "workers pin it with --models small=farm:small" in pushed.stdout
-    (listed,) = json.loads(subprocess.check_output([*command, "list", "--json"], env=env))
+    env = environment(crew.settings, COLUMNS=200)
+
+    def models(*arguments: str) -> str:
+        done = run_forked("farm", "models", *arguments, env=env)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    pushed = models("push", str(checkpoint), "small")
+    assert "workers pin it with --models small=farm:small" in pushed
+    (listed,) = json.loads(models("list", "--json"))
     assert (listed["name"], listed["family"]) == ("small", "StableDiffusionPipeline")
 
     version = listed["version"]
-    shown = subprocess.check_output([*command, "list"], env={**env, "COLUMNS": "200"}, text=True)
+    shown = models("list")
     assert re.search(rf"small +{version[:12]} +StableDiffusionPipeline +[\d.]+ [kM]B +\d{{4}}-", shown), shown
-    models = f"farm:small,theirs=s3://{settings.s3_bucket}/models/small,mine=farm:small@{version}"
+    sources = f"farm:small,theirs=s3://{settings.s3_bucket}/models/small,mine=farm:small@{version}"
     air_gapped = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": tmp_path / "hub"}
     worker = crew.worker(
-        "w1", models, FARM_MODEL_CACHE=tmp_path / "cache", FARM_MODEL_CACHE_SIZE="1GB", fresh=True, **air_gapped
+        "w1", sources, FARM_MODEL_CACHE=tmp_path / "cache", FARM_MODEL_CACHE_SIZE="1GB", fresh=True, **air_gapped
     )
     each = [{"prompt": "a cat", "model": model} for model in ("small", "theirs", "mine")]
     batch = farm.submit(each, num_inference_steps=2, scheduler="euler_a", seed=1, reuse=False, name="models")
@@ -106,10 +109,9 @@ def test_a_model_that_was_pushed_is_pinned_fetched_and_rendered_without_any_hub(
     assert hub.asked == []
 
     assert batch.delete()
-    assert json.loads(subprocess.check_output([*command, "list", "--json"], env=env)) == [listed]
+    assert json.loads(models("list", "--json")) == [listed]
 
-    asked = subprocess.run([*command, "delete", "small", "--yes"], env=env, capture_output=True, text=True)
-    assert asked.stdout == "small deleted\n"
+    assert models("delete", "small", "--yes") == "small deleted\n"
 
 
 def test_a_worker_whose_object_store_is_away_ends_as_one_that_may_be_started_again(crew: Crew, tmp_path: Path) -> None:

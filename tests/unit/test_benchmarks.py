@@ -72,6 +72,7 @@ def bucket(embedded: Settings, s3: Mapping[str, str | None]) -> Iterator[tuple[S
     storage.close()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number", range(1, 9))
 def test_every_case_measures_something_and_has_its_row(number: int, cases: Cases) -> None:
     row = cases.run(number)

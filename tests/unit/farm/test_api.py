@@ -53,6 +53,7 @@ def test_a_worker_loads_diffusers_with_its_first_model_and_not_before() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.long
 def test_a_model_is_loaded_without_a_word_of_what_its_libraries_lack() -> None:
     needs_torch()
     code = (

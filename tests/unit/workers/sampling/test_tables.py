@@ -72,7 +72,7 @@ def as_object(table: Sampling) -> Sampling:
     return Sampling(table.name, table.timesteps, table.init_noise_sigma, table.make, table.step_kwargs)
 
 
-@pytest.mark.parametrize("most_steps", [10, pytest.param(25, marks=pytest.mark.long)])
+@pytest.mark.parametrize("most_steps", [5, pytest.param(25, marks=pytest.mark.long)])
 @pytest.mark.parametrize(("recipe", "kind"), RECIPES)
 def test_a_table_steps_as_its_scheduler_and_draws_the_same_noise(recipe: Recipe, kind: str, most_steps: int) -> None:
     for steps in (1, 2, 3, most_steps):
