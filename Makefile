@@ -29,7 +29,7 @@ test-long: $(VENV)/.dev  ## run the long tests: the commands of docs/, every sam
 test-newest:  ## run the tests that need no torch on the newest Python of this machine
 	infra/test-newest-python $(ARGS)
 
-chaos: $(VENV)/.dev  ## strike at a farm of real processes for long: CHAOS_JOBS, CHAOS_MINUTES, CHAOS_SEED
+chaos: $(VENV)/.dev  ## run the fault-injection tests in their long form: CHAOS_JOBS, CHAOS_MINUTES, CHAOS_SEED
 	$(BIN)/python -m pytest tests/chaos -m chaos $(ARGS)
 
 hosts-test: $(VENV)/.dev  ## a farm on many hosts, each a network namespace; needs root and iproute2
@@ -42,11 +42,11 @@ compose-test: $(VENV)/.dev  ## docker-compose.yml, built and run with a Docker e
 bench-engine: $(VENV)/.dev  ## the engine beside diffusers' own pipeline, on this machine (eight to eleven minutes on two cores)
 	$(BIN)/python -m benchmarks.engine $(ARGS)
 
-bench-queue: $(VENV)/.dev  ## the farm as a queue beside Celery, rq, dramatiq and huey, on this machine
+bench-queue: $(VENV)/.dev  ## the farm as a queue against Celery, rq, dramatiq and huey, on this machine
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
 	$(BIN)/python -m benchmarks.queue $(ARGS)
 
-bench-watching: $(VENV)/.dev  ## the farm watched by everything that can, beside the same with nobody looking
+bench-watching: $(VENV)/.dev  ## the cost of monitoring: a monitored farm against an unmonitored one
 	$(BIN)/python -m benchmarks.watching $(ARGS)
 
 lint: $(VENV)/.dev  ## ruff, mypy, import-linter
@@ -60,7 +60,7 @@ format: $(VENV)/.dev  ## let ruff format and fix
 	$(BIN)/ruff check --fix .
 
 clean:  ## remove .venv and what the demo made; not .farm, where your jobs and pictures are
-	rm -rf $(VENV) out .cache .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) .venv-newest out .cache .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
