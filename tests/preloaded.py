@@ -4,9 +4,11 @@ import contextlib
 import gc
 import importlib
 
+# Not `farm.cli`: a console reads its width from the environment while it is imported.
 for name in (
-    "farm.cli.main",
-    "farm.cli.operate",
+    "typer",
+    "rich.progress",
+    "rich.table",
     "farm.client.farm",
     "farm.dispatch.dispatcher",
     "farm.dispatch.metrics",
