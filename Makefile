@@ -23,7 +23,7 @@ up: $(VENV)/.farm  ## start the embedded farm and keep it running until Ctrl-C
 test: $(VENV)/.dev  ## run all tests but the long ones, against real servers
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-test-long: $(VENV)/.dev  ## run the long tests: the commands of docs/, every sampler of diffusers, whole farms on SQLite
+test-long: $(VENV)/.dev  ## run the long tests: the commands of docs/, every sampler, fault injection, an upgrade from release 0.1
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "long and not chaos" -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-newest:  ## run the tests that need no torch on the newest Python of this machine

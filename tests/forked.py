@@ -78,7 +78,10 @@ def run_forked(
     with tempfile.TemporaryDirectory() as folder:
         stdout, stderr = Path(folder, "stdout"), Path(folder, "stderr")
         process = ForkedProcess(module, arguments, env=env, stdout=stdout, stderr=stderr, cwd=cwd)
-        status = process.wait(timeout)
+        try:
+            status = process.wait(timeout)
+        finally:
+            process.kill()  # in case it has not ended in time
         return subprocess.CompletedProcess([module, *arguments], status, stdout.read_text(), stderr.read_text())
 
 

@@ -22,7 +22,7 @@ DRAIN_SECONDS = Settings(database_url="", broker_url="", s3_bucket="").drain_sec
 @pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.stem)
 def test_systemd_takes_the_unit(unit: Path, tmp_path: Path) -> None:
     if shutil.which("systemd-analyze") is None:
-        pytest.skip("systemd-analyze is not here")
+        pytest.skip("systemd-analyze is not installed")
     farm = Path(sys.executable).with_name("farm")
     there = tmp_path / unit.name
     there.write_text(unit.read_text().replace("/opt/diffusion-farm/bin/farm", str(farm)))

@@ -43,7 +43,7 @@ def test_an_object_is_fetched_again_only_when_it_has_changed(storage: Storage) -
     assert changed[0] == b"two"
 
 
-@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="this kernel sends on for as long as it likes")
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="needs TCP_USER_TIMEOUT")
 def test_what_is_under_way_when_the_network_is_cut_does_not_come_after_a_lease(
     storage: Storage, embedded: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

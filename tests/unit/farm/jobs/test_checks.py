@@ -21,7 +21,7 @@ from farm.settings import Settings
 from farm.specs.spec import RenderSpec
 
 SETTINGS = Settings(database_url="", broker_url="", s3_bucket="", lease_seconds=600.0)
-NOBODY = Finding("worker", "bad", "none is alive", "start one: `farm worker`")
+NO_WORKER = Finding("worker", "bad", "none is alive", "start one: `farm worker`")
 
 
 class Clock:
@@ -168,14 +168,14 @@ def test_a_worker_is_told_with_what_it_holds(database: Database, store: JobStore
 
 
 def test_without_workers_one_is_to_be_started(database: Database) -> None:
-    assert workers_said(database) == [NOBODY]
+    assert workers_said(database) == [NO_WORKER]
 
 
 def test_a_silent_worker_is_a_warning_and_no_worker(database: Database, store: JobStore) -> None:
     introduce(store, "gone@here", database=database)
-    warning, nobody = workers_said(database)
+    warning, failure = workers_said(database)
     assert (warning.level, warning.what) == ("warn", "gone@here sends no heartbeats")
-    assert nobody == NOBODY
+    assert failure == NO_WORKER
 
 
 def test_a_worker_of_another_version_is_a_warning_and_a_worker(database: Database, store: JobStore) -> None:
@@ -218,6 +218,6 @@ def test_a_paused_job_waits_for_a_person_and_not_for_a_worker(database: Database
     batch_id = submit(store, 1, "sd15")
     named = {"job": {"job_id": f"{batch_id}-1"}, "batch": {"batch_id": batch_id}, "owner": {"owner": "me"}}[what]
     store.steering.pause(**named)
-    assert workers_said(database) == [NOBODY]
+    assert workers_said(database) == [NO_WORKER]
     store.steering.resume(**named)
     assert [finding.part for finding in workers_said(database)] == ["worker", "models"]
